@@ -1,0 +1,126 @@
+"""Joint denoising of one canvas through overlapping windows."""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from panorama.synchronize import PredictNoise, Synchronizer, SyncSchedule
+from panorama.views import Fusion, View, crop
+
+OnStep = Callable[[int, Tensor, Tensor], Tensor]
+"""From step index, timestep and latents to the latents to go on with."""
+
+
+@torch.no_grad()
+def sample(
+    latents: Tensor,
+    views: Sequence[View],
+    predict_noise: PredictNoise,
+    scheduler: Any,
+    *,
+    synchronizer: Synchronizer | None = None,
+    schedule: SyncSchedule | None = None,
+    view_batch_size: int = 4,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Denoises a canvas: SyncDiffusion (arXiv 2306.05178, algorithm 1) on MultiDiffusion.
+
+    Windows are updated towards the anchor, their noise is predicted, both are averaged over the
+    canvas, and the scheduler makes one step for all of it. That equals a step for each window
+    because the step is affine in (latents, noise); so one history serves multistep solvers too.
+
+    Args:
+        latents: the canvas (1, C, H, W), unit normal noise.
+        views: windows that cover it; the anchor is the middle one, index N // 2.
+        predict_noise: the guided noise prediction of windows (N, C, s, s) at a timestep.
+        scheduler: a diffusers scheduler with its timesteps set, see `require_fusable`.
+        synchronizer: the gradient step; None, or a weight of 0, makes no gradient, no decode
+            and no anchor pass.
+        schedule: its weight at each step.
+        view_batch_size: windows that go through the networks at once.
+        on_step: called after each step; may raise to stop.
+
+    Returns:
+        The denoised latents (1, C, H, W).
+    """
+    anchor = views[len(views) // 2]
+    others = [view for view in views if view is not anchor]
+    for step, t in enumerate(scheduler.timesteps):
+        weight = schedule(step) if synchronizer and schedule else 0.0
+        noise_pred, moved = Fusion(latents), Fusion(latents)
+        if synchronizer and weight:
+            x = crop(latents, [anchor])  # (1, C, s, s)
+            noise = predict_noise(x, t)
+            features = synchronizer.embed(x, noise, t)
+            moved.add(x, [anchor])
+            noise_pred.add(noise, [anchor])
+        for batch in batched(others if weight else views, view_batch_size):
+            x = crop(latents, batch)  # (n, C, s, s)
+            if synchronizer and weight:
+                x = synchronizer.step(x, t, features, weight)
+            moved.add(x, batch)
+            noise_pred.add(predict_noise(x, t), batch)
+        latents = scheduler.step(noise_pred.mean(), t, moved.mean()).prev_sample
+        if on_step is not None:
+            latents = on_step(step, t, latents)
+    return latents
+
+
+def batched(views: Sequence[View], size: int) -> Iterator[Sequence[View]]:
+    """Runs of `size` views, the last one maybe shorter."""
+    for start in range(0, len(views), size):
+        yield views[start : start + size]
+
+
+def require_fusable(scheduler: Any) -> None:
+    """Refuses a scheduler whose step is not affine in (latents, noise) or not what windows need.
+
+    The law itself is tried on a copy: stepping the mean of two samples must give the mean of
+    their steps, at every timestep, with one history each. Clipping, thresholding and fresh noise
+    (ancestral, SDE) break it.
+
+    Raises:
+        ValueError: naming the scheduler, what is wrong with it, and ones that would do.
+    """
+    name = type(scheduler).__name__
+    advice = (
+        "DDIMScheduler with clip_sample=False, DPMSolverMultistepScheduler or "
+        "UniPCMultistepScheduler would do"
+    )
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    if prediction != "epsilon":
+        raise ValueError(
+            f"scheduler={name}: prediction_type is {prediction!r}, must be 'epsilon'; {advice}"
+        )
+    if not hasattr(scheduler, "alphas_cumprod") or float(scheduler.init_noise_sigma) != 1.0:
+        raise ValueError(
+            f"scheduler={name}: must keep latents at unit variance (init_noise_sigma 1 and "
+            f"alphas_cumprod); {advice}"
+        )
+    if not steps_affinely(scheduler):
+        raise ValueError(
+            f"scheduler={name}: its step must be affine in (latents, noise), without clip_sample, "
+            f"thresholding or fresh noise, or else windows can't be averaged before it; {advice}"
+        )
+
+
+def steps_affinely(scheduler: Any, num_inference_steps: int = 5) -> bool:
+    """Whether step(mean) is mean(step), tried on copies over a whole short run."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, 4, 2, 2)
+    solvers = [copy.deepcopy(scheduler) for _ in range(3)]
+    for solver in solvers:
+        solver.set_timesteps(num_inference_steps)
+    # Large values, so that a limit on the sample would bind.
+    x = [10 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+    x.append((x[0] + x[1]) / 2)
+    for t in solvers[0].timesteps:
+        noise = [10 * torch.randn(shape, generator=generator, dtype=torch.float64) for _ in x[:2]]
+        noise.append((noise[0] + noise[1]) / 2)
+        x = [s.step(n, t, z).prev_sample for s, n, z in zip(solvers, noise, x, strict=True)]
+        if not torch.allclose(x[2], (x[0] + x[1]) / 2, rtol=1e-4, atol=1e-4):
+            return False
+    return True

@@ -1,0 +1,299 @@
+"""SyncDiffusion as a diffusers pipeline: a prompt in, a coherent panorama out."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+import panorama.perceptual  # noqa: F401  from_pretrained takes no class from elsewhere
+from panorama.decode import decode, decode_canvas
+from panorama.sampler import require_fusable, sample
+from panorama.synchronize import PredictNoise, Synchronizer, SyncSchedule, frozen
+from panorama.views import View, make_views
+
+OUTPUT_TYPES = ("pil", "pt", "latent")
+
+
+class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Joint denoising of a canvas wider or taller than the model's own pictures.
+
+    SyncDiffusion (arXiv 2306.05178) on MultiDiffusion (arXiv 2302.08113).
+
+    Args:
+        vae: AutoencoderKL.
+        text_encoder: CLIPTextModel.
+        tokenizer: CLIPTokenizer.
+        unet: UNet2DConditionModel that predicts noise; its `sample_size` is a window's side.
+        scheduler: any diffusers scheduler whose step is affine, see `sampler.require_fusable`.
+        perceptual: the distance that keeps windows coherent, an LPIPS or what has its two calls.
+    """
+
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+
+    def __init__(
+        self,
+        vae: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        unet: Any,
+        scheduler: Any,
+        perceptual: Any,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=unet,
+            scheduler=scheduler,
+            perceptual=perceptual,
+        )
+        self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+
+    @property
+    def vae_scale_factor(self) -> int:
+        """Pixels to a latent cell."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def window(self) -> int:
+        """Side of a window, in latent cells."""
+        return int(self.unet.config.sample_size)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str = "",
+        sync_weight: float = 20.0,
+        sync_decay_rate: float = 0.99,
+        sync_freq: int = 1,
+        sync_threshold: int = 5,
+        stride: int = 16,
+        loop_closure: bool = False,
+        view_batch_size: int = 4,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
+    ) -> ImagePipelineOutput:
+        """Makes one panorama.
+
+        Args:
+            prompt: what it shows; of any length.
+            height: pixels; a multiple of the VAE's factor, at least a window. None is a window.
+            width: pixels, likewise; None is four windows.
+            num_inference_steps: denoising steps.
+            guidance_scale: weight of classifier-free guidance, 1 for none.
+            negative_prompt: what it should not show; of any length.
+            sync_weight: weight of the synchronising gradient, 0 for none.
+            sync_decay_rate: factor of that weight from one step to the next.
+            sync_freq: synchronise every so many steps.
+            sync_threshold: only among the first so many steps.
+            stride: widest gap between windows' starts, latent cells, at most a window.
+            loop_closure: close the longer side into a ring.
+            view_batch_size: windows that go through the networks at once; trades memory for time
+                and changes nothing else.
+            generator: of the initial noise; on the CPU it gives the same noise on every device.
+            latents: the initial noise itself, (1, C, height / f, width / f).
+            prompt_embeds: (1, L, D) instead of `prompt`.
+            negative_prompt_embeds: (1, L, D) instead of `negative_prompt`.
+            output_type: "pil", "pt" for a tensor (1, 3, H, W) in [0, 1], or "latent".
+            callback_on_step_end: called as diffusers does, (pipe, step, timestep,
+                {"latents": ...}); what it returns under "latents" is gone on with.
+
+        Returns:
+            An object whose `.images` holds the panorama.
+
+        Raises:
+            ValueError: an argument that breaks its rule, or a scheduler that can't be fused.
+        """
+        window_pixels = self.window * self.vae_scale_factor
+        height, width = height or window_pixels, width or 4 * window_pixels
+        self._check(prompt, prompt_embeds, height, width, view_batch_size, output_type)
+        require_fusable(self.scheduler)
+
+        # Prepare.
+        ring = ("x" if width >= height else "y") if loop_closure else ""
+        views = self._views(height, width, stride, ring)
+        embeds = self._embeds(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        latents = self._latents(height, width, generator, latents)
+        scheduler = copy.deepcopy(self.scheduler)  # with a history of its own
+        scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        predict_noise = self._guided(*embeds, guidance_scale)
+        synchronizer = Synchronizer(
+            predict_noise,
+            lambda x: decode(self.vae, x),
+            self.perceptual,
+            scheduler.alphas_cumprod.to(latents.device),
+        )
+
+        # Denoise.
+        with (
+            frozen(self.unet, self.vae, self.perceptual),
+            self.progress_bar(total=len(scheduler.timesteps)) as bar,
+        ):
+
+            def on_step(step: int, t: Tensor, latents: Tensor) -> Tensor:
+                bar.update()
+                if callback_on_step_end is None:
+                    return latents
+                changed = callback_on_step_end(self, step, t, {"latents": latents})
+                return changed.get("latents", latents)
+
+            latents = sample(
+                latents,
+                views,
+                predict_noise,
+                scheduler,
+                synchronizer=synchronizer,
+                schedule=SyncSchedule(sync_weight, sync_decay_rate, sync_freq, sync_threshold),
+                view_batch_size=view_batch_size,
+                on_step=on_step,
+            )
+
+        # Decode.
+        if output_type == "latent":
+            return ImagePipelineOutput(images=latents)
+        picture = decode_canvas(self.vae, latents, ring=ring)
+        images = self.image_processor.postprocess(picture, output_type=output_type)
+        return ImagePipelineOutput(images=images)
+
+    def encode_prompt(self, prompt: str, negative_prompt: str = "") -> tuple[Tensor, Tensor]:
+        """Embeds two texts of any length.
+
+        A text longer than the text encoder's context is embedded in pieces of that length, one
+        after the other; the shorter text gets empty pieces, so that both have one length.
+
+        Returns:
+            prompt_embeds and negative_prompt_embeds, (1, n * L, D) each.
+        """
+        room = self.tokenizer.model_max_length - 2
+        texts = []
+        for text in (prompt, negative_prompt):
+            ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+            texts.append([ids[i : i + room] for i in range(0, len(ids), room)] or [[]])
+        count = max(map(len, texts))
+        padded = [pieces + [[]] * (count - len(pieces)) for pieces in texts]
+        prompt_embeds, negative_prompt_embeds = map(self._embed_pieces, padded)
+        return prompt_embeds, negative_prompt_embeds
+
+    def _embed_pieces(self, pieces: list[list[int]]) -> Tensor:
+        """Token ids of n pieces to their embeddings, (1, n * L, D)."""
+        tokenizer = self.tokenizer
+        length = tokenizer.model_max_length
+        rows = []
+        for piece in pieces:
+            row = [tokenizer.bos_token_id, *piece, tokenizer.eos_token_id]
+            rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
+        ids = torch.tensor(rows, device=self.text_encoder.device)  # (n, L)
+        embeds: Tensor = self.text_encoder(ids).last_hidden_state  # (n, L, D)
+        return embeds.reshape(1, -1, embeds.shape[-1])
+
+    def _embeds(
+        self,
+        prompt: str | None,
+        negative_prompt: str,
+        prompt_embeds: Tensor | None,
+        negative_prompt_embeds: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """The embeddings to use, (1, L, D) each: those given, or those of the texts."""
+        if prompt_embeds is None or negative_prompt_embeds is None:
+            embeds = self.encode_prompt(prompt or "", negative_prompt)
+            prompt_embeds = embeds[0] if prompt_embeds is None else prompt_embeds
+            negative_prompt_embeds = (
+                embeds[1] if negative_prompt_embeds is None else negative_prompt_embeds
+            )
+        if prompt_embeds.shape != negative_prompt_embeds.shape:
+            raise ValueError(
+                f"negative_prompt_embeds has shape {tuple(negative_prompt_embeds.shape)}: must be "
+                f"that of prompt_embeds, {tuple(prompt_embeds.shape)}"
+            )
+        return prompt_embeds, negative_prompt_embeds
+
+    def _guided(
+        self, prompt_embeds: Tensor, negative_prompt_embeds: Tensor, guidance_scale: float
+    ) -> PredictNoise:
+        """Classifier-free guidance (arXiv 2207.12598, equation 6), both halves in one batch."""
+        unet = self.unet
+        embeds = [negative_prompt_embeds, prompt_embeds] if guidance_scale != 1 else [prompt_embeds]
+        embeds = [e.to(unet.device, unet.dtype) for e in embeds]
+
+        def predict_noise(x: Tensor, t: Tensor) -> Tensor:
+            halves = len(embeds)
+            states = torch.cat([e.expand(len(x), -1, -1) for e in embeds])  # (halves * n, L, D)
+            inputs = x.to(unet.dtype).repeat(halves, 1, 1, 1)  # (halves * n, C, s, s)
+            noise: Tensor = unet(inputs, t, encoder_hidden_states=states).sample.float()
+            if halves == 1:
+                return noise
+            uncond, text = noise.chunk(2)
+            return uncond + guidance_scale * (text - uncond)
+
+        return predict_noise
+
+    def _views(self, height: int, width: int, stride: int, ring: str) -> tuple[View, ...]:
+        """The windows of a canvas given in pixels."""
+        factor = self.vae_scale_factor
+        return make_views(
+            height // factor,
+            width // factor,
+            self.window,
+            stride,
+            ring_x=ring == "x",
+            ring_y=ring == "y",
+        )
+
+    def _latents(
+        self, height: int, width: int, generator: torch.Generator | None, latents: Tensor | None
+    ) -> Tensor:
+        """The initial noise (1, C, height / f, width / f), float32 on the UNet's device."""
+        factor, channels = self.vae_scale_factor, self.unet.config.in_channels
+        shape = (1, channels, height // factor, width // factor)
+        device = self.unet.device
+        if latents is None:
+            noise: Tensor = randn_tensor(shape, generator, device, torch.float32)
+            return noise
+        if latents.shape != shape:
+            raise ValueError(f"latents has shape {tuple(latents.shape)}: must be {shape}")
+        return latents.to(device, torch.float32)
+
+    def _check(
+        self,
+        prompt: str | None,
+        prompt_embeds: Tensor | None,
+        height: int,
+        width: int,
+        view_batch_size: int,
+        output_type: str,
+    ) -> None:
+        """Raises ValueError for arguments that break their rules."""
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError(f"prompt={prompt!r}: give either prompt or prompt_embeds")
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"prompt={prompt!r}: must be one text; call once for each panorama")
+        smallest, factor = self.window * self.vae_scale_factor, self.vae_scale_factor
+        for name, size in (("height", height), ("width", width)):
+            if size < smallest or size % factor:
+                legal = max(smallest, size // factor * factor)
+                raise ValueError(
+                    f"{name}={size}: must be a multiple of {factor} and at least {smallest}, one "
+                    f"window; {legal} would do"
+                )
+        if view_batch_size < 1:
+            raise ValueError(f"view_batch_size={view_batch_size}: must be at least 1; 4 would do")
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}"
+            )

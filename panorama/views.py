@@ -1,0 +1,134 @@
+"""Windows on a canvas of latents: where they lie, how they are cut out, how they are averaged."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, gcd
+
+import torch
+from torch import Tensor
+
+MIN_SPACING = 8  # cells; the smallest stride, and how far a ring narrows it for equal coverage
+
+
+@dataclass(frozen=True)
+class View:
+    """A window on a canvas, in latent cells; rows and columns are taken modulo the canvas."""
+
+    top: int
+    left: int
+    size: int
+
+
+def make_views(
+    height: int, width: int, size: int, stride: int, *, ring_x: bool = False, ring_y: bool = False
+) -> tuple[View, ...]:
+    """Lays square windows over a canvas so that every cell is covered.
+
+    Args:
+        height: of the canvas, latent cells, at least `size`.
+        width: of the canvas, latent cells, at least `size`.
+        size: of a window, latent cells.
+        stride: the widest gap between neighbouring windows' starts, 1 to `size` cells.
+        ring_x: whether the canvas wraps from right to left.
+        ring_y: whether it wraps from bottom to top.
+
+    Returns:
+        The views, rows first. For sizes that are multiples of `stride`, a flat canvas has exactly
+        the list of the published SyncDiffusion code (`get_views`), in its order.
+
+    Raises:
+        ValueError: a window does not fit, the stride leaves gaps, or does not close a ring.
+    """
+    tops = ring_starts(height, size, stride) if ring_y else flat_starts(height, size, stride)
+    lefts = ring_starts(width, size, stride) if ring_x else flat_starts(width, size, stride)
+    return tuple(View(top, left, size) for top in tops for left in lefts)
+
+
+def flat_starts(length: int, size: int, stride: int) -> tuple[int, ...]:
+    """Every multiple of `stride` at which a window fits, and one more that ends at the edge."""
+    check_fit(length, size, stride)
+    starts = list(range(0, length - size + 1, stride))
+    if starts[-1] != length - size:
+        starts.append(length - size)
+    return tuple(starts)
+
+
+def ring_starts(length: int, size: int, stride: int) -> tuple[int, ...]:
+    """Starts all around a ring, evenly, no gap wider than `stride`.
+
+    A spacing that divides both the ring and the window covers every cell equally often, so the
+    widest such spacing from 8 cells to `stride` is taken. Where there is none, the gaps and the
+    number of windows over a cell differ by one at most.
+    """
+    check_fit(length, size, stride)
+    if stride >= size:
+        raise ValueError(
+            f"stride={stride}: must be less than the window's {size} latent cells on a ring, or "
+            f"else there are too few windows to close it; {size // 2} would do"
+        )
+    common = gcd(length, size)
+    spacings = [d for d in range(MIN_SPACING, stride + 1) if common % d == 0]
+    count = length // spacings[-1] if spacings else ceil(length / stride)
+    return tuple(index * length // count for index in range(count))
+
+
+def check_fit(length: int, size: int, stride: int) -> None:
+    """Raises ValueError unless windows of `size` cells can cover `length` cells at `stride`."""
+    if length < size:
+        raise ValueError(f"a canvas of {length} cells is smaller than a window of {size} cells")
+    if not 1 <= stride <= size:
+        raise ValueError(
+            f"stride={stride}: must be 1 to the window's {size} latent cells; {size // 2} would do"
+        )
+
+
+def crop(latents: Tensor, views: Sequence[View]) -> Tensor:
+    """Cuts windows out of a canvas.
+
+    Args:
+        latents: the canvas (1, C, H, W).
+        views: N of them, of one size s.
+
+    Returns:
+        The windows (N, C, s, s).
+    """
+    return torch.cat([latents[(..., *cells(view, latents))] for view in views])
+
+
+class Fusion:
+    """The mean of windows over a canvas, gathered a batch at a time.
+
+    MultiDiffusion (arXiv 2302.08113), equation 5, with equal weights.
+    """
+
+    def __init__(self, canvas: Tensor) -> None:
+        """Begins with nothing; `canvas` (1, C, H, W) gives shape, device and dtype."""
+        self.total = torch.zeros_like(canvas)
+        self.count = torch.zeros_like(canvas[:, :1])
+
+    def add(self, windows: Tensor, views: Sequence[View]) -> None:
+        """Adds windows (N, C, s, s) at their views."""
+        for window, view in zip(windows, views, strict=True):
+            place = cells(view, self.total)
+            self.total[(..., *place)] += window
+            self.count[(..., *place)] += 1
+
+    def mean(self) -> Tensor:
+        """The average (1, C, H, W) of what was added; every cell must be covered."""
+        return self.total / self.count
+
+
+def fuse(windows: Tensor, views: Sequence[View], canvas: Tensor) -> Tensor:
+    """Averages windows (N, C, s, s) over a canvas of the shape of `canvas` (1, C, H, W)."""
+    fusion = Fusion(canvas)
+    fusion.add(windows, views)
+    return fusion.mean()
+
+
+def cells(view: View, canvas: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (s, 1) and columns (1, s) of a view on a canvas, modulo its size."""
+    rows, columns = (
+        torch.arange(start, start + view.size, device=canvas.device) % length
+        for start, length in zip((view.top, view.left), canvas.shape[-2:], strict=True)
+    )
+    return rows[:, None], columns[None]

@@ -1,0 +1,112 @@
+"""The laws that windows, sampling and decoding keep, whatever the sizes."""
+
+import copy
+from math import ceil
+
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from panorama.sampler import sample
+from panorama.synchronize import Synchronizer, SyncSchedule
+from panorama.views import Fusion, crop, flat_starts, fuse, make_views, ring_starts
+from tests.numeric.test_plain_loop import Networks, make_scheduler
+
+sizes = st.integers(8, 40)
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> dict[str, int | bool]:
+    size = draw(sizes)
+    ring = draw(st.sampled_from(["", "x", "y"]))
+    return {
+        "height": size + draw(st.integers(0, 60)),
+        "width": size + draw(st.integers(0, 60)),
+        "size": size,
+        "stride": draw(st.integers(8, size - 1 if ring and size > 8 else size)),
+        "ring_x": ring == "x" and size > 8,
+        "ring_y": ring == "y" and size > 8,
+    }
+
+
+@given(layouts())
+@settings(deadline=None)
+def test_every_cell_is_covered_and_fuse_undoes_crop(layout: dict[str, int]) -> None:
+    views = make_views(**layout)
+    canvas = torch.randn(1, 2, layout["height"], layout["width"], dtype=torch.float64)
+    fusion = Fusion(canvas)
+    fusion.add(crop(canvas, views), views)
+    assert fusion.count.min() >= 1
+    torch.testing.assert_close(fuse(crop(canvas, views), views, canvas), canvas)
+
+
+@given(size=sizes, blocks=st.integers(0, 9), data=st.data())
+def test_multiples_of_the_stride_give_the_published_list(
+    size: int, blocks: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(8, size))
+    starts = flat_starts(size + blocks * stride, size, stride)
+    assert starts == tuple(i * stride for i in range(blocks + 1))
+
+
+@given(length=st.integers(16, 400), size=st.sampled_from([16, 32, 64]), data=st.data())
+def test_a_ring_is_covered_evenly(length: int, size: int, data: st.DataObject) -> None:
+    assume(length >= size)
+    stride = data.draw(st.integers(8, size - 1))
+    starts = ring_starts(length, size, stride)
+    gaps = [b - a for a, b in zip(starts, (*starts[1:], starts[0] + length), strict=True)]
+    assert max(gaps) <= stride and max(gaps) - min(gaps) <= 1
+    assert len(starts) >= 2
+    covered = [sum((cell - start) % length < size for start in starts) for cell in range(length)]
+    assert max(covered) - min(covered) <= 1
+    spacings = [d for d in range(8, stride + 1) if length % d == 0 and size % d == 0]
+    if spacings:
+        assert max(covered) == min(covered) == size // max(spacings)
+    else:
+        assert len(starts) == ceil(length / stride)
+
+
+@given(layouts(), st.integers(1, 12), st.integers(0, 2**31))
+@settings(deadline=None, max_examples=15)
+def test_the_batch_of_windows_changes_nothing(
+    layout: dict[str, int], batch: int, seed: int
+) -> None:
+    views = make_views(**layout)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(1, 4, layout["height"], layout["width"], generator=generator)
+    networks, solver = Networks(), make_scheduler("ddim")
+    synchronizer = Synchronizer(
+        networks.predict_noise, networks.decode, networks, solver.alphas_cumprod
+    )
+
+    def run(view_batch_size: int) -> torch.Tensor:
+        return sample(
+            noise.double(),
+            views,
+            networks.predict_noise,
+            copy.deepcopy(solver),
+            synchronizer=synchronizer,
+            schedule=SyncSchedule(50.0, threshold=3),
+            view_batch_size=view_batch_size,
+        )
+
+    torch.testing.assert_close(run(batch), run(len(views)), rtol=1e-9, atol=1e-9)
+
+
+@given(count=st.integers(2, 6), turns=st.integers(0, 7), vertical=st.booleans())
+@settings(deadline=None, max_examples=15)
+def test_a_ring_has_no_preferred_place(count: int, turns: int, vertical: bool) -> None:
+    """Rolling the noise by window spacings rolls what is sampled."""
+    spacing, size = 8, 16
+    length, dim = count * spacing, -2 if vertical else -1
+    assume(length >= size)
+    shape = (1, 4, length, size) if vertical else (1, 4, size, length)
+    views = make_views(*shape[-2:], size, spacing, ring_x=not vertical, ring_y=vertical)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(count)).double()
+    networks, solver = Networks(), make_scheduler("unipc")
+
+    def run(z: torch.Tensor) -> torch.Tensor:
+        return sample(z, views, networks.predict_noise, copy.deepcopy(solver))
+
+    rolled = run(noise.roll(turns * spacing, dim))
+    torch.testing.assert_close(rolled, run(noise).roll(turns * spacing, dim))
