@@ -1,0 +1,308 @@
+"""Request: every input of the model, its default, its range, and the rules between them.
+
+`Request` is the one table of inputs. Validation, the command line, the README's table and the
+test that holds predict.py's literals are all derived from it, through `INPUTS`.
+"""
+
+import dataclasses
+import secrets
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field
+from math import inf
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, get_args, get_type_hints
+
+SEED_BITS = 32  # torch's CPU generator looks at no more than the low 32 bits of a seed
+
+
+@dataclass(frozen=True)
+class ModeSettings:
+    """What a mode of one model family asks and offers, read from the family's own files.
+
+    Attributes:
+        width: The mode's own width, pixels.
+        height: The mode's own height, pixels.
+        guidance_scale: The family's default.
+        multiple: The VAE's factor; widths and heights are multiples of it, pixels.
+        window: Side of the square window that the UNet was trained on, latent cells.
+    """
+
+    width: int
+    height: int
+    guidance_scale: float
+    multiple: int
+    window: int
+
+
+@dataclass(frozen=True)
+class Input:
+    """The rules of one input.
+
+    Attributes:
+        name: As clients write it.
+        kind: str, bool, int or float.
+        optional: Whether None is allowed.
+        default: What holds where a request does not say; `dataclasses.MISSING` if it must say.
+        minimum: Smallest number, inclusive; -inf for what is not a number.
+        maximum: Largest number, inclusive; inf where only the model sets a bound, or nothing.
+        choices: All there are, or () if there is no list.
+        description: One or two sentences for users.
+    """
+
+    name: str
+    kind: type[str] | type[bool] | type[int] | type[float]
+    optional: bool
+    default: Any
+    minimum: float
+    maximum: float
+    choices: tuple[str, ...]
+    description: str
+
+    @property
+    def required(self) -> bool:
+        """Whether a request must give it."""
+        return self.default is MISSING
+
+    @property
+    def range(self) -> str:
+        """The range of a number, in words."""
+        upto = "" if self.maximum == inf else f" and at most {self.maximum}"
+        return f"at least {self.minimum}{upto}"
+
+    def check(self, value: object) -> None:
+        """Checks type and range.
+
+        Raises:
+            ValueError: With the name, the value, the rule and a value that would do.
+        """
+        if value is None and self.optional:
+            return
+        _CHECKS[self.kind](self, value)
+
+    def refuse(self, value: object, rule: str, legal: object) -> ValueError:
+        """The error to raise: names the input, its value, the rule, and a value that would do."""
+        return ValueError(f"{self.name}={value!r}: {self.name} must {rule}; {legal!r} would do")
+
+
+def _check_bool(rule: Input, value: object) -> None:
+    if not isinstance(value, bool):
+        raise rule.refuse(value, "be true or false", rule.default)
+
+
+def _check_number(rule: Input, value: object) -> None:
+    kinds, noun = ((int,), "an integer") if rule.kind is int else ((int, float), "a number")
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise rule.refuse(value, f"be {noun}", rule.default)
+    if not value >= rule.minimum:  # rather than <, so that NaN is refused too
+        raise rule.refuse(value, f"be {rule.range}", rule.minimum)
+    if value > rule.maximum:
+        raise rule.refuse(value, f"be {rule.range}", rule.maximum)
+
+
+def _check_text(rule: Input, value: object) -> None:
+    legal = "sunset over snowy mountains" if rule.required else rule.default
+    if not isinstance(value, str):
+        raise rule.refuse(value, "be text", legal)
+    if rule.choices and value not in rule.choices:
+        raise rule.refuse(value, f"be one of {', '.join(rule.choices)}", legal)
+    if rule.required and not value.strip():
+        raise rule.refuse(value, "not be empty", legal)
+    if value != value.encode(errors="ignore").decode():
+        raise rule.refuse(value, "be text that UTF-8 can hold", legal)
+
+
+_CHECKS = {str: _check_text, bool: _check_bool, int: _check_number, float: _check_number}
+
+
+def _input(
+    description: str,
+    *,
+    default: Any = MISSING,
+    minimum: float = -inf,
+    maximum: float = inf,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    rules = {
+        "description": description,
+        "minimum": minimum,
+        "maximum": maximum,
+        "choices": choices,
+    }
+    return field(default=default, metadata=rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One panorama to make, as asked. Constructing it checks what no model is needed for.
+
+    None stands for what the mode and the model family like best; `resolve` fills it in.
+
+    Raises:
+        ValueError: An input has the wrong type or is out of its range. The message names the
+            input, its value, the rule, and a value that would do.
+    """
+
+    prompt: str = _input("What the panorama shows.")
+    negative_prompt: str = _input("What it should not show.", default="")
+    mode: str = _input(
+        "How it is made. syncdiffusion: a wide or tall strip of overlapping windows, kept "
+        "coherent by synchronising them.",
+        default="syncdiffusion",
+        choices=("syncdiffusion",),
+    )
+    width: int | None = _input(
+        "Width in pixels: a multiple of 8, at least one window of the model. "
+        "If left out, the mode's own width.",
+        default=None,
+        minimum=64,
+        maximum=16384,
+    )
+    height: int | None = _input(
+        "Height in pixels: a multiple of 8, at least one window of the model. "
+        "If left out, the mode's own height.",
+        default=None,
+        minimum=64,
+        maximum=16384,
+    )
+    guidance_scale: float | None = _input(
+        "How closely to follow the prompt. If left out, the model family's own default.",
+        default=None,
+        minimum=0.0,
+        maximum=20.0,
+    )
+    sync_weight: float = _input(
+        "Weight of the gradient that pulls the windows towards one another. 0 turns it off.",
+        default=20.0,
+        minimum=0.0,
+        maximum=30.0,
+    )
+    sync_decay_rate: float = _input(
+        "Factor by which that weight shrinks from one step to the next.",
+        default=0.99,
+        minimum=0.0,
+        maximum=1.0,
+    )
+    sync_freq: int = _input("Synchronise at every n-th step.", default=1, minimum=1)
+    sync_threshold: int = _input(
+        "Number of steps, from the first on, during which to synchronise.",
+        default=5,
+        minimum=0,
+        maximum=200,
+    )
+    num_inference_steps: int = _input(
+        "Number of denoising steps.", default=50, minimum=1, maximum=200
+    )
+    stride: int = _input(
+        "Distance between neighbouring windows in latent cells (of 8 pixels), at most the "
+        "side of a window. Smaller is smoother and slower.",
+        default=16,
+        minimum=8,
+    )
+    seed: int | None = _input(
+        "The same seed and inputs give the same picture. If left out, a random one.",
+        default=None,
+        minimum=0,
+        maximum=2**SEED_BITS - 1,
+    )
+    loop_closure: bool = _input(
+        "Close the panorama into a ring, along its longer side.", default=False
+    )
+
+    def __post_init__(self) -> None:
+        for name, rule in INPUTS.items():
+            value = getattr(self, name)
+            rule.check(value)
+            if rule.kind is float and value is not None:
+                object.__setattr__(self, name, float(value))
+
+    def resolve(self, settings: ModeSettings) -> "ResolvedRequest":
+        """Fills in what was left open, then checks what depends on the family.
+
+        Args:
+            settings: Of this request's mode, in the family that is going to run it.
+
+        Raises:
+            ValueError: As for the class: a size, the stride, or a ring that cannot close.
+        """
+        own = {
+            "width": settings.width,
+            "height": settings.height,
+            "guidance_scale": settings.guidance_scale,
+            "seed": secrets.randbits(SEED_BITS),
+        }
+        given = {name: value for name, value in self.inputs().items() if value is not None}
+        resolved = ResolvedRequest(**own | given)
+        for check in (_check_sizes, _check_stride, _check_ring):
+            check(resolved, settings)
+        return resolved
+
+    def inputs(self) -> dict[str, Any]:
+        """Every input by name: what `Request(**inputs)` makes this request from again."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRequest(Request):
+    """A request with nothing left open, checked against the family that runs it."""
+
+    width: int
+    height: int
+    guidance_scale: float
+    seed: int
+
+    @property
+    def closed_axis(self) -> Literal["x", "y"] | None:
+        """The axis along which the panorama closes into a ring, if it does: its longer side."""
+        if not self.loop_closure:
+            return None
+        return "x" if self.width >= self.height else "y"
+
+
+def _inputs() -> Mapping[str, Input]:
+    types = get_type_hints(Request)
+    table = {}
+    for f in dataclasses.fields(Request):
+        options = get_args(types[f.name]) or (types[f.name],)
+        table[f.name] = Input(
+            name=f.name,
+            kind=next(t for t in options if t is not NoneType),
+            optional=NoneType in options,
+            default=f.default,
+            **f.metadata,
+        )
+    return MappingProxyType(table)
+
+
+INPUTS = _inputs()
+
+
+def _check_sizes(request: ResolvedRequest, settings: ModeSettings) -> None:
+    """Sizes are whole latent cells, and hold at least one window each way."""
+    multiple = settings.multiple
+    smallest = settings.window * multiple
+    for name, size in (("width", request.width), ("height", request.height)):
+        if size < smallest:
+            rule = f"be at least {smallest}, one window of the model"
+            raise INPUTS[name].refuse(size, rule, smallest)
+        if size % multiple:
+            legal = size // multiple * multiple
+            raise INPUTS[name].refuse(size, f"be a multiple of {multiple}", legal)
+
+
+def _check_stride(request: ResolvedRequest, settings: ModeSettings) -> None:
+    """Beyond a window's side there would be gaps between the windows."""
+    if request.stride > settings.window:
+        rule = f"be at most {settings.window}, the side of a window in latent cells"
+        raise INPUTS["stride"].refuse(request.stride, rule, settings.window)
+
+
+def _check_ring(request: ResolvedRequest, settings: ModeSettings) -> None:
+    """Around a ring there are windows enough to overlap, or the joints between them stay open.
+
+    They start at even distances of at most `stride` cells. At a whole window's distance they
+    would touch and not overlap. Any ring of at least one window will do: a ring of just one is
+    laid at least twice, and each window covers the other's joint.
+    """
+    if request.loop_closure and request.stride >= settings.window:
+        rule = f"be less than {settings.window} on a ring: it would have too few windows to close"
+        raise INPUTS["stride"].refuse(request.stride, rule, settings.window // 2)

@@ -1,0 +1,141 @@
+"""Prints the OpenAPI document of the server, made from the signature of Predictor.predict.
+
+It has the form that `cog build` gives it. The server reads from it which inputs there are and
+what they may be, and serves it as /openapi.json.
+"""
+
+import inspect
+import json
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+import cog
+
+from predict import Predictor
+
+KINDS = {str: "string", bool: "boolean", int: "integer", float: "number"}
+JSON = "application/json"
+
+
+def ref(name: str) -> dict[str, str]:
+    """A reference to a schema of the document."""
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def titled(name: str, **schema: Any) -> dict[str, Any]:
+    """A schema with the title that Cog gives a field of that name."""
+    return {"title": name.replace("_", " ").title(), **schema}
+
+
+def string(name: str, **schema: Any) -> dict[str, Any]:
+    """The schema of a text field."""
+    return titled(name, type="string", **schema)
+
+
+def thing(title: str, **schema: Any) -> dict[str, Any]:
+    """The schema of an object."""
+    return {"title": title, "type": "object", **schema}
+
+
+def input_schema() -> dict[str, Any]:
+    """The schema of a prediction's inputs."""
+    hints = get_type_hints(Predictor.predict)
+    parameters = list(inspect.signature(Predictor.predict).parameters.values())[1:]  # not self
+    properties = {}
+    for order, parameter in enumerate(parameters):
+        name, field = parameter.name, parameter.default
+        types = get_args(hints[name]) or (hints[name],)
+        kind = next(KINDS[t] for t in types if t is not NoneType)
+        optional = NoneType in types
+        schema = titled(name, type=kind, description=field.description)
+        if optional or field.default is not None:
+            schema["default"] = field.default
+        if optional:
+            schema["nullable"] = True
+        bounds = {"minimum": field.ge, "maximum": field.le}
+        schema |= {key: bound for key, bound in bounds.items() if bound is not None}
+        properties[name] = {**schema, "x-order": order}
+    required = [name for name, schema in properties.items() if "default" not in schema]
+    return thing("Input", properties=properties, required=required)
+
+
+def schemas() -> dict[str, Any]:
+    """Every schema of the document by name."""
+    times = ("created_at", "started_at", "completed_at")
+    response = {
+        "input": ref("Input"),
+        "output": ref("Output"),
+        **{name: string(name) for name in ("id", "version", "status", "error", "logs")},
+        **{name: string(name, format="date-time") for name in times},
+        "metrics": titled("metrics", type="object"),
+    }
+    place = {"anyOf": [{"type": "string"}, {"type": "integer"}]}
+    problem = {
+        "loc": {"title": "Location", "type": "array", "items": place},
+        "msg": string("message"),
+        "type": string("error_type"),
+    }
+    problems = titled("detail", type="array", items=ref("ValidationError"))
+    return {
+        "Input": input_schema(),
+        "Output": string("output", format="uri"),
+        "PredictionRequest": thing(
+            "PredictionRequest", properties={"id": string("id"), "input": ref("Input")}
+        ),
+        "PredictionResponse": thing("PredictionResponse", properties=response),
+        "Status": string(
+            "status", enum=["starting", "processing", "succeeded", "canceled", "failed"]
+        ),
+        "HTTPValidationError": thing("HTTPValidationError", properties={"detail": problems}),
+        "ValidationError": thing("ValidationError", properties=problem, required=list(problem)),
+    }
+
+
+def operation(summary: str, operation_id: str, answer: Any, **more: Any) -> dict[str, Any]:
+    """One operation, which answers with the schema `answer`."""
+    ok = {"description": "Successful Response", "content": {JSON: {"schema": answer}}}
+    return {"summary": summary, "operationId": operation_id, "responses": {"200": ok}, **more}
+
+
+def paths() -> dict[str, Any]:
+    """Every operation by path and method."""
+    predict = operation(
+        "Predict",
+        "predict_predictions_post",
+        ref("PredictionResponse"),
+        description="Run a single prediction on the model",
+        requestBody={"content": {JSON: {"schema": ref("PredictionRequest")}}},
+    )
+    predict["responses"]["422"] = {
+        "description": "Validation Error",
+        "content": {JSON: {"schema": ref("HTTPValidationError")}},
+    }
+    which = {
+        "name": "prediction_id",
+        "in": "path",
+        "required": True,
+        "schema": string("prediction_id"),
+    }
+    cancel = operation(
+        "Cancel", "cancel_predictions__prediction_id__cancel_post", {}, parameters=[which]
+    )
+    return {
+        "/": {"get": operation("Root", "root__get", {})},
+        "/health-check": {"get": operation("Healthcheck", "healthcheck_health_check_get", {})},
+        "/predictions": {"post": predict},
+        "/predictions/{prediction_id}/cancel": {"post": cancel},
+    }
+
+
+def document() -> dict[str, Any]:
+    """The whole document."""
+    return {
+        "openapi": "3.0.2",
+        "info": {"title": "Cog", "version": cog.__version__},
+        "paths": paths(),
+        "components": {"schemas": schemas()},
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(document(), indent=2))

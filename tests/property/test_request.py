@@ -1,0 +1,104 @@
+import ast
+import math
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from panorama.request import INPUTS, Input, ModeSettings, Request
+
+ANYTHING = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([10**400])
+)
+
+
+def legal(rule: Input) -> st.SearchStrategy:
+    """Values in the range that the table gives."""
+    bounds = {"min_value": rule.minimum, "max_value": min(rule.maximum, 10**6)}
+    strategy = {
+        bool: st.booleans,
+        int: lambda: st.integers(**bounds),
+        float: lambda: st.floats(**bounds),
+        str: lambda: st.sampled_from(rule.choices) if rule.choices else prompts,
+    }[rule.kind]()
+    return st.none() | strategy if rule.optional else strategy
+
+
+prompts = st.text(st.characters(codec="utf-8")).filter(str.strip)
+requests = st.builds(Request, **{name: legal(rule) for name, rule in INPUTS.items()})
+
+
+@st.composite
+def families(draw):
+    multiple = draw(st.sampled_from([4, 8, 16]))
+    window = draw(st.integers(16, 128))
+    sides = st.integers(window, 1024).map(lambda cells: cells * multiple)
+    return ModeSettings(
+        width=draw(sides),
+        height=draw(sides),
+        guidance_scale=draw(st.floats(0, 20)),
+        multiple=multiple,
+        window=window,
+    )
+
+
+def advice(error: ValueError) -> tuple[str, object]:
+    """The input that a message names, and the value of which it says that it would do."""
+    message = str(error)
+    name = message.partition("=")[0]
+    assert f": {name} must " in message
+    value = re.search(r"; (.*) would do$", message, re.DOTALL)[1]
+    return name, ast.literal_eval(value)
+
+
+def follow_advice(inputs: dict[str, object], settings: ModeSettings) -> Request:
+    """Does as each error says; more errors than inputs with rules mean that one advised badly."""
+    for _ in range(2 * len(INPUTS)):
+        try:
+            return Request(**inputs).resolve(settings)
+        except ValueError as error:
+            name, value = advice(error)
+            inputs = inputs | {name: value}
+    raise AssertionError(f"no advice made {inputs} legal")
+
+
+@given(requests)
+def test_the_table_accepts_what_it_describes(request):
+    assert Request(**request.inputs()) == request
+
+
+@given(st.fixed_dictionaries({name: ANYTHING for name in INPUTS}), families())
+def test_any_value_is_accepted_or_refused_with_advice_that_helps(inputs, settings):
+    resolved = follow_advice(inputs, settings)
+    assert resolved.resolve(settings) == resolved
+
+
+@given(requests, families())
+def test_what_is_given_is_kept_and_nothing_stays_open(request, settings):
+    try:
+        resolved = request.resolve(settings)
+    except ValueError as error:
+        assert advice(error)[0] in ("width", "height", "stride")
+        return
+    assert None not in resolved.inputs().values()
+    given_inputs = {name: value for name, value in request.inputs().items() if value is not None}
+    assert resolved.inputs() | given_inputs == resolved.inputs()
+    for size in (resolved.width, resolved.height):
+        assert size % settings.multiple == 0
+        assert size // settings.multiple >= settings.window
+
+
+@given(requests, families())
+def test_every_joint_of_a_ring_that_is_accepted_lies_inside_a_window(request, settings):
+    request = Request(**request.inputs() | {"loop_closure": True, "width": None, "height": None})
+    try:
+        resolved = request.resolve(settings)
+    except ValueError:
+        assert request.stride >= settings.window
+        return
+    length = max(resolved.width, resolved.height) // settings.multiple
+    count = math.ceil(length / resolved.stride)
+    starts = [i * length // count for i in range(count)]
+    ends = [start + settings.window for start in starts]
+    for joint in starts + ends:
+        assert any(0 < (joint - start) % length < settings.window for start in starts)

@@ -1,0 +1,180 @@
+"""The real server, over HTTP. A failed prediction is 200 with status "failed": Cog's way."""
+
+import json
+import signal
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+
+from panorama import Request, load, save
+from panorama.request import ResolvedRequest
+
+from .conftest import LONG, QUICK, ROOT, Server, Webhook, picture, png, serving
+
+pytestmark = pytest.mark.server
+
+
+def test_health_goes_from_starting_to_ready(server: Server):
+    assert server.statuses[0] == "STARTING"
+    assert server.statuses[-1] == "READY"
+    assert "Setup complete" in server.log()
+
+
+def test_setup_warns_users_of_nothing(server: Server):
+    assert "torchvision" not in server.log()
+    assert "Warning:" not in server.log()
+
+
+def test_it_serves_the_committed_openapi_document(server: Server):
+    committed = json.loads((ROOT / ".cog" / "openapi_schema.json").read_text())
+    assert server.call("GET", "/openapi.json") == (200, committed)
+
+
+def test_a_prediction_is_a_picture_of_the_asked_size(server: Server):
+    code, prediction = server.predict(QUICK | {"width": 384, "seed": 5})
+    assert (code, prediction["status"]) == (200, "succeeded")
+    image = picture(prediction)
+    assert (image.format, image.mode, image.size) == ("PNG", "RGB", (384, 256))
+
+
+def test_a_prediction_logs_its_seed_and_steps_and_records_metrics(server: Server):
+    _, prediction = server.predict(QUICK | {"seed": 5})
+    assert prediction["logs"].splitlines() == ["seed: 5", "step 1/2", "step 2/2"]
+    assert prediction["metrics"]["seed"] == 5
+    assert set(prediction["metrics"]["seconds"]) == {"sample", "decode", "save"}
+
+
+def test_a_seed_that_is_drawn_can_be_used_again(server: Server):
+    inputs = {name: value for name, value in QUICK.items() if name != "seed"}
+    _, first = server.predict(inputs)
+    _, again = server.predict(inputs | {"seed": first["metrics"]["seed"]})
+    assert png(again) == png(first)
+
+
+def test_one_prediction_leaves_nothing_to_the_next(server: Server):
+    _, first = server.predict(QUICK)
+    server.predict(QUICK | {"loop_closure": True, "width": 384, "sync_weight": 5.0, "seed": 9})
+    server.predict(QUICK | {"width": 258})
+    _, again = server.predict(QUICK)
+    assert png(again) == png(first)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "name", "message"),
+    [
+        (QUICK | {"num_inference_steps": 0}, "num_inference_steps", "less than the minimum of 1"),
+        (QUICK | {"width": 20000}, "width", "greater than the maximum of 16384"),
+        (QUICK | {"loop_closure": "yes"}, "loop_closure", 'not of type "boolean"'),
+        ({"seed": 1}, "prompt", "Field required"),
+    ],
+    ids=["too small", "too large", "wrong type", "missing"],
+)
+def test_what_the_document_forbids_is_refused_at_once(server: Server, inputs, name, message):
+    code, answer = server.predict(inputs)
+    assert code == 422
+    (problem,) = answer["detail"]
+    assert problem["loc"] == ["body", "input", name]
+    assert message in problem["msg"]
+
+
+def test_an_unknown_input_is_dropped_with_a_warning(server: Server):
+    code, prediction = server.predict(QUICK | {"colour": "red"})
+    assert (code, prediction["status"]) == (200, "succeeded")
+    assert "Stripped unknown input fields" in server.log()
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"prompt": " "}, "prompt=' ': prompt must not be empty; "),
+        ({"mode": "cubes"}, "mode='cubes': mode must be one of syncdiffusion"),
+        ({"width": 258}, "width=258: width must be a multiple of 8; 256 would do"),
+        ({"height": 128}, "height=128: height must be at least 256"),
+        ({"stride": 33}, "stride=33: stride must be at most 32"),
+        ({"stride": 32, "loop_closure": True}, "stride must be less than 32 on a ring"),
+    ],
+)
+def test_what_only_the_model_forbids_fails_and_says_why(server: Server, inputs, message):
+    code, prediction = server.predict(QUICK | inputs)
+    assert (code, prediction["status"]) == (200, "failed")
+    assert message in prediction["error"]
+    assert "output" not in prediction
+
+
+def test_a_failing_prediction_logs_its_traceback(server: Server, webhook: Webhook):
+    server.start("failing", QUICK | {"width": 258}, webhook.url)
+    event = webhook.last()
+    assert event["status"] == "failed"
+    assert event["logs"].startswith("Traceback (most recent call last):\n")
+    assert "ValueError: width=258" in event["logs"]
+
+
+def test_a_webhook_is_told_of_the_result(server: Server, webhook: Webhook):
+    code, answer = server.start("with-webhook", QUICK, webhook.url)
+    assert (code, answer) == (202, {"id": "with-webhook", "status": "starting"})
+    event = webhook.last()
+    assert event["status"] == "succeeded"
+    assert picture(event).size == (256, 256)
+
+
+def test_a_second_request_at_once_is_refused(server: Server, webhook: Webhook):
+    server.start("busy", LONG, webhook.url)
+    code, answer = server.call("POST", "/predictions", {"input": QUICK})
+    assert code == 409
+    assert "busy" in answer["error"]
+    assert server.status() == "BUSY"
+    server.call("POST", "/predictions/busy/cancel")
+    webhook.last()
+
+
+def test_after_a_cancel_in_mid_run_the_next_prediction_is_right(server: Server, webhook: Webhook):
+    ring = QUICK | {"loop_closure": True, "width": 512}
+    _, before = server.predict(ring)
+
+    server.start("cancelled", LONG | {"loop_closure": True, "width": 512}, webhook.url)
+    webhook.event(lambda event: "step 1/200" in event["logs"])
+    assert server.call("POST", "/predictions/cancelled/cancel")[0] == 200
+    event = webhook.last()
+    assert event["status"] == "canceled"
+    assert "step 200/200" not in event["logs"]
+
+    _, after = server.predict(ring)
+    assert png(after) == png(before)
+
+
+def test_sigterm_lets_a_running_prediction_finish(tmp_path: Path):
+    with serving(tmp_path / "log") as server:
+        answers = []
+        inputs = QUICK | {"num_inference_steps": 20}
+        thread = threading.Thread(target=lambda: answers.append(server.predict(inputs)))
+        thread.start()
+        while "step 1/20" not in server.log():
+            assert thread.is_alive()
+        server.process.send_signal(signal.SIGTERM)
+        thread.join(60)
+        assert server.process.wait(60) == 0
+    ((code, prediction),) = answers
+    assert (code, prediction["status"]) == (200, "succeeded")
+    assert picture(prediction).size == (256, 256)
+
+
+def test_the_same_picture_from_the_command_line_from_python_and_over_http(
+    server: Server, tmp_path: Path
+):
+    inputs = QUICK | {"loop_closure": True, "width": 512, "guidance_scale": 4.0}
+
+    from_command_line = tmp_path / "command-line.png"
+    pairs = [f"-i{name}={value}" for name, value in inputs.items()]
+    command = [ROOT / "script" / "predict", *pairs, "-o", from_command_line]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert run.stderr == ""
+
+    from_python = tmp_path / "python.png"
+    models = load()
+    request: ResolvedRequest = Request(**inputs).resolve(models.settings("syncdiffusion"))
+    save(models.generate(request), from_python, request, models.family)
+
+    _, over_http = server.predict(inputs)
+    assert from_command_line.read_bytes() == from_python.read_bytes() == png(over_http)
