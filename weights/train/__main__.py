@@ -1,0 +1,57 @@
+"""Trains the embedded family, or some stages of it: `python -m weights.train --help`."""
+
+import argparse
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+from transformers import CLIPTokenizer
+
+from weights.train import autoencoder, dataset, diffusion, export, recognise
+
+WORK = Path(__file__).parent / "work"
+
+
+def train_autoencoder(work: Path) -> None:
+    """Trains the autoencoder."""
+    autoencoder.train(work).save_pretrained(work / "autoencoder")
+
+
+def train_judge(work: Path) -> None:
+    """Trains the judge that measures the first family."""
+    export.export_judge(recognise.train_judge(work), "windows")
+
+
+def train_syncdiffusion(work: Path) -> None:
+    """Trains the feature network, the text encoder and the UNet, and writes the first family."""
+    vae = AutoencoderKL.from_pretrained(work / "autoencoder")
+    features = recognise.train_features(work)
+    tokenizer: CLIPTokenizer = diffusion.build_tokenizer(work / "tokenizer")
+    model = diffusion.train(work, vae, tokenizer)
+    export.export_syncdiffusion(vae, model, tokenizer, features)
+
+
+STAGES: Mapping[str, Callable[[Path], None]] = {
+    "render": dataset.render,
+    "autoencoder": train_autoencoder,
+    "judge": train_judge,
+    "syncdiffusion": train_syncdiffusion,
+}
+
+
+def main() -> None:
+    """Runs stages in order; each resumes where it was stopped."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; all if none is named")
+    parser.add_argument("--work", type=Path, default=WORK, help="pictures and checkpoints")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if unknown := set(arguments.stages) - set(STAGES):
+        parser.error(f"unknown stages: {', '.join(sorted(unknown))}")
+    for stage in arguments.stages or STAGES:
+        STAGES[stage](arguments.work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Trains the autoencoder that both embedded families share."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.nn import functional as F
+
+from weights.train import dataset
+from weights.train.fit import Plan, fit
+
+PLAN = Plan("autoencoder", steps=4500, learning_rate=1.5e-3, average=0.998)
+CROP, BATCH = 96, 12
+KINDS = {"strips": 0.6, "outdoors": 0.15, "rooms": 0.25}  # shares of a batch
+
+
+def build() -> AutoencoderKL:
+    """The autoencoder before training: factor 8, 4 latent channels, 2.6 M parameters."""
+    channels = (16, 32, 64, 128)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(channels),
+        up_block_types=("UpDecoderBlock2D",) * len(channels),
+        block_out_channels=channels,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        sample_size=256,
+        mid_block_add_attention=False,
+    )
+
+
+def crops(pictures: np.ndarray, count: int, generator: torch.Generator) -> Tensor:
+    """Random square crops, half of them mirrored: (count, 3, s, s) in [-1, 1]."""
+
+    def draw(high: int) -> int:
+        return int(torch.randint(high, (1,), generator=generator))
+
+    out = []
+    for _ in range(count):
+        picture = pictures[draw(len(pictures))]
+        top, left = draw(picture.shape[0] - CROP + 1), draw(picture.shape[1])
+        columns = (left + np.arange(CROP)) % picture.shape[1]
+        crop = picture[top : top + CROP][:, columns]
+        out.append(crop[:, ::-1] if draw(2) else crop)
+    return to_tensor(np.stack(out))
+
+
+def to_tensor(pictures: np.ndarray) -> Tensor:
+    """(N, H, W, 3) in [0, 255] to (N, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def reconstruction_loss(picture: Tensor, target: Tensor) -> Tensor:
+    """L1, L1 of the gradients, half L1 at two lower resolutions, and a little squared error."""
+
+    def l1(a: Tensor, b: Tensor) -> Tensor:
+        return (a - b).abs().mean()
+
+    loss = l1(picture, target) + 2 * F.mse_loss(picture, target)
+    loss = loss + l1(picture.diff(dim=-1), target.diff(dim=-1))
+    loss = loss + l1(picture.diff(dim=-2), target.diff(dim=-2))
+    for factor in (4, 16):
+        loss = loss + 0.5 * l1(F.avg_pool2d(picture, factor), F.avg_pool2d(target, factor))
+    return loss
+
+
+def train(work: Path) -> AutoencoderKL:
+    """Trains on crops of all kinds of pictures."""
+    torch.manual_seed(0)
+    model = build()
+    pictures = {kind: dataset.load(work, kind, "train").rgb for kind in KINDS}
+
+    def loss(generator: torch.Generator) -> Tensor:
+        counts = {kind: round(share * BATCH) for kind, share in KINDS.items()}
+        batch = [crops(pictures[kind], count, generator) for kind, count in counts.items()]
+        target = torch.cat(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = model.encode(target).latent_dist
+            picture = model.decode(posterior.sample(generator)).sample
+        kl = 0.5 * (
+            posterior.mean.float() ** 2 + posterior.var.float() - posterior.logvar.float() - 1
+        )
+        return reconstruction_loss(picture.float(), target) + 1e-3 * kl.mean()
+
+    model = fit(model, loss, PLAN, work)
+    model.register_to_config(scaling_factor=1 / latent_std(model, pictures["strips"]))
+    return model
+
+
+@torch.no_grad()
+def latent_std(model: AutoencoderKL, pictures: np.ndarray) -> float:
+    """Standard deviation of the latents, whose inverse is the scaling factor."""
+    step = max(1, len(pictures) // 64)
+    latents = [model.encode(to_tensor(p[None])).latent_dist.mean for p in pictures[::step]]
+    return float(torch.stack(latents).std())
+
+
+@torch.no_grad()
+def psnr(model: AutoencoderKL, pictures: np.ndarray) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio of decode(encode(picture)), in dB."""
+    values = []
+    for picture in pictures:
+        target = to_tensor(picture[None])
+        decoded = model.decode(model.encode(target).latent_dist.mode()).sample
+        levels = ((decoded.clamp(-1, 1) + 1) * 127.5).round()
+        error = (levels - (target + 1) * 127.5).square().mean()
+        values.append(10 * torch.log10(255**2 / error))
+    return float(torch.stack(values).mean())

@@ -1,0 +1,183 @@
+"""Trains the first family's text encoder and UNet on the latents of the strips."""
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from weights.train import dataset, rooms, scenes
+from weights.train.autoencoder import to_tensor
+from weights.train.fit import Plan, fit
+
+PLAN = Plan("diffusion", steps=6000, learning_rate=1e-3, average=0.9990, warmup=200)
+BATCH, WINDOW = 16, 32
+CONTEXT = 32  # tokens
+DROPPED = 0.1  # share of captions left out, for guidance
+WRAP = 64  # pixels of the other side that the encoder sees beyond either edge
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+
+logger = logging.getLogger(__name__)
+
+
+def build_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer of a few hundred words; its bytes make any other text out of pieces."""
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        initial_alphabet=letters,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(words(), trainer)
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    pieces = letters + [f"{letter}</w>" for letter in letters]
+    pieces += [a + b for a, b in merges if a + b not in pieces]
+    vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces + special))}
+    folder.mkdir(parents=True, exist_ok=True)
+    clip = CLIPTokenizer(
+        vocab=vocabulary,
+        merges=[tuple(pair) for pair in merges],
+        model_max_length=CONTEXT,
+        pad_token="<|endoftext|>",
+    )
+    clip.save_pretrained(folder)
+    return clip
+
+
+def words() -> Iterator[str]:
+    """Every caption's words, those of the rooms too: the vocabulary serves both families."""
+    for table in (scenes.TIME_WORDS, scenes.LAND_WORDS):
+        for synonyms in table.values():
+            yield from synonyms
+    yield from scenes.FRAMES
+    yield from ("over at with trees under clouds", "hdri view in the color of")
+    yield from rooms.KINDS
+    yield from rooms.COLORS
+    yield from ("seamless panorama", "low quality, blurry, dark, people, text, watermark")
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two small layers; trained together with the UNet."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=384,
+            projection_dim=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=CONTEXT,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """6 M parameters for windows of 32 x 32 latents."""
+    return UNet2DConditionModel(
+        sample_size=WINDOW,
+        block_out_channels=(48, 96, 144),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=(2, 3, 4),  # diffusers means the number of heads
+        norm_num_groups=8,
+        use_linear_projection=True,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    """The schedule of SD 2 base."""
+    return DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+
+
+class TextToImage(nn.Module):
+    """What is trained: the text encoder and the UNet."""
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = unet
+
+    def forward(self, latents: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        """The noise in latents (N, 4, h, w) at timesteps (N,) under captions (N, L)."""
+        states = self.text_encoder(ids).last_hidden_state  # (N, L, D)
+        return self.unet(latents, t, encoder_hidden_states=states).sample
+
+
+@torch.no_grad()
+def encode_strips(work: Path, vae: AutoencoderKL) -> Tensor:
+    """The scaled latents of every training strip, (N, 4, 32, 128), kept in the work folder."""
+    path = work / "latents" / "strips.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    pictures = dataset.load(work, "strips", "train").rgb
+    latents = []
+    for index, picture in enumerate(pictures):
+        around = np.concatenate([picture[:, -WRAP:], picture, picture[:, :WRAP]], 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean = vae.encode(to_tensor(around[None])).latent_dist.mean.float()
+        latents.append(mean[..., WRAP // 8 : -WRAP // 8] * vae.config.scaling_factor)
+        if index % 400 == 0:
+            logger.info("latents of strips: %d of %d", index, len(pictures))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(torch.cat(latents), path)
+    return torch.cat(latents)
+
+
+def min_snr(t: Tensor, alphas_cumprod: Tensor, gamma: float = 5.0) -> Tensor:
+    """The loss's weight at timesteps (N,), Min-SNR (arXiv 2303.09556) for noise prediction."""
+    alpha_bar = alphas_cumprod[t]
+    snr = alpha_bar / (1 - alpha_bar)
+    return snr.clamp(max=gamma) / snr
+
+
+def train(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToImage:
+    """Trains on windows of the strips at any place, also across the wrap."""
+    torch.manual_seed(3)
+    model = TextToImage(build_text_encoder(tokenizer), build_unet())
+    model.unet.compile()
+    scheduler = build_scheduler()
+    latents = encode_strips(work, vae)
+    attributes = dataset.load(work, "strips", "train").attributes
+    width = latents.shape[-1]
+
+    def loss(generator: torch.Generator) -> Tensor:
+        index = torch.randint(len(latents), (BATCH,), generator=generator)
+        left = torch.randint(width, (BATCH,), generator=generator)
+        columns = (left[:, None] + torch.arange(WINDOW)) % width  # (N, w)
+        rows = torch.arange(latents.shape[-2])
+        x0 = latents[index[:, None, None], :, rows[:, None], columns[:, None]]  # (N, h, w, C)
+        x0 = x0.permute(0, 3, 1, 2)  # (N, C, h, w)
+        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+        captions = [
+            "" if rng.random() < DROPPED else scenes.caption(scenes.Scene(**attributes[i]), rng)
+            for i in index.tolist()
+        ]
+        ids = tokenizer(
+            captions, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+        t = torch.randint(scheduler.config.num_train_timesteps, (BATCH,), generator=generator)
+        noise = torch.randn(x0.shape, generator=generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            noise_pred = model(scheduler.add_noise(x0, noise, t), t, ids)
+        error = F.mse_loss(noise_pred.float(), noise, reduction="none").mean((1, 2, 3))
+        return (error * min_snr(t, scheduler.alphas_cumprod)).mean()
+
+    trained = fit(model, loss, PLAN, work)
+    assert isinstance(trained, TextToImage)
+    return trained

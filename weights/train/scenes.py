@@ -1,0 +1,676 @@
+"""Procedural landscapes, seeded and periodic left to right, with their captions and distances.
+
+A scene is painted back to front in angles (azimuth and elevation as seen by the camera), so that
+one renderer serves the flat strips of the first family and the 2:1 equirectangular pictures of the
+second. The look is that of an illustration: smooth shading, crisp anti-aliased silhouettes and
+next to no fine noise, which is what a small autoencoder can keep.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import cos, pi, radians, sin
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+Color = tuple[float, float, float]
+
+CAMERA_HEIGHT = 6.0  # metres above the ground plane
+
+
+@dataclass(frozen=True)
+class Sky:
+    """The light of a time of day; colours are display RGB in [0, 1]."""
+
+    zenith: Color
+    middle: Color
+    horizon: Color
+    haze: Color  # what distance fades into
+    light: Color  # multiplies every colour on the ground
+    cloud: Color
+    disc: Color | None  # sun or moon
+    disc_elevation: tuple[float, float] = (10, 30)  # degrees
+    glow: float = 0.0
+    stars: int = 0
+
+
+@dataclass(frozen=True)
+class Land:
+    """What the ground is made of; colours are display RGB in [0, 1] under white light."""
+
+    near: Color  # the ground at the viewer's feet
+    far: Color  # the ground below the horizon
+    ridge: Color
+    height: float  # of the highest ridge, degrees
+    profile: str  # a key of PROFILES
+    tree: str | None  # a key of TREES
+    foliage: tuple[Color, ...] = ()
+
+
+T = TypeVar("T", Sky, Land)
+
+SKIES: Mapping[str, Sky] = {
+    "noon": Sky(
+        zenith=(0.16, 0.44, 0.86), middle=(0.36, 0.64, 0.93), horizon=(0.76, 0.90, 0.98),
+        haze=(0.70, 0.84, 0.95), light=(1.0, 1.0, 0.98), cloud=(1.0, 1.0, 1.0),
+        disc=(1.0, 0.98, 0.85), disc_elevation=(26, 40), glow=0.30,
+    ),
+    "sunset": Sky(
+        zenith=(0.30, 0.17, 0.46), middle=(0.82, 0.33, 0.38), horizon=(1.0, 0.64, 0.26),
+        haze=(0.93, 0.52, 0.33), light=(0.95, 0.68, 0.57), cloud=(0.98, 0.58, 0.45),
+        disc=(1.0, 0.90, 0.58), disc_elevation=(6, 16), glow=0.55,
+    ),
+    "night": Sky(
+        zenith=(0.02, 0.03, 0.11), middle=(0.05, 0.08, 0.21), horizon=(0.12, 0.17, 0.35),
+        haze=(0.11, 0.15, 0.31), light=(0.29, 0.33, 0.50), cloud=(0.22, 0.26, 0.41),
+        disc=(0.96, 0.95, 0.86), disc_elevation=(14, 38), glow=0.18, stars=90,
+    ),
+    "dawn": Sky(
+        zenith=(0.47, 0.56, 0.82), middle=(0.78, 0.72, 0.88), horizon=(1.0, 0.82, 0.80),
+        haze=(0.90, 0.78, 0.86), light=(0.86, 0.78, 0.86), cloud=(1.0, 0.88, 0.90),
+        disc=(1.0, 0.95, 0.84), disc_elevation=(4, 12), glow=0.35,
+    ),
+    "overcast": Sky(
+        zenith=(0.50, 0.53, 0.57), middle=(0.62, 0.64, 0.67), horizon=(0.78, 0.79, 0.80),
+        haze=(0.71, 0.73, 0.75), light=(0.66, 0.68, 0.70), cloud=(0.86, 0.87, 0.88),
+        disc=None,
+    ),
+}  # fmt: skip
+
+LANDS: Mapping[str, Land] = {
+    "green hills": Land(
+        near=(0.32, 0.60, 0.20), far=(0.50, 0.72, 0.30), ridge=(0.27, 0.52, 0.27), height=15,
+        profile="hills", tree="conifer", foliage=((0.09, 0.34, 0.19), (0.13, 0.40, 0.20)),
+    ),
+    "desert": Land(
+        near=(0.90, 0.72, 0.47), far=(0.95, 0.82, 0.60), ridge=(0.84, 0.50, 0.32), height=15,
+        profile="mesas", tree="cactus", foliage=((0.28, 0.48, 0.26), (0.34, 0.52, 0.26)),
+    ),
+    "snowy mountains": Land(
+        near=(0.84, 0.91, 1.0), far=(0.92, 0.96, 1.0), ridge=(0.40, 0.46, 0.58), height=24,
+        profile="peaks", tree="conifer", foliage=((0.10, 0.28, 0.28), (0.14, 0.33, 0.31)),
+    ),
+    "sea": Land(
+        near=(0.04, 0.30, 0.46), far=(0.20, 0.52, 0.64), ridge=(0.26, 0.40, 0.42), height=9,
+        profile="islands", tree=None,
+    ),
+    "volcanic land": Land(
+        near=(0.17, 0.14, 0.15), far=(0.27, 0.21, 0.21), ridge=(0.30, 0.21, 0.21), height=19,
+        profile="volcanoes", tree="dead", foliage=((0.10, 0.08, 0.09),),
+    ),
+    "autumn hills": Land(
+        near=(0.62, 0.38, 0.12), far=(0.80, 0.52, 0.18), ridge=(0.80, 0.27, 0.10), height=15,
+        profile="woods", tree="round",
+        foliage=((0.88, 0.34, 0.10), (0.95, 0.62, 0.13), (0.72, 0.17, 0.12)),
+    ),
+}  # fmt: skip
+
+TIME_WORDS: Mapping[str, tuple[str, ...]] = {
+    "noon": ("noon", "midday", "a clear day", "a sunny day"),
+    "sunset": ("sunset", "sunset", "evening", "dusk"),
+    "night": ("night", "night", "a starry night", "moonlight"),
+    "dawn": ("dawn", "dawn", "sunrise", "early morning"),
+    "overcast": ("overcast sky", "an overcast day", "a cloudy day", "grey weather"),
+}
+LAND_WORDS: Mapping[str, tuple[str, ...]] = {
+    "green hills": ("green hills", "green hills", "meadows", "grassland"),
+    "desert": ("desert", "the desert", "a desert", "sand dunes"),
+    "snowy mountains": ("snowy mountains", "snowy mountains", "snow", "mountains in winter"),
+    "sea": ("the sea", "the sea", "the ocean", "a calm sea"),
+    "volcanic land": ("volcanic land", "a volcano", "volcanoes", "lava fields"),
+    "autumn hills": ("autumn hills", "autumn hills", "autumn", "an autumn forest"),
+}
+FRAMES = ("", "", "", "a panorama of ", "a view of ", "an illustration of ")
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a picture shows: the attributes that captions name and classifiers read."""
+
+    time: str  # a key of SKIES
+    land: str  # a key of LANDS
+    trees: bool
+    clouds: bool
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The part of the sphere that a picture shows, all 360 degrees wide.
+
+    Row y of a picture of H rows is at elevation top - (top - bottom) * (y + 0.5) / H degrees;
+    column x of W is at azimuth 2 pi (x + 0.5) / W.
+    """
+
+    width: int
+    height: int
+    top: float
+    bottom: float
+
+
+STRIP = Frame(width=1024, height=256, top=50, bottom=-40)
+EQUIRECT = Frame(width=512, height=256, top=90, bottom=-90)
+
+
+def draw_scene(rng: np.random.Generator) -> Scene:
+    """Draws the attributes of one scene, times and lands evenly."""
+    time = str(rng.choice(list(SKIES)))
+    land = str(rng.choice(list(LANDS)))
+    trees = LANDS[land].tree is not None and rng.random() < 0.55
+    clouds = time == "overcast" or rng.random() < 0.5
+    return Scene(time, land, bool(trees), bool(clouds))
+
+
+def caption(scene: Scene, rng: np.random.Generator, keep: float = 0.6) -> str:
+    """Words for a scene, each attribute left out with probability 1 - keep.
+
+    Returns e.g. "sunset over snowy mountains with trees"; may be empty.
+    """
+    time = rng.choice(TIME_WORDS[scene.time]) if rng.random() < keep else ""
+    land = rng.choice(LAND_WORDS[scene.land]) if rng.random() < keep else ""
+    trees = " with trees" if scene.trees and rng.random() < keep else ""
+    clouds = " under clouds" if scene.clouds and rng.random() < keep else ""
+    if time and land:
+        form = rng.choice(["{time} over {land}{rest}", "{land}{rest} at {time}"], p=[0.7, 0.3])
+        text = form.format(time=time, land=land, rest=trees + clouds)
+    else:
+        text = f"{time or land}{trees}{clouds}".strip()
+    return f"{rng.choice(FRAMES)}{text}" if text else ""
+
+
+def render(
+    scene: Scene, rng: np.random.Generator, frame: Frame = STRIP, supersample: int = 2
+) -> tuple[NDArray[np.uint8], Array]:
+    """Paints a scene.
+
+    Args:
+        scene: what to paint.
+        rng: where everything that the scene leaves open comes from.
+        frame: which part of the sphere, and how large.
+        supersample: rays per pixel and axis, averaged.
+
+    Returns:
+        The picture (H, W, 3) in [0, 255], and the distance (H, W) of what it shows in metres, inf
+        for the sky.
+    """
+    canvas = Canvas(frame, supersample)
+    sky, land = jitter(SKIES[scene.time], rng), jitter(LANDS[scene.land], rng)
+    sun = float(rng.uniform(0, 2 * pi))
+    paint_sky(canvas, scene, sky, sun, rng)
+    if scene.land == "sea":
+        paint_sea(canvas, sky, land, sun, rng)
+    else:
+        paint_ridges(canvas, sky, land, sun, rng)
+        paint_ground(canvas, sky, land, rng)
+    if scene.trees:
+        plant(canvas, sky, land, rng)
+    return canvas.picture()
+
+
+class Canvas:
+    """A picture under way: colours, distances, and the angles of every row and column."""
+
+    def __init__(self, frame: Frame, supersample: int) -> None:
+        self.supersample = supersample
+        self.height, self.width = frame.height * supersample, frame.width * supersample
+        span = radians(frame.top - frame.bottom)
+        rows = (np.arange(self.height, dtype=np.float32) + 0.5) / self.height
+        self.elevation: Array = (radians(frame.top) - span * rows)[:, None]  # (H, 1)
+        columns = (np.arange(self.width, dtype=np.float32) + 0.5) / self.width
+        self.azimuth: Array = (2 * pi * columns)[None]  # (1, W)
+        self.pixel = span / self.height
+        self.rgb: Array = np.zeros((self.height, self.width, 3), np.float32)
+        self.distance: Array = np.full((self.height, self.width), np.inf, np.float32)
+
+    def rows(self, low: float, high: float) -> slice:
+        """The rows whose elevation lies in [low, high] radians."""
+        inside = np.flatnonzero((self.elevation[:, 0] >= low) & (self.elevation[:, 0] <= high))
+        return slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, 0)
+
+    def columns(self, center: float, halfwidth: float) -> NDArray[np.intp]:
+        """The columns within halfwidth radians of an azimuth, across the wrap."""
+        reach = min(int(halfwidth / (2 * pi) * self.width) + 2, self.width // 2 - 1)
+        middle = int(center / (2 * pi) * self.width)
+        return np.arange(middle - reach, middle + reach + 1) % self.width
+
+    def paint(
+        self,
+        alpha: Array,
+        color: Array | Color,
+        distance: float | Array | None = None,
+        rows: slice = slice(None),
+        columns: NDArray[np.intp] | slice = slice(None),
+    ) -> None:
+        """Lays a colour over a block, alpha in [0, 1]; what covers half a sample hides it."""
+        mixed = self.rgb[rows, columns]
+        self.rgb[rows, columns] = mixed + alpha[..., None] * (np.asarray(color, np.float32) - mixed)
+        if distance is not None:
+            self.distance[rows, columns] = np.where(
+                alpha > 0.5, distance, self.distance[rows, columns]
+            )
+
+    def picture(self) -> tuple[NDArray[np.uint8], Array]:
+        """Averages the samples of each pixel; the distance is that of the nearest."""
+        s = self.supersample
+        shape = (self.height // s, s, self.width // s, s)
+        rgb = self.rgb.reshape(*shape, 3).mean((1, 3))
+        nearest = self.distance.reshape(shape).min((1, 3))
+        return (rgb.clip(0, 1) * 255 + 0.5).astype(np.uint8), nearest
+
+
+def paint_sky(canvas: Canvas, scene: Scene, sky: Sky, sun: float, rng: np.random.Generator) -> None:
+    """Gradient, glow, sun or moon, stars and clouds; mirrored below the horizon for water."""
+    up = np.abs(canvas.elevation) / radians(50)
+    lower = mix(sky.horizon, sky.middle, smoothstep(0, 0.55, up))
+    canvas.rgb[:] = mix(lower, sky.zenith, smoothstep(0.30, 1.1, up))
+    elevation = radians(rng.uniform(*sky.disc_elevation))
+    if sky.disc is not None:
+        gap = angle_between(canvas, sun, elevation)
+        canvas.paint(sky.glow * np.exp(-((gap / 0.42) ** 2)), sky.disc)
+        canvas.paint(0.55 * np.exp(-((gap / 0.16) ** 2)) * min(1.0, sky.glow * 3), sky.disc)
+    for _ in range(sky.stars):
+        paint_star(canvas, rng)
+    if sky.disc is not None:
+        radius = radians(3.2)
+        canvas.paint(edge(radius - gap, canvas.pixel), sky.disc)
+    if scene.time == "overcast":
+        paint_stratus(canvas, sky, rng)
+    elif scene.clouds:
+        for _ in range(int(rng.integers(9, 15))):
+            paint_cumulus(canvas, sky, rng)
+
+
+def paint_star(canvas: Canvas, rng: np.random.Generator) -> None:
+    """A soft dot, large enough for the autoencoder to keep."""
+    elevation, azimuth = radians(rng.uniform(10, 85)), rng.uniform(0, 2 * pi)
+    radius = radians(rng.uniform(0.35, 0.6))
+    rows = canvas.rows(elevation - 4 * radius, elevation + 4 * radius)
+    columns = canvas.columns(azimuth, 4 * radius / cos(elevation))
+    across = wrap(canvas.azimuth[:, columns] - azimuth) * cos(elevation)
+    gap2 = across**2 + (canvas.elevation[rows] - elevation) ** 2
+    alpha = rng.uniform(0.5, 0.95) * np.exp(-gap2 / radius**2)
+    canvas.paint(alpha.astype(np.float32), (0.93, 0.95, 1.0), None, rows, columns)
+
+
+def paint_stratus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
+    """Broad soft bands over the whole sky."""
+    noise = waves(canvas.azimuth, 7.0 * np.abs(canvas.elevation), rng, 7, 9)
+    fade = np.cos(canvas.elevation) * smoothstep(0.02, 0.25, np.abs(canvas.elevation))
+    canvas.paint(0.45 * fade * smoothstep(-0.3, 1.3, noise), sky.cloud)
+    canvas.paint(0.35 * fade * smoothstep(-0.3, 1.3, -noise), scaled(sky.zenith, 0.82))
+
+
+def paint_cumulus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
+    """A heap of discs on a flat base, bright above and shaded below."""
+    azimuth, base = rng.uniform(0, 2 * pi), radians(rng.uniform(12, 44))
+    width = radians(rng.uniform(7, 15))
+    stretch = 1 / cos(base)
+    top = 0.62 * width
+    rows = canvas.rows(base - 0.12 * width, base + 1.2 * top)
+    columns = canvas.columns(azimuth, 1.3 * width * stretch)
+    x = wrap(canvas.azimuth[:, columns] - azimuth) / (stretch * width)
+    y = (canvas.elevation[rows] - base) / width
+    inside = np.full((y.shape[0], x.shape[1]), -1.0, np.float32)
+    for center in np.linspace(-0.68, 0.68, 5):
+        radius = (0.46 - 0.30 * center**2) * rng.uniform(0.8, 1.15)
+        shift = center + rng.uniform(-0.06, 0.06)
+        inside = np.maximum(inside, radius - np.hypot(x - shift, 0.9 * (y - 0.12)))
+    inside = np.minimum(inside, 0.6 * (y + 0.04))
+    alpha = 0.92 * smoothstep(-0.01, 0.07, inside)
+    shade = smoothstep(0.0, 0.5, y)[..., None] * np.ones_like(x)[..., None]
+    under = mix(sky.cloud, sky.middle, np.float32(0.42))
+    canvas.paint(alpha, under + shade * (np.asarray(sky.cloud, np.float32) - under),
+                 None, rows, columns)  # fmt: skip
+
+
+def paint_ridges(
+    canvas: Canvas, sky: Sky, land: Land, sun: float, rng: np.random.Generator
+) -> None:
+    """Three ridge lines, each nearer, lower and less hazy than the one behind it."""
+    for scale, meters, haze in ((1.0, 400.0, 0.62), (0.62, 200.0, 0.38), (0.34, 110.0, 0.18)):
+        profile, slope = PROFILES[land.profile](canvas.azimuth, rng)
+        height = radians(land.height) * scale * profile  # (1, W)
+        color = lit(land.ridge, sky)
+        body = mix(color, sky.haze, np.float32(haze))
+        rows = canvas.rows(-0.02, float(height.max()) + 2 * canvas.pixel)
+        above = canvas.elevation[rows]
+        relative = np.clip(above / np.maximum(height, 1e-3), 0, 1)
+        # Faces lean: the shading of a point is that of the crest beside it.
+        facing = slope_at(canvas, slope, above, height) * np.sin(canvas.azimuth - sun)
+        paint = body * (1 + 0.16 * facing[..., None])
+        if land.profile == "peaks":
+            paint = snow_cap(paint, relative, canvas.azimuth, sky, haze, rng)
+        foot = smoothstep(0.7, 0.0, relative)[..., None] * 0.45
+        paint = paint + foot * (np.asarray(sky.haze, np.float32) - paint)
+        canvas.paint(edge(height - above, canvas.pixel), paint, meters, rows)
+        if land.profile == "volcanoes":
+            paint_lava(canvas, height, sky, rng)
+
+
+def slope_at(canvas: Canvas, slope: Array, above: Array, height: Array) -> Array:
+    """The slope of the crest at azimuths that drift downhill, (rows, W)."""
+    drift = (0.5 * np.maximum(height - above, 0) / (2 * pi) * canvas.width).astype(np.intp)
+    columns = (np.arange(canvas.width)[None] + drift) % canvas.width
+    return np.tanh(slope[0][columns])
+
+
+def snow_cap(
+    paint: Array, relative: Array, azimuth: Array, sky: Sky, haze: float, rng: np.random.Generator
+) -> Array:
+    """Snow above a wavy line."""
+    line = 0.42 + 0.10 * waves(azimuth, np.zeros_like(azimuth), rng, 30, 6)
+    snow = mix(lit((0.97, 0.98, 1.0), sky), sky.haze, np.float32(0.7 * haze))
+    shade = 1 + 0.6 * (paint / np.maximum(paint.mean((0, 1)), 1e-3) - 1)
+    cover = smoothstep(line - 0.05, line + 0.05, relative)[..., None]
+    return paint + cover * (snow * shade - paint)
+
+
+def paint_lava(canvas: Canvas, height: Array, sky: Sky, rng: np.random.Generator) -> None:
+    """Two streams that run down from the highest point, and their glow."""
+    summit = float(canvas.azimuth[0, int(height.argmax())])
+    top = float(height.max())
+    rows = canvas.rows(0.0, top * 1.5)
+    above = canvas.elevation[rows]
+    gap = np.hypot(wrap(canvas.azimuth - summit), 1.3 * (above - top))
+    canvas.paint(0.5 * np.exp(-((gap / 0.13) ** 2)), (1.0, 0.42, 0.16), None, rows)
+    for side in (-1.0, 1.0):
+        path = summit + side * rng.uniform(0.15, 0.4) * (top - above) * (
+            1 + 0.3 * np.sin(40 * above)
+        )
+        wide = 0.008 + 0.03 * (top - above)
+        alpha = edge(wide - np.abs(wrap(canvas.azimuth - path)), canvas.pixel)
+        alpha = alpha * edge(height - 0.004 - above, canvas.pixel)
+        canvas.paint(alpha * smoothstep(0, 0.03, above), (1.0, 0.46, 0.12), None, rows)
+
+
+def paint_ground(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
+    """The plane from the horizon to the nadir, in soft waves."""
+    rows = canvas.rows(-pi / 2, 0.012)
+    down = np.maximum(-canvas.elevation[rows], 1e-3)
+    horizon = 0.006 * waves(canvas.azimuth, np.zeros_like(canvas.azimuth), rng, 12, 5)
+    alpha = edge(horizon - canvas.elevation[rows], canvas.pixel)
+    depth = smoothstep(0.0, 0.65, down)
+    color = mix(lit(land.far, sky), lit(land.near, sky), depth)
+    noise = waves(canvas.azimuth, 2.2 * np.log(down + 0.04), rng, 9, 7)
+    noise = noise * np.cos(canvas.elevation[rows]) * smoothstep(0.0, 0.12, down)
+    color = color * (1 + 0.07 * noise[..., None])
+    near_haze = np.exp(-down / 0.06)[..., None] * 0.4
+    color = color + near_haze * (np.asarray(sky.haze, np.float32) - color)
+    distance = np.minimum(CAMERA_HEIGHT / np.sin(down), 110.0)
+    canvas.paint(alpha, color, np.broadcast_to(distance, alpha.shape), rows)
+    if land.profile == "volcanoes":
+        cracks = waves(canvas.azimuth, 9 * np.log(down + 0.1), rng, 8, 6)
+        glow = smoothstep(0.16, 0.08, np.abs(cracks)) * smoothstep(0.03, 0.12, down)
+        glow = glow * smoothstep(0.1, 0.6, noise) * np.cos(canvas.elevation[rows])
+        canvas.paint(glow * alpha, (1.0, 0.44, 0.10), None, rows)
+
+
+def paint_sea(canvas: Canvas, sky: Sky, land: Land, sun: float, rng: np.random.Generator) -> None:
+    """Islands, and water that mirrors them, the sky and the sun."""
+    down = -canvas.elevation
+    paint_islands(canvas, sky, land, rng)
+    rows = canvas.rows(-pi / 2, 0.0)
+    depth = smoothstep(0.0, 0.8, down[rows])
+    water = mix(lit(land.far, sky), lit(land.near, sky), depth)
+    canvas.paint(0.50 + 0.28 * depth * np.ones_like(canvas.azimuth), water, None, rows)
+    swell = waves(canvas.azimuth, 16 * np.log(down[rows] + 0.05), rng, 6, 6)
+    swell = swell * np.cos(down[rows]) * smoothstep(0.02, 0.2, down[rows])
+    canvas.rgb[rows] *= 1 + 0.05 * swell[..., None]
+    if sky.disc is not None:
+        across = wrap(canvas.azimuth - sun) / (0.05 + 0.16 * down[rows])
+        path = np.exp(-(across**2)) * np.exp(-down[rows] / 0.5)
+        canvas.paint(0.55 * path * (0.75 + 0.25 * np.tanh(3 * swell)), sky.disc, None, rows)
+    shore = smoothstep(0.012, 0.0, down[rows]) * 0.35 * np.ones_like(canvas.azimuth)
+    canvas.paint(shore, sky.haze, None, rows)
+    canvas.distance[rows] = np.minimum(CAMERA_HEIGHT / np.sin(np.maximum(down[rows], 1e-3)), 300.0)
+
+
+def paint_islands(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
+    """Two rows of islands and their mirror images; the water comes over those."""
+    for scale, meters, haze in ((1.0, 300.0, 0.55), (0.6, 180.0, 0.25)):
+        profile, _ = PROFILES[land.profile](canvas.azimuth, rng)
+        height = radians(land.height) * scale * profile
+        body = mix(lit(land.ridge, sky), sky.haze, np.float32(haze))
+        limit = float(height.max()) + 2 * canvas.pixel
+        rows = canvas.rows(0.0, limit)
+        canvas.paint(edge(height - canvas.elevation[rows], canvas.pixel), body, meters, rows)
+        rows = canvas.rows(-limit, 0.0)
+        image = edge(height + canvas.elevation[rows], 4 * canvas.pixel)
+        canvas.paint(0.8 * image, body, None, rows)
+
+
+def plant(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
+    """Trees in groups, the far ones first."""
+    count = int(rng.integers(34, 60))
+    groves = rng.uniform(0, 2 * pi, 9)
+    azimuths = groves[rng.integers(0, 9, count)] + rng.normal(0, 0.22, count)
+    distances = np.sort(rng.uniform(14, 62, count))[::-1]
+    for azimuth, distance in zip(azimuths % (2 * pi), distances, strict=True):
+        foliage = land.foliage[int(rng.integers(len(land.foliage)))]
+        haze = np.float32(0.45 * (distance / 62) ** 1.5)
+        color = mix(lit(foliage, sky), sky.haze, haze)
+        trunk = mix(lit((0.32, 0.22, 0.16), sky), sky.haze, haze)
+        paint_tree(canvas, land, float(azimuth), float(distance), color, trunk, rng)
+
+
+def paint_tree(
+    canvas: Canvas, land: Land, azimuth: float, distance: float, color: Array, trunk: Array,
+    rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """One tree standing on the plane: x across and y up, in units of its height."""
+    assert land.tree is not None
+    meters = rng.uniform(6.5, 9.5)
+    foot = -np.arctan(CAMERA_HEIGHT / distance)
+    size = float(np.arctan((meters - CAMERA_HEIGHT) / distance) - foot)
+    rows = canvas.rows(foot - 0.1 * size, foot + 1.1 * size)
+    columns = canvas.columns(azimuth, 0.6 * size)
+    x = wrap(canvas.azimuth[:, columns] - azimuth) / size
+    y = (canvas.elevation[rows] - foot) / size
+    soft = canvas.pixel / size
+    for inside, part in TREES[land.tree](x, y, rng):
+        tone = color if part == "crown" else trunk
+        shade = (1 + 0.20 * np.clip(-x / 0.25, -1, 1) + 0.12 * (y - 0.5))[..., None]
+        canvas.paint(edge(inside, soft), tone * shade, distance, rows, columns)
+
+
+Part = tuple[Array, str]
+
+
+def conifer(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
+    """Three stacked skirts on a short trunk."""
+    lean = rng.uniform(0.85, 1.15)
+    crown = np.full(np.broadcast_shapes(x.shape, y.shape), -1.0, np.float32)
+    for bottom, top, half in ((0.10, 0.58, 0.27), (0.34, 0.80, 0.21), (0.56, 1.0, 0.15)):
+        skirt = half * lean * (top - y) / (top - bottom) - np.abs(x)
+        crown = np.maximum(crown, np.minimum(skirt, y - bottom))
+    return [(np.minimum(0.045 - np.abs(x), np.minimum(y, 0.2 - y)), "trunk"), (crown, "crown")]
+
+
+def round_tree(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
+    """An oval crown with a lobe on either side."""
+    crown = 0.27 - np.hypot(x, 0.82 * (y - 0.66))
+    for side in (-1, 1):
+        lobe = 0.18 - np.hypot(x - side * rng.uniform(0.12, 0.2), y - rng.uniform(0.5, 0.6))
+        crown = np.maximum(crown, lobe)
+    return [(np.minimum(0.05 - np.abs(x), np.minimum(y, 0.5 - y)), "trunk"), (crown, "crown")]
+
+
+def cactus(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
+    """A column with two bent arms."""
+
+    def bar(x0: float, y0: float, y1: float, half: float) -> Array:
+        return half - np.hypot(x - x0, y - np.clip(y, y0, y1))
+
+    body = bar(0.0, 0.0, 0.9, 0.085)
+    for side in (-1.0, 1.0):
+        low = rng.uniform(0.3, 0.48)
+        elbow = 0.055 - np.hypot(x - np.clip(x, min(0, side * 0.2), max(0, side * 0.2)), y - low)
+        body = np.maximum(body, np.maximum(elbow, bar(side * 0.2, low, low + 0.26, 0.06)))
+    return [(np.minimum(body, y), "crown")]
+
+
+def dead_tree(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
+    """A bare trunk that forks."""
+    wood = np.minimum(0.075 * (1.1 - y) - np.abs(x), np.minimum(y, 0.95 - y))
+    for side in (-1.0, 1.0):
+        fork = rng.uniform(0.35, 0.55)
+        branch = 0.045 - np.abs(x - side * 0.6 * (y - fork))
+        wood = np.maximum(wood, np.minimum(branch, np.minimum(y - fork, fork + 0.38 - y)))
+    return [(wood, "crown")]
+
+
+TREES: Mapping[str, Callable[[Array, Array, np.random.Generator], list[Part]]] = {
+    "conifer": conifer,
+    "round": round_tree,
+    "cactus": cactus,
+    "dead": dead_tree,
+}
+
+
+def hills(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Rolling crests in [0.3, 1] and their slopes."""
+    return crest(lambda a, r: 0.65 + 0.35 * np.tanh(waves(a, 0 * a, r, 14, 8)), azimuth, rng)
+
+
+def woods(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Rolling crests lined with round crowns; the slope is that of the ground."""
+    ground, slope = hills(azimuth, rng)
+    bumps = np.sqrt(np.abs(np.sin(24 * azimuth + 2 * waves(azimuth, 0 * azimuth, rng, 16, 5))))
+    return ground + 0.13 * bumps, slope
+
+
+def peaks(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Sharp summits: folded waves."""
+
+    def line(a: Array, r: np.random.Generator) -> Array:
+        broad = 1 - np.abs(np.tanh(waves(a, 0 * a, r, 12, 7)))
+        small = 1 - np.abs(np.tanh(waves(a, 0 * a, r, 22, 6)))
+        return 0.30 + 0.50 * broad + 0.20 * small
+
+    return crest(line, azimuth, rng)
+
+
+def mesas(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Table mountains between dunes."""
+
+    def line(a: Array, r: np.random.Generator) -> Array:
+        dunes = 0.30 + 0.14 * np.tanh(waves(a, 0 * a, r, 12, 6))
+        tables = smoothstep(0.45, 0.75, waves(a, 0 * a, r, 9, 6))
+        return dunes + (0.92 - dunes) * tables
+
+    return crest(line, azimuth, rng)
+
+
+def islands(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Crests that sink below the horizon for half of the way."""
+    return crest(lambda a, r: np.maximum(waves(a, 0 * a, r, 10, 8) * 0.55, -0.05), azimuth, rng)
+
+
+def volcanoes(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Cut-off cones over low ridges."""
+
+    def line(a: Array, r: np.random.Generator) -> Array:
+        low = 0.22 + 0.12 * np.tanh(waves(a, 0 * a, r, 18, 7))
+        for center in r.uniform(0, 2 * pi, 3):
+            reach = np.abs(wrap(a - center)) / r.uniform(0.32, 0.5)
+            low = np.maximum(low, np.minimum(1.15 * np.maximum(1 - reach, 0) ** 1.35, 0.9))
+        return low
+
+    return crest(line, azimuth, rng)
+
+
+PROFILES: Mapping[str, Callable[[Array, np.random.Generator], tuple[Array, Array]]] = {
+    "hills": hills,
+    "woods": woods,
+    "peaks": peaks,
+    "mesas": mesas,
+    "islands": islands,
+    "volcanoes": volcanoes,
+}
+
+
+def crest(
+    line: Callable[[Array, np.random.Generator], Array], azimuth: Array, rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """A crest line (1, W) and its derivative by azimuth."""
+    height = line(azimuth, rng).astype(np.float32)
+    slope = (np.roll(height, -1, 1) - np.roll(height, 1, 1)) / (2 * 2 * pi / azimuth.shape[1])
+    return height, slope
+
+
+def waves(
+    azimuth: Array, other: Array, rng: np.random.Generator, highest: int, terms: int
+) -> Array:
+    """Smooth noise about [-1.5, 1.5]: cosines of whole frequencies in azimuth, so it is periodic.
+
+    Args:
+        azimuth: (1, W) radians.
+        other: (H, 1) or (1, W), the second coordinate.
+        rng: draws frequencies and phases.
+        highest: highest frequency round the circle.
+        terms: number of cosines.
+    """
+    frequencies = rng.integers(1, highest + 1, terms)
+    total = np.zeros(np.broadcast_shapes(azimuth.shape, other.shape), np.float32)
+    weight = 0.0
+    for k in frequencies:
+        amplitude = 1 / (1 + 3 * k / highest)
+        total += amplitude * np.cos(
+            k * azimuth + rng.uniform(-1.5, 1.5) * other + np.float32(rng.uniform(0, 2 * pi))
+        )
+        weight += amplitude**2
+    return (total * (0.9 / np.sqrt(weight / 2)) / 1.4).astype(np.float32)
+
+
+def jitter(thing: T, rng: np.random.Generator) -> T:
+    """The same thing with every colour moved a little, all in the same direction."""
+    gain = rng.normal(1, 0.03) * rng.normal(1, 0.02, 3)
+
+    def moved(value: object) -> object:
+        if isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], float):
+            return tuple(float(c * g) for c, g in zip(value, gain, strict=True))
+        return value
+
+    return type(thing)(**{name: moved(value) for name, value in vars(thing).items()})
+
+
+def lit(color: Color, sky: Sky) -> Array:
+    """A colour under the sky's light."""
+    return np.asarray(color, np.float32) * np.asarray(sky.light, np.float32)
+
+
+def scaled(color: Color, factor: float) -> Color:
+    """A colour made darker or lighter."""
+    return (color[0] * factor, color[1] * factor, color[2] * factor)
+
+
+def mix(a: Array | Color, b: Array | Color, t: Array | np.float32) -> Array:
+    """a where t is 0, b where t is 1; t gains a channel axis if it is an array."""
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    weight = t[..., None] if isinstance(t, np.ndarray) else t
+    return a + weight * (b - a)
+
+
+def smoothstep(low: float | Array, high: float | Array, value: Array) -> Array:
+    """0 at low, 1 at high (or the other way round), smooth between."""
+    t = np.clip((value - low) / (high - low), 0, 1)
+    return (t * t * (3 - 2 * t)).astype(np.float32)
+
+
+def edge(inside: Array, pixel: float) -> Array:
+    """Coverage of a sample by a shape: inside > 0 in the shape, in the units of pixel."""
+    return np.clip(inside / pixel + 0.5, 0, 1).astype(np.float32)
+
+
+def wrap(angle: Array) -> Array:
+    """An angle in [-pi, pi)."""
+    return (angle + pi) % (2 * pi) - pi
+
+
+def angle_between(canvas: Canvas, azimuth: float, elevation: float) -> Array:
+    """Great-circle angle of every sample to a direction, radians (H, W)."""
+    cosine = np.sin(canvas.elevation) * sin(elevation) + np.cos(canvas.elevation) * cos(
+        elevation
+    ) * np.cos(canvas.azimuth - azimuth)
+    return np.arccos(np.clip(cosine, -1, 1)).astype(np.float32)
