@@ -171,16 +171,14 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
                 raise CancelledError
             on_step(k, steps)
 
-        # The context tells Cog which prediction a printed line belongs to.
-        job = self.thread.submit(copy_context().run, self.models.generate, request, step)
         try:
+            # The context tells Cog which prediction a printed line belongs to.
+            job = self.thread.submit(copy_context().run, self.models.generate, request, step)
             while not wait([job], timeout=0.1).done:  # Cog cannot raise in a wait without end
                 pass
-        except BaseException:
-            cancelled.set()
-            wait([job])
-            raise
-        return job.result()
+            return job.result()
+        finally:
+            cancelled.set()  # the next prediction waits in the queue of the one thread
 
 
 class Stopwatch:

@@ -94,7 +94,7 @@ def check_output(path: Path) -> None:
         ValueError: It cannot.
     """
     if path.suffix.lower() != ".png":
-        raise ValueError(f"-o {path}: must end in .png; {path.with_suffix('.png')} would do")
+        raise ValueError(f"-o {path}: must be a file that ends in .png; output.png would do")
     if not path.parent.is_dir():
         raise ValueError(f"-o {path}: there is no folder {path.parent}")
     if path.is_dir() or not os.access(path.parent, os.W_OK):

@@ -55,7 +55,8 @@ def wrapped(conv: nn.Conv2d, axes: str, x: Tensor, weight: Tensor, bias: Tensor 
     sides = {"x": (left, right, 0, 0), "y": (0, 0, top, bottom)}
     for axis, pad in sides.items():
         mode = "circular" if axis in axes else conv.padding_mode.replace("zeros", "constant")
-        x = F.pad(x, pad, mode=mode)
+        if any(pad):
+            x = F.pad(x, pad, mode=mode)
     return F.conv2d(x, weight, bias, conv.stride, 0, conv.dilation, conv.groups)
 
 

@@ -3,18 +3,19 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from panorama.circular import circular, replaced
-from panorama.views import flat_starts, ring_starts
+from panorama.views import even_starts, flat_starts
 
 MAX_CELLS = 65536
 """Largest canvas, in latent cells, that is decoded whole and so exactly: 8192 x 512 pixels."""
-MIN_SLICE = 32
-"""Cells along a slice, at least: the decoder sees some 17 cells beyond what it decodes."""
+MIN_SLICE = 128
+"""Cells along a slice, at least: a decoder sees some 17 cells beyond what it decodes."""
 
 
 @torch.no_grad()
@@ -26,8 +27,9 @@ def decode_canvas(
     Up to `max_cells` the canvas is decoded whole: rolling a ring's latents by k cells rolls the
     picture by k times the VAE's factor. Beyond, it is decoded in slices along its longer axis,
     which overlap by a quarter and are blended linearly, around the ring too. All of them are
-    normalised with the statistics of one decode of blocks from all over the canvas. Slices are not
-    exact: those statistics are an estimate, and the decoder's attention sees its slice alone.
+    normalised with the statistics of blocks from all over the canvas. Slices are not exact: those
+    statistics are an estimate, and the decoder's attention sees its slice alone. On the embedded
+    family's pictures the difference was at most 3.5 grey levels of 255, and 0.6 on average.
 
     Args:
         vae: an AutoencoderKL.
@@ -43,7 +45,8 @@ def decode_canvas(
         with circular(vae, axes=ring):
             return decode(vae, latents).clamp(-1, 1)
     axis, dim, across = ("x", -1, height) if width >= height else ("y", -2, width)
-    return decode_slices(vae, latents, dim, ring == axis, max_cells // across).clamp(-1, 1)
+    with circular(vae, axes="" if ring == axis else ring):
+        return decode_slices(vae, latents, dim, ring == axis, max_cells // across).clamp(-1, 1)
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
@@ -57,61 +60,75 @@ def decode_slices(vae: Any, latents: Tensor, dim: int, ring: bool, size: int) ->
     """Decodes slices of `size` cells along a dimension and blends them where they overlap."""
     length = latents.shape[dim]
     size = min(max(size, MIN_SLICE), length)
-    overlap = size // 4
-    starts = (ring_starts if ring else flat_starts)(length, size, size - overlap)
+    stride = size - size // 4
+    starts = (
+        even_starts(length, ceil(length / stride)) if ring else flat_starts(length, size, stride)
+    )
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    pixels = torch.arange(size * factor, device=latents.device)
-    ramp = (torch.minimum(pixels, pixels.flip(0)) + 0.5) / (overlap * factor)
-    weight = ramp.clamp(max=1).view(-1, *([1] * (-1 - dim)))
+    weight = slice_weight(size * factor, latents.device).view(-1, *([1] * (-1 - dim)))
     shape = [1, 3, *(n * factor for n in latents.shape[-2:])]
     total = latents.new_zeros(shape, dtype=torch.float32)
     weights = latents.new_zeros([length * factor, *weight.shape[1:]], dtype=torch.float32)
-    with shared_statistics(vae, digest(latents, dim, size)):
+
+    def cut(start: int) -> Tensor:
+        cells = torch.arange(start, start + size, device=latents.device) % length
+        return latents.index_select(dim, cells)
+
+    with shared_statistics(vae, torch.cat(blocks(latents, dim, size))):
         for start in starts:
-            cells = torch.arange(start, start + size, device=latents.device) % length
-            picture = decode(vae, latents.index_select(dim, cells))
-            place = (start * factor + pixels) % (length * factor)
-            total.index_add_(dim, place, picture * weight)
+            pixels = torch.arange(start * factor, (start + size) * factor, device=latents.device)
+            place = pixels % (length * factor)
+            total.index_add_(dim, place, decode(vae, cut(start)) * weight)
             weights.index_add_(0, place, weight)
     return total / weights
 
 
-def digest(latents: Tensor, dim: int, size: int) -> Tensor:
-    """`size` cells along a dimension, in eight blocks from all over the canvas."""
-    block = size // 8
-    starts = torch.linspace(0, latents.shape[dim] - block, 8).long().tolist()
-    return torch.cat([latents.narrow(dim, start, block) for start in starts], dim)
+def slice_weight(size: int, device: torch.device) -> Tensor:
+    """Weights (size,) of a slice's pixels: ramps over its outer quarters, next to none at the ends.
+
+    The outermost sixteenths see the padding at the slice's ends. They count only where there is no
+    other slice, at the edges of a flat canvas.
+    """
+    pixels = torch.arange(size, device=device)
+    inwards = (torch.minimum(pixels, pixels.flip(0)) + 0.5) / size
+    return ((inwards - 1 / 16) * 8).clamp(1e-6, 1)
+
+
+def blocks(latents: Tensor, dim: int, size: int) -> list[Tensor]:
+    """Four blocks from all along a dimension, together as large as a slice of `size` cells."""
+    length, block = latents.shape[dim], size // 4
+    return [latents.narrow(dim, (length - block) * k // 3, block) for k in range(4)]
 
 
 @contextmanager
 def shared_statistics(vae: Any, latents: Tensor) -> Iterator[None]:
-    """Makes every GroupNorm of the decoder use the statistics that decoding some latents has.
+    """Makes every GroupNorm of the decoder use its statistics over latents (N, C, h, w).
 
     Slices that each normalised by themselves would differ in tint and contrast.
     """
     norms = [m for m in vae.decoder.modules() if isinstance(m, nn.GroupNorm)]
     statistics: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
 
-    def record(norm: nn.GroupNorm, inputs: tuple[Tensor], _: Tensor) -> None:
-        groups = inputs[0].float().reshape(norm.num_groups, -1)
-        statistics[norm] = groups.mean(1), groups.var(1, correction=0)
+    def measure(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+        groups = x.float().unflatten(1, (norm.num_groups, -1)).transpose(0, 1).flatten(1)
+        statistics[norm] = groups.mean(1), groups.var(1, correction=0)  # (groups,) each
+        return normalise(norm, *statistics[norm], x)
 
     with ExitStack() as stack:
         for norm in norms:
-            stack.callback(norm.register_forward_hook(record).remove)
+            stack.enter_context(replaced(norm, "forward", partial(measure, norm)))
         decode(vae, latents)
     with ExitStack() as stack:
         for norm in norms:
-            stack.enter_context(
-                replaced(norm, "forward", partial(normalise, norm, *statistics[norm]))
-            )
+            forward = partial(normalise, norm, *statistics[norm])
+            stack.enter_context(replaced(norm, "forward", forward))
         yield
 
 
 def normalise(norm: nn.GroupNorm, mean: Tensor, variance: Tensor, x: Tensor) -> Tensor:
     """GroupNorm of x (N, C, ...) with a mean and a variance (groups,) from elsewhere."""
     per_group = norm.num_channels // norm.num_groups
-    shape = (1, -1, *([1] * (x.dim() - 2)))
     scale = (variance + norm.eps).rsqrt().repeat_interleave(per_group) * norm.weight
     shift = norm.bias - mean.repeat_interleave(per_group) * scale
-    return x * scale.view(shape).to(x.dtype) + shift.view(shape).to(x.dtype)
+    shape = (1, -1, *([1] * (x.dim() - 2)))
+    return (x.float() * scale.float().view(shape) + shift.float().view(shape)).to(x.dtype)

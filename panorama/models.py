@@ -132,11 +132,13 @@ def load(
     """
     folder = WEIGHTS / family
     if not (folder / "family.toml").is_file():
-        raise FileNotFoundError(f"no model family {family!r}: {folder} has no family.toml")
-    for mode in modes or ():
+        families = ", ".join(sorted(path.parent.name for path in WEIGHTS.glob("*/family.toml")))
+        raise FileNotFoundError(f"no model family {family!r} in {WEIGHTS}; there is {families}")
+    modes = tuple(MODES) if modes is None else modes
+    for mode in modes:
         if mode not in MODES:
             raise ValueError(f"mode={mode!r}: must be one of {', '.join(MODES)}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     defaults = tomllib.loads((folder / "family.toml").read_text())
-    pipelines = {mode: MODES[mode].load(folder / mode, place) for mode in modes or MODES}
+    pipelines = {mode: MODES[mode].load(folder / mode, place) for mode in modes}
     return Models(family, place, pipelines, defaults)

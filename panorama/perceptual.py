@@ -28,7 +28,7 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     config_name = "config.json"
     # Half precision has no epsilon small enough for `unit`.
-    _keep_in_fp32_modules = ("stages", "heads")
+    _keep_in_fp32_modules = ["stages", "heads"]  # noqa: RUF012  diffusers wants a list
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
@@ -48,8 +48,6 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 previous = width
             self.stages.append(nn.Sequential(*layers))
         self.heads = nn.ParameterList(nn.Parameter(torch.ones(w[-1]) / w[-1]) for w in channels)
-        self.register_buffer("_shift", torch.tensor(shift).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("_scale", torch.tensor(scale).view(1, 3, 1, 1), persistent=False)
 
     def embed(self, images: Tensor) -> list[Tensor]:
         """The features that are compared.
@@ -60,7 +58,11 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Returns:
             For each stage (N, C, h, w), of unit length over C.
         """
-        x = (images - self._shift) / self._scale
+        shift, scale = (
+            torch.tensor(values, device=images.device).view(1, 3, 1, 1)
+            for values in (self.config.shift, self.config.scale)
+        )
+        x = (images - shift) / scale  # (N, 3, H, W)
         features = []
         for stage in self.stages:
             x = stage(x)

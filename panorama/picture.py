@@ -9,7 +9,7 @@ from typing import Any
 from xml.sax.saxutils import quoteattr
 
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from panorama.__version__ import __version__
 from panorama.request import ResolvedRequest
@@ -53,8 +53,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: The file is a picture, but not one of ours.
     """
-    with Image.open(path) as image:
-        text = getattr(image, "text", {})
+    with PngImageFile(os.fspath(path)) as image:  # not Image.open, which refuses large pictures
+        text = image.info  # what stands before the pixels, which are not read
     if METADATA_KEY not in text:
         raise ValueError(f"{path} does not say what made it: it has no {METADATA_KEY!r} text")
     metadata: dict[str, Any] = json.loads(text[METADATA_KEY])

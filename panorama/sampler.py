@@ -49,18 +49,19 @@ def sample(
     anchor = views[len(views) // 2]
     others = [view for view in views if view is not anchor]
     for step, t in enumerate(scheduler.timesteps):
-        weight = schedule(step) if synchronizer and schedule else 0.0
         noise_pred, moved = Fusion(latents), Fusion(latents)
-        if synchronizer and weight:
+        weight = schedule(step) if schedule and others else 0.0
+        synchronising = synchronizer if weight else None
+        if synchronising:
             x = crop(latents, [anchor])  # (1, C, s, s)
             noise = predict_noise(x, t)
-            features = synchronizer.embed(x, noise, t)
+            features = synchronising.embed(x, noise, t)
             moved.add(x, [anchor])
             noise_pred.add(noise, [anchor])
-        for batch in batched(others if weight else views, view_batch_size):
+        for batch in batched(others if synchronising else views, view_batch_size):
             x = crop(latents, batch)  # (n, C, s, s)
-            if synchronizer and weight:
-                x = synchronizer.step(x, t, features, weight)
+            if synchronising:
+                x = synchronising.step(x, t, features, weight)
             moved.add(x, batch)
             noise_pred.add(predict_noise(x, t), batch)
         latents = scheduler.step(noise_pred.mean(), t, moved.mean()).prev_sample
@@ -79,7 +80,7 @@ def require_fusable(scheduler: Any) -> None:
     """Refuses a scheduler whose step is not affine in (latents, noise) or not what windows need.
 
     The law itself is tried on a copy: stepping the mean of two samples must give the mean of
-    their steps, at every timestep, with one history each. Clipping, thresholding and fresh noise
+    their steps, all along a short run, one history each. Clipping, thresholding and fresh noise
     (ancestral, SDE) break it.
 
     Raises:
@@ -100,7 +101,9 @@ def require_fusable(scheduler: Any) -> None:
             f"scheduler={name}: must keep latents at unit variance (init_noise_sigma 1 and "
             f"alphas_cumprod); {advice}"
         )
-    if not steps_affinely(scheduler):
+    with torch.random.fork_rng(devices=[]):  # some schedulers draw noise
+        affine = steps_affinely(scheduler)
+    if not affine:
         raise ValueError(
             f"scheduler={name}: its step must be affine in (latents, noise), without clip_sample, "
             f"thresholding or fresh noise, or else windows can't be averaged before it; {advice}"

@@ -30,10 +30,9 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         tokenizer: CLIPTokenizer.
         unet: UNet2DConditionModel that predicts noise; its `sample_size` is a window's side.
         scheduler: any diffusers scheduler whose step is affine, see `sampler.require_fusable`.
-        perceptual: the distance that keeps windows coherent, an LPIPS or what has its two calls.
+        perceptual: the distance that keeps windows coherent, an LPIPS or a module with its calls
+            `embed` and `distance`.
     """
-
-    model_cpu_offload_seq = "text_encoder->unet->vae"
 
     def __init__(
         self,
@@ -121,14 +120,30 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             ValueError: an argument that breaks its rule, or a scheduler that can't be fused.
         """
         window_pixels = self.window * self.vae_scale_factor
-        height, width = height or window_pixels, width or 4 * window_pixels
-        self._check(prompt, prompt_embeds, height, width, view_batch_size, output_type)
+        height = window_pixels if height is None else height
+        width = 4 * window_pixels if width is None else width
+        texts = (prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        self._check_prompts(*texts)
+        self._check_size(height, width)
+        check_least(
+            num_inference_steps=(num_inference_steps, 1),
+            guidance_scale=(guidance_scale, 0),
+            sync_weight=(sync_weight, 0),
+            sync_decay_rate=(sync_decay_rate, 0),
+            sync_freq=(sync_freq, 1),
+            sync_threshold=(sync_threshold, 0),
+            view_batch_size=(view_batch_size, 1),
+        )
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}"
+            )
         require_fusable(self.scheduler)
 
         # Prepare.
         ring = ("x" if width >= height else "y") if loop_closure else ""
         views = self._views(height, width, stride, ring)
-        embeds = self._embeds(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        embeds = self._embeds(*texts)
         latents = self._latents(height, width, generator, latents)
         scheduler = copy.deepcopy(self.scheduler)  # with a history of its own
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
@@ -180,24 +195,25 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         Returns:
             prompt_embeds and negative_prompt_embeds, (1, n * L, D) each.
         """
-        room = self.tokenizer.model_max_length - 2
-        texts = []
-        for text in (prompt, negative_prompt):
-            ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-            texts.append([ids[i : i + room] for i in range(0, len(ids), room)] or [[]])
+        texts = [self._pieces(prompt), self._pieces(negative_prompt)]
         count = max(map(len, texts))
-        padded = [pieces + [[]] * (count - len(pieces)) for pieces in texts]
-        prompt_embeds, negative_prompt_embeds = map(self._embed_pieces, padded)
+        prompt_embeds, negative_prompt_embeds = (self._embed(text, count) for text in texts)
         return prompt_embeds, negative_prompt_embeds
 
-    def _embed_pieces(self, pieces: list[list[int]]) -> Tensor:
-        """Token ids of n pieces to their embeddings, (1, n * L, D)."""
+    def _pieces(self, text: str) -> list[list[int]]:
+        """The token ids of a text in runs that leave room for the start and end tokens."""
+        room = self.tokenizer.model_max_length - 2
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+        return [ids[start : start + room] for start in range(0, len(ids), room)] or [[]]
+
+    def _embed(self, pieces: list[list[int]], count: int) -> Tensor:
+        """Pieces of token ids, and empty ones up to `count`, to their embeddings (1, n * L, D)."""
         tokenizer = self.tokenizer
-        length = tokenizer.model_max_length
         rows = []
-        for piece in pieces:
+        for piece in pieces + [[]] * (count - len(pieces)):
             row = [tokenizer.bos_token_id, *piece, tokenizer.eos_token_id]
-            rows.append(row + [tokenizer.pad_token_id] * (length - len(row)))
+            padding = tokenizer.model_max_length - len(row)
+            rows.append(row + [tokenizer.pad_token_id] * padding)
         ids = torch.tensor(rows, device=self.text_encoder.device)  # (n, L)
         embeds: Tensor = self.text_encoder(ids).last_hidden_state  # (n, L, D)
         return embeds.reshape(1, -1, embeds.shape[-1])
@@ -210,16 +226,15 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         negative_prompt_embeds: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """The embeddings to use, (1, L, D) each: those given, or those of the texts."""
-        if prompt_embeds is None or negative_prompt_embeds is None:
-            embeds = self.encode_prompt(prompt or "", negative_prompt)
-            prompt_embeds = embeds[0] if prompt_embeds is None else prompt_embeds
-            negative_prompt_embeds = (
-                embeds[1] if negative_prompt_embeds is None else negative_prompt_embeds
-            )
+        if prompt is not None:
+            prompt_embeds, encoded = self.encode_prompt(prompt, negative_prompt)
+            if negative_prompt_embeds is None:
+                negative_prompt_embeds = encoded
+        assert prompt_embeds is not None and negative_prompt_embeds is not None
         if prompt_embeds.shape != negative_prompt_embeds.shape:
             raise ValueError(
                 f"negative_prompt_embeds has shape {tuple(negative_prompt_embeds.shape)}: must be "
-                f"that of prompt_embeds, {tuple(prompt_embeds.shape)}"
+                f"that of the prompt's, {tuple(prompt_embeds.shape)}"
             )
         return prompt_embeds, negative_prompt_embeds
 
@@ -269,31 +284,43 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ValueError(f"latents has shape {tuple(latents.shape)}: must be {shape}")
         return latents.to(device, torch.float32)
 
-    def _check(
+    def _check_prompts(
         self,
         prompt: str | None,
+        negative_prompt: str,
         prompt_embeds: Tensor | None,
-        height: int,
-        width: int,
-        view_batch_size: int,
-        output_type: str,
+        negative_prompt_embeds: Tensor | None,
     ) -> None:
-        """Raises ValueError for arguments that break their rules."""
+        """Raises ValueError unless each text is given once, in words or embedded."""
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError(f"prompt={prompt!r}: give either prompt or prompt_embeds")
         if prompt is not None and not isinstance(prompt, str):
             raise ValueError(f"prompt={prompt!r}: must be one text; call once for each panorama")
-        smallest, factor = self.window * self.vae_scale_factor, self.vae_scale_factor
+        if negative_prompt and (prompt_embeds is not None or negative_prompt_embeds is not None):
+            raise ValueError(
+                f"negative_prompt={negative_prompt!r}: must be empty beside embeddings; give "
+                f"negative_prompt_embeds alone"
+            )
+        if prompt_embeds is not None and negative_prompt_embeds is None:
+            raise ValueError(
+                "negative_prompt_embeds=None: must be given with prompt_embeds; "
+                "pipe.encode_prompt(prompt, negative_prompt) makes both"
+            )
+
+    def _check_size(self, height: int, width: int) -> None:
+        """Raises ValueError unless a canvas holds whole cells and at least a window."""
+        factor = self.vae_scale_factor
+        smallest = self.window * factor
         for name, size in (("height", height), ("width", width)):
             if size < smallest or size % factor:
-                legal = max(smallest, size // factor * factor)
                 raise ValueError(
                     f"{name}={size}: must be a multiple of {factor} and at least {smallest}, one "
-                    f"window; {legal} would do"
+                    f"window; {max(smallest, size // factor * factor)} would do"
                 )
-        if view_batch_size < 1:
-            raise ValueError(f"view_batch_size={view_batch_size}: must be at least 1; 4 would do")
-        if output_type not in OUTPUT_TYPES:
-            raise ValueError(
-                f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}"
-            )
+
+
+def check_least(**numbers: tuple[float, float]) -> None:
+    """Raises ValueError for a number below its least value, or not a number."""
+    for name, (value, least) in numbers.items():
+        if not value >= least:
+            raise ValueError(f"{name}={value}: must be at least {least}; {least} would do")

@@ -8,6 +8,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+GRADIENT_SCALE = 2.0**10
+"""Keeps gradients above half precision's smallest number; a power of two, so that single precision
+does not notice.
+"""
+
 Features = list[Tensor]
 PredictNoise = Callable[[Tensor, Tensor], Tensor]
 """From latents (N, C, s, s) and a timestep to the guided noise prediction (N, C, s, s)."""
@@ -71,8 +76,8 @@ class Synchronizer:
             x = x.detach().requires_grad_()
             images = self.preview(x, self.predict_noise(x, t), t)
             distance = self.perceptual.distance(images, anchor).sum()
-            (gradient,) = torch.autograd.grad(distance, x)
-        return x.detach() - weight * gradient
+            (gradient,) = torch.autograd.grad(GRADIENT_SCALE * distance, x)
+        return x.detach() - weight / GRADIENT_SCALE * gradient
 
     def preview(self, x: Tensor, noise_pred: Tensor, t: Tensor) -> Tensor:
         """decode(x0) in [-1, 1], (N, 3, H, W)."""

@@ -69,13 +69,20 @@ def ring_starts(length: int, size: int, stride: int) -> tuple[int, ...]:
     common = gcd(length, size)
     spacings = [d for d in range(MIN_SPACING, stride + 1) if common % d == 0]
     count = length // spacings[-1] if spacings else ceil(length / stride)
+    return even_starts(length, count)
+
+
+def even_starts(length: int, count: int) -> tuple[int, ...]:
+    """`count` starts around a ring, whose gaps differ by one cell at most."""
     return tuple(index * length // count for index in range(count))
 
 
 def check_fit(length: int, size: int, stride: int) -> None:
     """Raises ValueError unless windows of `size` cells can cover `length` cells at `stride`."""
     if length < size:
-        raise ValueError(f"a canvas of {length} cells is smaller than a window of {size} cells")
+        raise ValueError(
+            f"a canvas of {length} latent cells is smaller than a window; {size} cells would do"
+        )
     if not 1 <= stride <= size:
         raise ValueError(
             f"stride={stride}: must be 1 to the window's {size} latent cells; {size // 2} would do"

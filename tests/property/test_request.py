@@ -1,11 +1,11 @@
 import ast
-import math
 import re
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from panorama.request import INPUTS, Input, ModeSettings, Request
+from panorama.views import ring_starts
 
 ANYTHING = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([10**400])
@@ -97,8 +97,7 @@ def test_every_joint_of_a_ring_that_is_accepted_lies_inside_a_window(request, se
         assert request.stride >= settings.window
         return
     length = max(resolved.width, resolved.height) // settings.multiple
-    count = math.ceil(length / resolved.stride)
-    starts = [i * length // count for i in range(count)]
-    ends = [start + settings.window for start in starts]
-    for joint in starts + ends:
+    starts = ring_starts(length, settings.window, resolved.stride)
+    joints = {start + end for start in starts for end in (0, settings.window)}
+    for joint in joints:
         assert any(0 < (joint - start) % length < settings.window for start in starts)

@@ -41,7 +41,7 @@ STAGES: Mapping[str, Callable[[Path], None]] = {
 
 
 def main() -> None:
-    """Runs stages in order; each resumes where it was stopped."""
+    """Runs stages in order; trainings go on from their last checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; all if none is named")
     parser.add_argument("--work", type=Path, default=WORK, help="pictures and checkpoints")

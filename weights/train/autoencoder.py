@@ -1,5 +1,6 @@
 """Trains the autoencoder that both embedded families share."""
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from weights.train import dataset
 from weights.train.fit import Plan, fit
 
 PLAN = Plan("autoencoder", steps=4500, learning_rate=1.5e-3, average=0.998)
-CROP, BATCH = 96, 12
+REFINE_PLAN = Plan("autoencoder-refine", steps=1000, learning_rate=6e-4, average=0.99)
+CROPS = ((96, 96, 12),)  # height, width, how many
+REFINE_CROPS = ((256, 128, 4), (256, 256, 2), (256, 512, 1))
 KINDS = {"strips": 0.6, "outdoors": 0.15, "rooms": 0.25}  # shares of a batch
 
 
@@ -31,25 +34,24 @@ def build() -> AutoencoderKL:
     )
 
 
-def crops(pictures: np.ndarray, count: int, generator: torch.Generator) -> Tensor:
-    """Random square crops, half of them mirrored: (count, 3, s, s) in [-1, 1]."""
+def draw_crop(
+    pictures: np.ndarray, height: int, width: int, generator: torch.Generator
+) -> np.ndarray:
+    """A random crop, across the wrap too, and mirrored half of the time: (height, width, 3)."""
 
     def draw(high: int) -> int:
         return int(torch.randint(high, (1,), generator=generator))
 
-    out = []
-    for _ in range(count):
-        picture = pictures[draw(len(pictures))]
-        top, left = draw(picture.shape[0] - CROP + 1), draw(picture.shape[1])
-        columns = (left + np.arange(CROP)) % picture.shape[1]
-        crop = picture[top : top + CROP][:, columns]
-        out.append(crop[:, ::-1] if draw(2) else crop)
-    return to_tensor(np.stack(out))
+    picture = pictures[draw(len(pictures))]
+    top, left = draw(picture.shape[0] - height + 1), draw(picture.shape[1])
+    columns = (left + np.arange(width)) % picture.shape[1]
+    crop = picture[top : top + height][:, columns]
+    return crop[:, ::-1] if draw(2) else crop
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
     """(N, H, W, 3) in [0, 255] to (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def reconstruction_loss(picture: Tensor, target: Tensor) -> Tensor:
@@ -67,26 +69,36 @@ def reconstruction_loss(picture: Tensor, target: Tensor) -> Tensor:
 
 
 def train(work: Path) -> AutoencoderKL:
-    """Trains on crops of all kinds of pictures."""
+    """Trains on small crops, then on large ones.
+
+    GroupNorm sees whole pictures when the model is used; small crops alone leave large areas in
+    wrong colours.
+    """
     torch.manual_seed(0)
     model = build()
     pictures = {kind: dataset.load(work, kind, "train").rgb for kind in KINDS}
 
-    def loss(generator: torch.Generator) -> Tensor:
-        counts = {kind: round(share * BATCH) for kind, share in KINDS.items()}
-        batch = [crops(pictures[kind], count, generator) for kind, count in counts.items()]
-        target = torch.cat(batch)
+    def batch(sizes: tuple[tuple[int, int, int], ...], generator: torch.Generator) -> Tensor:
+        height, width, count = sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
+        shares = torch.tensor(list(KINDS.values()))
+        chosen = torch.multinomial(shares, count, replacement=True, generator=generator)
+        names = [list(KINDS)[index] for index in chosen.tolist()]
+        crops = [draw_crop(pictures[name], height, width, generator) for name in names]
+        return to_tensor(np.stack(crops))
+
+    def loss(sizes: tuple[tuple[int, int, int], ...], generator: torch.Generator) -> Tensor:
+        target = batch(sizes, generator)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = model.encode(target).latent_dist
             picture = model.decode(posterior.sample(generator)).sample
-        kl = 0.5 * (
-            posterior.mean.float() ** 2 + posterior.var.float() - posterior.logvar.float() - 1
-        )
+        mean, variance = posterior.mean.float(), posterior.var.float()
+        kl = 0.5 * (mean**2 + variance - variance.log() - 1)
         return reconstruction_loss(picture.float(), target) + 1e-3 * kl.mean()
 
-    model = fit(model, loss, PLAN, work)
+    for plan, sizes in ((PLAN, CROPS), (REFINE_PLAN, REFINE_CROPS)):
+        model.load_state_dict(fit(model, partial(loss, sizes), plan, work).state_dict())
     model.register_to_config(scaling_factor=1 / latent_std(model, pictures["strips"]))
-    return model
+    return model.eval()
 
 
 @torch.no_grad()

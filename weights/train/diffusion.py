@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from weights.train import dataset, rooms, scenes
 from weights.train.autoencoder import to_tensor
 from weights.train.fit import Plan, fit
 
-PLAN = Plan("diffusion", steps=6000, learning_rate=1e-3, average=0.9990, warmup=200)
+PLAN = Plan("diffusion", steps=5000, learning_rate=1e-3, average=0.9990, warmup=200)
 BATCH, WINDOW = 16, 32
 CONTEXT = 32  # tokens
 DROPPED = 0.1  # share of captions left out, for guidance
@@ -122,7 +124,8 @@ class TextToImage(nn.Module):
 @torch.no_grad()
 def encode_strips(work: Path, vae: AutoencoderKL) -> Tensor:
     """The scaled latents of every training strip, (N, 4, 32, 128), kept in the work folder."""
-    path = work / "latents" / "strips.pt"
+    weights = torch.cat([p.flatten() for p in vae.parameters()]).numpy().tobytes()
+    path = work / "latents" / f"strips-{sha256(weights).hexdigest()[:16]}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
     pictures = dataset.load(work, "strips", "train").rgb
@@ -135,7 +138,8 @@ def encode_strips(work: Path, vae: AutoencoderKL) -> Tensor:
         if index % 400 == 0:
             logger.info("latents of strips: %d of %d", index, len(pictures))
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(torch.cat(latents), path)
+    torch.save(torch.cat(latents), path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
     return torch.cat(latents)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import cos, pi
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,10 @@ class Plan:
     average: float = 0.0  # decay of the exponential moving average of the weights, 0 for none
     clip: float = 1.0
     save_every: float = 180.0  # seconds
+
+    def seed(self, step: int) -> int:
+        """The seed of a step's batch."""
+        return (crc32(self.name.encode()) << 20) + step
 
     def rate(self, step: int) -> float:
         """The learning rate's factor: a linear warm-up, then a cosine to zero."""
@@ -61,7 +66,7 @@ def fit(model: nn.Module, loss: Loss, plan: Plan, work: Path) -> nn.Module:
     for step in range(first, plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * plan.rate(step)
-        value = loss(torch.Generator().manual_seed(1_000_003 * len(plan.name) + step))
+        value = loss(torch.Generator().manual_seed(plan.seed(step)))
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), plan.clip)

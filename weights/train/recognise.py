@@ -24,10 +24,10 @@ ATTRIBUTES: Mapping[str, tuple[object, ...]] = {
     "trees": (False, True),
     "clouds": (False, True),
 }
-FEATURE_CHANNELS = ((16,), (24, 24), (40, 40), (64, 64), (96, 96))
-FEATURES_PLAN = Plan("features", steps=1200, learning_rate=2e-3, average=0.99, warmup=100)
-JUDGE_PLAN = Plan("judge", steps=1500, learning_rate=2e-3, average=0.99, warmup=100)
-BATCH = 24
+FEATURE_CHANNELS = ((8,), (16, 16), (32, 32), (64, 64), (96, 96))
+FEATURES_PLAN = Plan("features", steps=800, learning_rate=2e-3, average=0.99, warmup=100)
+JUDGE_PLAN = Plan("judge", steps=1000, learning_rate=2e-3, average=0.99, warmup=100)
+BATCH = 10
 
 
 class Heads(nn.Module):
@@ -176,12 +176,16 @@ def train_judge(work: Path) -> nn.Module:
 @torch.no_grad()
 def accuracy(judge: nn.Module, pictures: dataset.Pictures) -> dict[str, float]:
     """Share of windows, four from each held-out strip, whose attributes are read right."""
-    right: dict[str, list[float]] = {name: [] for name in ATTRIBUTES}
+    right: dict[str, list[float]] = {name: [] for name in (*ATTRIBUTES, "time and land")}
     for picture, label in zip(pictures.rgb, pictures.attributes, strict=True):
         height = picture.shape[0]
         cut = [picture[:, left : left + height] for left in range(0, picture.shape[1], height)]
         scores = judge(to_tensor(np.stack(cut)))
-        for name, values in ATTRIBUTES.items():
-            hits = scores[name].argmax(1) == values.index(label[name])
-            right[name].append(float(hits.float().mean()))
+        hits = {
+            name: scores[name].argmax(1) == values.index(label[name])
+            for name, values in ATTRIBUTES.items()
+        }
+        hits["time and land"] = hits["time"] & hits["land"]
+        for name, hit in hits.items():
+            right[name].append(float(hit.float().mean()))
     return {name: float(np.mean(values)) for name, values in right.items()}

@@ -1,0 +1,208 @@
+"""SyncDiffusionPipeline as users call it, on a small random model."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    UNet2DConditionModel,
+    UniPCMultistepScheduler,
+)
+from torch import Tensor
+
+from panorama.perceptual import LPIPS
+from panorama.syncdiffusion import SyncDiffusionPipeline
+from weights.train.diffusion import build_text_encoder, build_tokenizer
+
+LONG = "sunset over snowy mountains with trees under clouds, " * 9
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> SyncDiffusionPipeline:
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    pipe = SyncDiffusionPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 3,
+            up_block_types=("UpDecoderBlock2D",) * 3,
+            block_out_channels=(4, 8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+        ),
+        text_encoder=build_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        unet=UNet2DConditionModel(
+            sample_size=16,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            cross_attention_dim=128,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        ),
+        scheduler=DDIMScheduler(clip_sample=False),
+        perceptual=LPIPS(channels=((4,), (8,), (8,))),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def run(pipe: SyncDiffusionPipeline, **changes: Any) -> Any:
+    """A small panorama, three windows wide, as latents."""
+    arguments: dict[str, Any] = {
+        "prompt": "night over the sea",
+        "height": 64,
+        "width": 128,
+        "num_inference_steps": 3,
+        "stride": 8,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "latent",
+    }
+    if "prompt_embeds" in changes:
+        del arguments["prompt"]
+    return pipe(**arguments | changes).images
+
+
+def test_the_kinds_of_output_agree(pipe: SyncDiffusionPipeline) -> None:
+    (image,), tensor = run(pipe, output_type="pil"), run(pipe, output_type="pt")
+    assert image.size == (128, 64)
+    assert tensor.shape == (1, 3, 64, 128) and tensor.min() >= 0 and tensor.max() <= 1
+    levels = torch.tensor(list(image.get_flattened_data())).view(64, 128, 3).permute(2, 0, 1)
+    assert (levels - tensor[0] * 255).abs().max() <= 0.5 + 1e-3
+    assert run(pipe).shape == (1, 4, 16, 32)
+
+
+def test_the_size_has_a_default(pipe: SyncDiffusionPipeline) -> None:
+    assert run(pipe, height=None, width=None, num_inference_steps=1).shape == (1, 4, 16, 64)
+
+
+def test_one_run_leaves_no_trace_in_the_next(pipe: SyncDiffusionPipeline) -> None:
+    multistep = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    for scheduler in (pipe.scheduler, multistep):
+        pipe.register_modules(scheduler=scheduler)
+        before = run(pipe)
+
+        def stop(*_: Any) -> dict[str, Tensor]:
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            run(pipe, callback_on_step_end=stop, loop_closure=True)
+        assert all(p.requires_grad for p in pipe.unet.parameters())
+        assert torch.equal(run(pipe), before)
+
+
+def test_synchronising_and_closing_change_the_picture(pipe: SyncDiffusionPipeline) -> None:
+    plain = run(pipe, sync_weight=0.0)
+    assert torch.equal(plain, run(pipe, sync_threshold=0))
+    assert not torch.allclose(plain, run(pipe, sync_weight=30.0))
+    assert not torch.allclose(plain, run(pipe, sync_weight=0.0, loop_closure=True))
+
+
+def test_the_callback_sees_every_step_and_may_change_the_latents(
+    pipe: SyncDiffusionPipeline,
+) -> None:
+    steps = []
+
+    def note(_: Any, step: int, t: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        steps.append((step, int(t), tuple(state["latents"].shape)))
+        return {"latents": torch.zeros_like(state["latents"])} if step == 2 else {}
+
+    latents = run(pipe, callback_on_step_end=note)
+    assert [step for step, _, _ in steps] == [0, 1, 2]
+    assert [t for _, t, _ in steps] == sorted((t for _, t, _ in steps), reverse=True)
+    assert {shape for _, _, shape in steps} == {(1, 4, 16, 32)}
+    assert not latents.any()
+
+
+@pytest.mark.parametrize("text", ["", "night over the sea", "word " * 30, LONG])
+def test_a_short_text_is_embedded_as_the_tokenizer_pads_it(
+    pipe: SyncDiffusionPipeline, text: str
+) -> None:
+    embeds, negative = pipe.encode_prompt(text, "")
+    assert embeds.shape == negative.shape
+    length = pipe.tokenizer.model_max_length
+    ids = pipe.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    with torch.no_grad():
+        first = pipe.text_encoder(ids).last_hidden_state
+    torch.testing.assert_close(embeds[:, :length], first)
+
+
+def test_texts_of_any_length_make_a_picture(pipe: SyncDiffusionPipeline) -> None:
+    plain = run(pipe)
+    long_negative = run(pipe, negative_prompt=LONG)
+    assert not torch.allclose(plain, long_negative)
+    assert not torch.allclose(long_negative, run(pipe, negative_prompt=LONG + "no rain"))
+    assert run(pipe, prompt=LONG).isfinite().all()
+
+
+def test_embeddings_stand_in_for_texts(pipe: SyncDiffusionPipeline) -> None:
+    embeds, negative = pipe.encode_prompt("night over the sea", "people")
+    given = run(pipe, prompt_embeds=embeds, negative_prompt_embeds=negative)
+    assert torch.equal(given, run(pipe, negative_prompt="people"))
+
+
+def test_without_guidance_the_negative_prompt_has_no_say(pipe: SyncDiffusionPipeline) -> None:
+    plain = run(pipe, guidance_scale=1.0)
+    assert torch.equal(plain, run(pipe, guidance_scale=1.0, negative_prompt="people"))
+
+
+def test_it_comes_back_from_its_folder(pipe: SyncDiffusionPipeline, tmp_path: Path) -> None:
+    pipe.save_pretrained(tmp_path)
+    again = SyncDiffusionPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(run(again), run(pipe), rtol=1e-4, atol=1e-3)
+
+
+def test_the_distance_stays_in_single_precision(
+    pipe: SyncDiffusionPipeline, tmp_path: Path
+) -> None:
+    pipe.perceptual.save_pretrained(tmp_path)
+    half = LPIPS.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        distance = half.distance(images, half.embed(images[:1]))
+        expected = pipe.perceptual.distance(images, pipe.perceptual.embed(images[:1]))
+    torch.testing.assert_close(distance, expected)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": None}, "either prompt or prompt_embeds"),
+        ({"prompt": ["a", "b"]}, "one text"),
+        ({"prompt_embeds": torch.zeros(1, 32, 128)}, "negative_prompt_embeds=None"),
+        ({"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 32, 128)}, "beside"),
+        ({"negative_prompt_embeds": torch.zeros(1, 9, 128)}, "shape"),
+        ({"width": 60}, "width=60: must be a multiple of 4 and at least 64.*64 would do"),
+        ({"height": 66}, "height=66.*64 would do"),
+        ({"height": 0}, "height=0"),
+        ({"stride": 17}, "stride=17"),
+        ({"stride": 16, "loop_closure": True}, "stride=16.*8 would do"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0: must be at least 1"),
+        ({"sync_freq": 0}, "sync_freq=0"),
+        ({"sync_weight": float("nan")}, "sync_weight=nan"),
+        ({"view_batch_size": 0}, "view_batch_size=0"),
+        ({"output_type": "np"}, "output_type='np': must be one of pil, pt, latent"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents has shape"),
+    ],
+)
+def test_bad_arguments_are_refused(
+    pipe: SyncDiffusionPipeline, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(pipe, **changes)
+
+
+def test_a_scheduler_that_cannot_be_fused_is_refused(pipe: SyncDiffusionPipeline) -> None:
+    kept = pipe.scheduler
+    try:
+        pipe.scheduler = EulerDiscreteScheduler.from_config(kept.config)
+        with pytest.raises(ValueError, match="scheduler=EulerDiscreteScheduler"):
+            run(pipe)
+    finally:
+        pipe.scheduler = kept

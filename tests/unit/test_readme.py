@@ -1,0 +1,22 @@
+from math import inf
+from pathlib import Path
+
+from panorama.request import INPUTS, Input
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def row(rule: Input) -> str:
+    default = "required" if rule.required else "" if rule.default is None else f"`{rule.default!r}`"
+    limits = [str(limit) for limit in (rule.minimum, rule.maximum) if abs(limit) != inf]
+    allowed = " to ".join(limits) if len(limits) == 2 else "".join(f"from {x}" for x in limits)
+    cells = (f"`{rule.name}`", rule.kind.__name__, default, allowed, rule.description)
+    return f"| {' | '.join(cells)} |"
+
+
+def test_the_table_of_inputs_is_that_of_request():
+    head = ["| input | type | default | range | |", "|---|---|---|---|---|"]
+    table = "\n".join(head + [row(rule) for rule in INPUTS.values()])
+    _, _, rest = README.read_text().partition("<!-- inputs -->\n")
+    written = rest.partition("\n<!-- /inputs -->")[0]
+    assert written == table, f"between its markers, README.md must have:\n{table}"
