@@ -2,22 +2,16 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from torch import nn
 
 from panorama.circular import circular
+from tests.small import small_unet, small_vae
 
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16),
-        norm_num_groups=4,
-        latent_channels=4,
-    ).double()
+    return small_vae().double()
 
 
 def state(module: nn.Module) -> list[tuple[str, ...]]:
@@ -44,18 +38,8 @@ def test_only_the_axes_asked_for_wrap(vae: AutoencoderKL) -> None:
 
 
 def test_a_unet_commutes_with_rolling_by_its_downsampling() -> None:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    ).double()
-    latents, text = torch.randn(1, 4, 8, 16).double(), torch.randn(1, 3, 8).double()
+    unet = small_unet().double()
+    latents, text = torch.randn(1, 4, 8, 16).double(), torch.randn(1, 3, 128).double()
     with torch.no_grad(), circular(unet):
         noise = unet(latents, 10, text).sample
         rolled = unet(latents.roll(6, -1), 10, text).sample

@@ -5,17 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    UNet2DConditionModel,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
 from panorama.perceptual import LPIPS
 from panorama.syncdiffusion import SyncDiffusionPipeline
+from tests.small import small_unet, small_vae
 from weights.train.diffusion import build_text_encoder, build_tokenizer
 
 LONG = "sunset over snowy mountains with trees under clouds, " * 9
@@ -26,25 +21,10 @@ def pipe(tmp_path_factory: pytest.TempPathFactory) -> SyncDiffusionPipeline:
     torch.manual_seed(0)
     tokenizer = build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
     pipe = SyncDiffusionPipeline(
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            block_out_channels=(4, 8, 8),
-            norm_num_groups=4,
-            latent_channels=4,
-        ),
+        vae=small_vae(),
         text_encoder=build_text_encoder(tokenizer),
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel(
-            sample_size=16,
-            block_out_channels=(8, 16),
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=128,
-            attention_head_dim=2,
-            norm_num_groups=4,
-        ),
+        unet=small_unet(),
         scheduler=DDIMScheduler(clip_sample=False),
         perceptual=LPIPS(channels=((4,), (8,), (8,))),
     )

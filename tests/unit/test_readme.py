@@ -1,3 +1,4 @@
+import re
 from math import inf
 from pathlib import Path
 
@@ -20,3 +21,10 @@ def test_the_table_of_inputs_is_that_of_request():
     _, _, rest = README.read_text().partition("<!-- inputs -->\n")
     written = rest.partition("\n<!-- /inputs -->")[0]
     assert written == table, f"between its markers, README.md must have:\n{table}"
+
+
+def test_what_it_links_to_exists():
+    texts = [README, README.parent / "weights" / "tiny" / "README.md"]
+    for text in texts:
+        for target in re.findall(r"\]\(([^)#:]+)\)", text.read_text()):
+            assert (text.parent / target).exists(), f"{text}: {target}"

@@ -1,0 +1,61 @@
+"""What ships in `weights/tiny/` is small, complete, and takes any text."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPTokenizer
+
+from panorama.models import MODES, Models, load
+from panorama.request import INPUTS, Request
+
+TINY = Path(__file__).parents[2] / "weights" / "tiny"
+MEGABYTES = 20
+
+
+@pytest.fixture(scope="module")
+def models() -> Models:
+    return load("tiny")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> CLIPTokenizer:
+    return CLIPTokenizer.from_pretrained(TINY / "syncdiffusion" / "tokenizer")
+
+
+def test_it_is_small() -> None:
+    size = sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file())
+    assert size <= MEGABYTES * 1e6
+
+
+def test_its_weights_are_half_precision_safetensors() -> None:
+    binaries = [path for path in TINY.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+    assert not binaries
+    for path in TINY.rglob("*.safetensors"):
+        header = path.read_bytes()[: 1 << 20]
+        assert b'"F16"' in header and b'"F32"' not in header, path
+
+
+def test_its_modes_are_those_of_requests(models: Models) -> None:
+    assert set(MODES) == set(INPUTS["mode"].choices) == set(models.pipelines)
+    for mode in MODES:
+        Request(prompt="night", mode=mode).resolve(models.settings(mode))
+
+
+def test_an_unknown_family_or_mode_is_refused_by_name() -> None:
+    with pytest.raises(FileNotFoundError, match=r"no model family 'huge'.*there is tiny"):
+        load("huge")
+    with pytest.raises(ValueError, match="mode='flat': must be one of syncdiffusion"):
+        load("tiny", modes=["flat"])
+
+
+@given(text=st.text(max_size=40))
+@settings(deadline=None)
+def test_any_text_tokenizes(tokenizer: CLIPTokenizer, text: str) -> None:
+    ids = tokenizer(text, verbose=False).input_ids
+    start, *middle, end = ids
+    assert (start, end) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert all(0 <= token < len(tokenizer) for token in middle)
+    if text.strip() and text.isprintable():
+        assert middle
