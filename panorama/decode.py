@@ -110,7 +110,7 @@ def shared_statistics(vae: Any, latents: Tensor) -> Iterator[None]:
     statistics: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
 
     def measure(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-        groups = x.float().unflatten(1, (norm.num_groups, -1)).transpose(0, 1).flatten(1)
+        groups = x.float().transpose(0, 1).reshape(norm.num_groups, -1)
         statistics[norm] = groups.mean(1), groups.var(1, correction=0)  # (groups,) each
         return normalise(norm, *statistics[norm], x)
 

@@ -143,18 +143,36 @@ def encode_strips(work: Path, vae: AutoencoderKL) -> Tensor:
     return torch.cat(latents)
 
 
-def min_snr(t: Tensor, alphas_cumprod: Tensor, gamma: float = 5.0) -> Tensor:
-    """The loss's weight at timesteps (N,), Min-SNR (arXiv 2303.09556) for noise prediction."""
+def uneven_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Noise (N, C, h, w) with somewhat more of its lowest frequencies than white noise has.
+
+    The schedule ends with a little signal left, enough to read a picture's large areas off white
+    noise. Pictures begin with no signal at all, so their colours have to come from the caption:
+    this noise hides them in training too ("offset noise").
+    """
+    noise = torch.randn(shape, generator=generator)
+    for cells, strength in ((1, 0.15), (4, 0.12)):
+        coarse = torch.randn(*shape[:2], cells, cells, generator=generator)
+        noise = noise + strength * F.interpolate(coarse, shape[2:], mode="bicubic")
+    return noise
+
+
+def loss_weight(t: Tensor, alphas_cumprod: Tensor, low: float = 0.2, high: float = 5.0) -> Tensor:
+    """The loss's weight at timesteps (N,): SNR clamped to [low, high], as a weight of x0's error.
+
+    The upper bound is that of Min-SNR (arXiv 2303.09556). The lower one makes up for how little
+    the error of the noise says of x0 where there is next to nothing but noise, which is where the
+    colours of large areas are decided.
+    """
     alpha_bar = alphas_cumprod[t]
     snr = alpha_bar / (1 - alpha_bar)
-    return snr.clamp(max=gamma) / snr
+    return snr.clamp(low, high) / snr
 
 
 def train(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToImage:
     """Trains on windows of the strips at any place, also across the wrap."""
     torch.manual_seed(3)
     model = TextToImage(build_text_encoder(tokenizer), build_unet())
-    model.unet.compile()
     scheduler = build_scheduler()
     latents = encode_strips(work, vae)
     attributes = dataset.load(work, "strips", "train").attributes
@@ -176,11 +194,11 @@ def train(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToIma
             captions, padding="max_length", truncation=True, return_tensors="pt"
         ).input_ids
         t = torch.randint(scheduler.config.num_train_timesteps, (BATCH,), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
+        noise = uneven_noise(x0.shape, generator)
         with torch.autocast("cpu", torch.bfloat16):
             noise_pred = model(scheduler.add_noise(x0, noise, t), t, ids)
         error = F.mse_loss(noise_pred.float(), noise, reduction="none").mean((1, 2, 3))
-        return (error * min_snr(t, scheduler.alphas_cumprod)).mean()
+        return (error * loss_weight(t, scheduler.alphas_cumprod)).mean()
 
     trained = fit(model, loss, PLAN, work)
     assert isinstance(trained, TextToImage)
