@@ -18,7 +18,7 @@ Network = TypeVar("Network", bound=nn.Module)
 TINY = Path(__file__).parent.parent / "tiny"
 JUDGES = Path(__file__).parent / "judges"
 DISTANCE_SCALE = 1.0
-"""Makes sync_weight 20 as strong as it should be; found by `script/coherence --calibrate`."""
+"""How strong a sync_weight of 20 is; not calibrated yet (`script/coherence --distance-scale`)."""
 
 
 def export_syncdiffusion(
