@@ -108,18 +108,18 @@ LANDS: Mapping[str, Land] = {
 }  # fmt: skip
 
 TIME_WORDS: Mapping[str, tuple[str, ...]] = {
-    "noon": ("noon", "midday", "a clear day", "a sunny day"),
+    "noon": ("noon", "noon", "midday", "a clear day", "a sunny day"),
     "sunset": ("sunset", "sunset", "evening", "dusk"),
     "night": ("night", "night", "a starry night", "moonlight"),
     "dawn": ("dawn", "dawn", "sunrise", "early morning"),
-    "overcast": ("overcast sky", "an overcast day", "a cloudy day", "grey weather"),
+    "overcast": ("overcast sky", "overcast sky", "an overcast day", "a cloudy day", "grey weather"),
 }
 LAND_WORDS: Mapping[str, tuple[str, ...]] = {
     "green hills": ("green hills", "green hills", "meadows", "grassland"),
-    "desert": ("desert", "the desert", "a desert", "sand dunes"),
+    "desert": ("desert", "desert", "the desert", "a desert", "sand dunes"),
     "snowy mountains": ("snowy mountains", "snowy mountains", "snow", "mountains in winter"),
     "sea": ("the sea", "the sea", "the ocean", "a calm sea"),
-    "volcanic land": ("volcanic land", "a volcano", "volcanoes", "lava fields"),
+    "volcanic land": ("volcanic land", "volcanic land", "a volcano", "volcanoes", "lava fields"),
     "autumn hills": ("autumn hills", "autumn hills", "autumn", "an autumn forest"),
 }
 FRAMES = ("", "", "", "a panorama of ", "a view of ", "an illustration of ")
