@@ -101,13 +101,6 @@ class Judge(nn.Module):
             x = block(x)
         return self.heads(x)
 
-    def pooled(self, images: Tensor) -> Tensor:
-        """The last features averaged over the picture, (N, C)."""
-        x = images
-        for block in self.blocks:
-            x = block(x)
-        return x.mean((2, 3))
-
     def distance(self, images: Tensor, others: Tensor) -> Tensor:
         """A perceptual distance (N,) in the manner of LPIPS, every channel weighing the same."""
         pairs = zip(self.embed(images), self.embed(others), strict=True)
