@@ -17,7 +17,7 @@ OnStep = Callable[[int, Tensor, Tensor], Tensor]
 @torch.no_grad()
 def sample(
     latents: Tensor,
-    views: Sequence[View],
+    views: Sequence[Sequence[View]],
     predict_noise: PredictNoise,
     scheduler: Any,
     *,
@@ -34,7 +34,8 @@ def sample(
 
     Args:
         latents: the canvas (1, C, H, W), unit normal noise.
-        views: windows that cover it; the anchor is the middle one, index N // 2.
+        views: for each step, windows that cover it; from the first list again when they are used
+            up. The anchor is the middle one of a list, index N // 2.
         predict_noise: the guided noise prediction of windows (N, C, s, s) at a timestep.
         scheduler: a diffusers scheduler with its timesteps set, see `require_fusable`.
         synchronizer: the gradient step; None, or a weight of 0, makes no gradient, no decode
@@ -46,9 +47,10 @@ def sample(
     Returns:
         The denoised latents (1, C, H, W).
     """
-    anchor = views[len(views) // 2]
-    others = [view for view in views if view is not anchor]
     for step, t in enumerate(scheduler.timesteps):
+        windows = views[step % len(views)]
+        anchor = windows[len(windows) // 2]
+        others = [view for view in windows if view is not anchor]
         noise_pred, moved = Fusion(latents), Fusion(latents)
         weight = schedule(step) if schedule and others else 0.0
         synchronising = synchronizer if weight else None
@@ -58,7 +60,7 @@ def sample(
             features = synchronising.embed(x, noise, t)
             moved.add(x, [anchor])
             noise_pred.add(noise, [anchor])
-        for batch in batched(others if synchronising else views, view_batch_size):
+        for batch in batched(others if synchronising else windows, view_batch_size):
             x = crop(latents, batch)  # (n, C, s, s)
             if synchronising:
                 x = synchronising.step(x, t, features, weight)

@@ -14,7 +14,7 @@ import panorama.perceptual  # noqa: F401  from_pretrained takes no class from el
 from panorama.decode import decode, decode_canvas
 from panorama.sampler import require_fusable, sample
 from panorama.synchronize import PredictNoise, Synchronizer, SyncSchedule, frozen
-from panorama.views import View, make_views
+from panorama.views import View, step_views
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 
@@ -258,10 +258,12 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         return predict_noise
 
-    def _views(self, height: int, width: int, stride: int, ring: str) -> tuple[View, ...]:
-        """The windows of a canvas given in pixels."""
+    def _views(
+        self, height: int, width: int, stride: int, ring: str
+    ) -> tuple[tuple[View, ...], ...]:
+        """The windows of each step on a canvas given in pixels."""
         factor = self.vae_scale_factor
-        return make_views(
+        return step_views(
             height // factor,
             width // factor,
             self.window,

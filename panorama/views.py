@@ -44,6 +44,48 @@ def make_views(
     return tuple(View(top, left, size) for top in tops for left in lefts)
 
 
+def step_views(
+    height: int, width: int, size: int, stride: int, *, ring_x: bool = False, ring_y: bool = False
+) -> tuple[tuple[View, ...], ...]:
+    """Lays the windows of each step: as `make_views`, but turned on a ring from step to step.
+
+    A window's edge leaves a faint step in what is denoised, for the UNet sees zeros beyond it.
+    Where the edges always lie at the same places the steps add up and show, a ring's seam among
+    them. Turned windows spread them over all columns: a ring then has no place unlike the others.
+
+    Args:
+        height: of the canvas, latent cells, at least `size`.
+        width: of the canvas, latent cells, at least `size`.
+        size: of a window, latent cells.
+        stride: as for `make_views`.
+        ring_x: whether the canvas wraps from right to left.
+        ring_y: whether it wraps from bottom to top.
+
+    Returns:
+        One list for each step, to begin again with when they are used up. A flat canvas has one
+        list; a ring has as many as there are cells in the gap between two windows.
+
+    Raises:
+        ValueError: as `make_views`.
+    """
+    views = make_views(height, width, size, stride, ring_x=ring_x, ring_y=ring_y)
+    rows, columns = {view.top for view in views}, {view.left for view in views}
+    down = turns(ceil(height / len(rows)) if ring_y else 1)
+    right = turns(ceil(width / len(columns)) if ring_x else 1)
+    return tuple(
+        tuple(View(view.top + dy, view.left + dx, size) for view in views)
+        for dy in down
+        for dx in right
+    )
+
+
+def turns(gap: int) -> tuple[int, ...]:
+    """Every offset below `gap` once, each about a golden section of it after the one before."""
+    section = gap * (5**0.5 - 1) / 2
+    stride = min((n for n in range(gap) if gcd(n, gap) == 1), key=lambda n: abs(n - section))
+    return tuple(index * stride % gap for index in range(gap))
+
+
 def flat_starts(length: int, size: int, stride: int) -> tuple[int, ...]:
     """Every multiple of `stride` at which a window fits, and one more that ends at the edge."""
     check_fit(length, size, stride)

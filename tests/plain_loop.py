@@ -27,11 +27,17 @@ class Networks(Protocol):
 
 
 def plain_loop(
-    z: Tensor, views: Sequence[View], networks: Networks, scheduler: Any, schedule: SyncSchedule
+    z: Tensor,
+    steps: Sequence[Sequence[View]],
+    networks: Networks,
+    scheduler: Any,
+    schedule: SyncSchedule,
 ) -> Tensor:
-    """Denoises a canvas z (1, C, H, W); every window has a solver of its own."""
-    solvers = [copy.deepcopy(scheduler) for _ in views]
-    anchor = views[len(views) // 2]
+    """Denoises a canvas z (1, C, H, W) through the windows of each step.
+
+    Every window has a solver of its own, so a multistep solver needs windows that stay in place.
+    """
+    solvers = [copy.deepcopy(scheduler) for _ in steps[0]]
 
     def cut(view: View) -> Tensor:
         return z.roll((-view.top, -view.left), (2, 3))[:, :, : view.size, : view.size]
@@ -47,6 +53,8 @@ def plain_loop(
         return networks.decode((x - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()).clamp(-1, 1)
 
     for k, t in enumerate(scheduler.timesteps):
+        views = steps[k % len(steps)]
+        anchor = views[len(views) // 2]
         weight = schedule.weight * schedule.decay_rate**k
         synchronising = weight > 0 and k < schedule.threshold and (k + 1) % schedule.freq == 0
         if synchronising:

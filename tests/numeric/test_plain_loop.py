@@ -1,7 +1,7 @@
 """`sample()` against a plain per-window SyncDiffusion loop written from the formulas."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from panorama.sampler import sample
 from panorama.synchronize import Synchronizer, SyncSchedule
-from panorama.views import make_views
+from panorama.views import View, make_views, step_views
 from tests.plain_loop import plain_loop
 
 SIZE, STEPS, WEIGHT, DECAY, THRESHOLD = 16, 6, 300.0, 0.9, 5
@@ -22,6 +22,7 @@ CANVASES: dict[str, dict[str, Any]] = {
     "ring": {"height": 16, "width": 48, "stride": 8, "ring_x": True},
     "tall ring": {"height": 37, "width": 16, "stride": 9, "ring_y": True},
 }
+TURNING = ["ring", "tall ring"]
 SCHEDULERS: dict[str, Callable[..., Any]] = {
     "ddim": lambda **beta: DDIMScheduler(**beta, clip_sample=False, set_alpha_to_one=False),
     "dpm-solver++ 2m": DPMSolverMultistepScheduler,
@@ -64,7 +65,20 @@ def make_scheduler(name: str) -> Any:
 @pytest.mark.parametrize("canvas", CANVASES)
 def test_sample_equals_the_plain_loop(canvas: str, freq: int, scheduler: str) -> None:
     layout = CANVASES[canvas]
-    views = make_views(size=SIZE, **layout)
+    check_against_plain_loop([make_views(size=SIZE, **layout)], layout, freq, scheduler)
+
+
+@pytest.mark.parametrize("canvas", TURNING)
+def test_sample_equals_the_plain_loop_on_turning_windows(canvas: str) -> None:
+    layout = CANVASES[canvas]
+    views = step_views(size=SIZE, **layout)
+    assert len(views) > 1
+    check_against_plain_loop(views, layout, freq=1, scheduler="ddim")
+
+
+def check_against_plain_loop(
+    views: Sequence[Sequence[View]], layout: dict[str, Any], freq: int, scheduler: str
+) -> None:
     networks, solver = Networks(), make_scheduler(scheduler)
     generator = torch.Generator().manual_seed(1)
     shape = (1, 4, layout["height"], layout["width"])

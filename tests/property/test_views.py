@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from panorama.sampler import sample
 from panorama.synchronize import Synchronizer, SyncSchedule
-from panorama.views import Fusion, crop, flat_starts, fuse, make_views, ring_starts
+from panorama.views import (
+    Fusion,
+    crop,
+    flat_starts,
+    fuse,
+    make_views,
+    ring_starts,
+    step_views,
+    turns,
+)
 from tests.numeric.test_plain_loop import Networks, make_scheduler
 
 sizes = st.integers(8, 40)
@@ -38,6 +47,26 @@ def test_every_cell_is_covered_and_fuse_undoes_crop(layout: dict[str, int]) -> N
     fusion.add(crop(canvas, views), views)
     assert fusion.count.min() >= 1
     torch.testing.assert_close(fuse(crop(canvas, views), views, canvas), canvas)
+
+
+@given(layouts())
+@settings(deadline=None)
+def test_windows_turn_on_a_ring_and_nowhere_else(layout: dict[str, int]) -> None:
+    first, *others = step_views(**layout)
+    assert first == make_views(**layout)
+    if not (layout["ring_x"] or layout["ring_y"]):
+        assert not others
+    for views in others:
+        moves = {(b.top - a.top, b.left - a.left) for a, b in zip(first, views, strict=True)}
+        ((down, right),) = moves
+        assert down == 0 or layout["ring_y"]
+        assert right == 0 or layout["ring_x"]
+
+
+@given(st.integers(1, 200))
+def test_turns_visit_every_offset_before_any_again(gap: int) -> None:
+    assert turns(gap)[0] == 0
+    assert sorted(turns(gap)) == list(range(gap))
 
 
 @given(size=sizes, blocks=st.integers(0, 9), data=st.data())
@@ -71,7 +100,7 @@ def test_a_ring_is_covered_evenly(length: int, size: int, data: st.DataObject) -
 def test_the_batch_of_windows_changes_nothing(
     layout: dict[str, int], batch: int, seed: int
 ) -> None:
-    views = make_views(**layout)
+    views = step_views(**layout)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, 4, layout["height"], layout["width"], generator=generator)
     networks, solver = Networks(), make_scheduler("ddim")
@@ -90,7 +119,7 @@ def test_the_batch_of_windows_changes_nothing(
             view_batch_size=view_batch_size,
         )
 
-    torch.testing.assert_close(run(batch), run(len(views)), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(run(batch), run(len(views[0])), rtol=1e-9, atol=1e-9)
 
 
 @given(count=st.integers(2, 6), turns=st.integers(0, 7), vertical=st.booleans())
@@ -101,7 +130,7 @@ def test_a_ring_has_no_preferred_place(count: int, turns: int, vertical: bool) -
     length, dim = count * spacing, -2 if vertical else -1
     assume(length >= size)
     shape = (1, 4, length, size) if vertical else (1, 4, size, length)
-    views = make_views(*shape[-2:], size, spacing, ring_x=not vertical, ring_y=vertical)
+    views = step_views(*shape[-2:], size, spacing, ring_x=not vertical, ring_y=vertical)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(count)).double()
     networks, solver = Networks(), make_scheduler("unipc")
 

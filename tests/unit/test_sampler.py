@@ -88,7 +88,7 @@ def test_nothing_is_computed_twice(weight: float, threshold: int, sync_steps: in
     )
     sample(
         torch.randn(1, 4, 16, 48, dtype=torch.float64),
-        views,
+        [views],
         networks.predict_noise,
         solver,
         synchronizer=synchronizer,
