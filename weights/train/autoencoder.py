@@ -1,5 +1,6 @@
 """Trains the autoencoder that both embedded families share."""
 
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +13,32 @@ from torch.nn import functional as F
 from weights.train import dataset
 from weights.train.fit import Plan, fit
 
-PLAN = Plan("autoencoder", steps=4500, learning_rate=1.5e-3, average=0.998)
-REFINE_PLAN = Plan("autoencoder-refine", steps=1000, learning_rate=6e-4, average=0.99)
-CROPS = ((96, 96, 12),)  # height, width, how many
-REFINE_CROPS = ((256, 128, 4), (256, 256, 2), (256, 512, 1))
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training: its crops and how its loss is weighted."""
+
+    plan: Plan
+    crops: tuple[tuple[int, int, int], ...]  # height, width, how many; one is drawn for each batch
+    squared: float  # weight of the squared error
+    smooth: float  # weight of the gradients' relative error
+
+
+STAGES = (
+    Stage(
+        Plan("autoencoder", steps=4500, learning_rate=1.5e-3, average=0.998),
+        crops=((96, 96, 12),),
+        squared=2.0,
+        smooth=0.0,
+    ),
+    Stage(
+        Plan("autoencoder-refine", steps=3200, learning_rate=6e-4, average=0.99),
+        crops=((256, 128, 4), (256, 256, 2), (256, 512, 1)),
+        squared=8.0,
+        smooth=0.1,
+    ),
+)
+LEVEL = 1 / 127.5  # one of 256, in [-1, 1]
 KINDS = {"strips": 0.6, "outdoors": 0.15, "rooms": 0.25}  # shares of a batch
 
 
@@ -54,15 +77,21 @@ def to_tensor(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def reconstruction_loss(picture: Tensor, target: Tensor) -> Tensor:
-    """L1, L1 of the gradients, half L1 at two lower resolutions, and a little squared error."""
+def reconstruction_loss(picture: Tensor, target: Tensor, stage: Stage) -> Tensor:
+    """L1, L1 of the gradients, half L1 at two lower resolutions, and what the stage adds to them.
+
+    The relative error of the gradients weighs a step of one level in a smooth sky as much as one
+    of many levels among trees: without it the edges of the latents' cells show in the sky.
+    """
 
     def l1(a: Tensor, b: Tensor) -> Tensor:
         return (a - b).abs().mean()
 
-    loss = l1(picture, target) + 2 * F.mse_loss(picture, target)
-    loss = loss + l1(picture.diff(dim=-1), target.diff(dim=-1))
-    loss = loss + l1(picture.diff(dim=-2), target.diff(dim=-2))
+    loss = l1(picture, target) + stage.squared * F.mse_loss(picture, target)
+    for axis in (-1, -2):
+        gradient, true = picture.diff(dim=axis), target.diff(dim=axis)
+        error = (gradient - true).abs()
+        loss = loss + error.mean() + stage.smooth * (error / (true.abs() + LEVEL)).mean()
     for factor in (4, 16):
         loss = loss + 0.5 * l1(F.avg_pool2d(picture, factor), F.avg_pool2d(target, factor))
     return loss
@@ -86,17 +115,18 @@ def train(work: Path) -> AutoencoderKL:
         crops = [draw_crop(pictures[name], height, width, generator) for name in names]
         return to_tensor(np.stack(crops))
 
-    def loss(sizes: tuple[tuple[int, int, int], ...], generator: torch.Generator) -> Tensor:
-        target = batch(sizes, generator)
+    def loss(stage: Stage, generator: torch.Generator) -> Tensor:
+        target = batch(stage.crops, generator)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = model.encode(target).latent_dist
             picture = model.decode(posterior.sample(generator)).sample
         mean, variance = posterior.mean.float(), posterior.var.float()
         kl = 0.5 * (mean**2 + variance - variance.log() - 1)
-        return reconstruction_loss(picture.float(), target) + 1e-3 * kl.mean()
+        return reconstruction_loss(picture.float(), target, stage) + 1e-3 * kl.mean()
 
-    for plan, sizes in ((PLAN, CROPS), (REFINE_PLAN, REFINE_CROPS)):
-        model.load_state_dict(fit(model, partial(loss, sizes), plan, work).state_dict())
+    for stage in STAGES:
+        trained = fit(model, partial(loss, stage), stage.plan, work)
+        model.load_state_dict(trained.state_dict())
     model.register_to_config(scaling_factor=1 / latent_std(model, pictures["strips"]))
     return model.eval()
 
