@@ -19,7 +19,7 @@ from weights.train import dataset, rooms, scenes
 from weights.train.autoencoder import to_tensor
 from weights.train.fit import Plan, fit
 
-PLAN = Plan("diffusion", steps=5000, learning_rate=1e-3, average=0.9990, warmup=200)
+PLAN = Plan("diffusion", steps=10500, learning_rate=1e-3, average=0.9990, warmup=200)
 BATCH, WINDOW = 16, 32
 CONTEXT = 32  # tokens
 DROPPED = 0.1  # share of captions left out, for guidance
@@ -61,7 +61,7 @@ def words() -> Iterator[str]:
     """Every caption's words, those of the rooms too: the vocabulary serves both families."""
     for table in (scenes.TIME_WORDS, scenes.LAND_WORDS):
         for synonyms in table.values():
-            yield from synonyms
+            yield from dict.fromkeys(synonyms)
     yield from scenes.FRAMES
     yield from ("over at with trees under clouds", "hdri view in the color of")
     yield from rooms.KINDS
@@ -124,7 +124,8 @@ class TextToImage(nn.Module):
 @torch.no_grad()
 def encode_strips(work: Path, vae: AutoencoderKL) -> Tensor:
     """The scaled latents of every training strip, (N, 4, 32, 128), kept in the work folder."""
-    weights = torch.cat([p.flatten() for p in vae.parameters()]).numpy().tobytes()
+    encoder = nn.ModuleList([vae.encoder, vae.quant_conv])
+    weights = torch.cat([p.flatten() for p in encoder.parameters()]).numpy().tobytes()
     path = work / "latents" / f"strips-{sha256(weights).hexdigest()[:16]}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
