@@ -35,15 +35,19 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    endings = [f"{letter}</w>" for letter in letters]
     trainer = trainers.BpeTrainer(
-        vocab_size=700,
+        vocab_size=1000,
         initial_alphabet=letters,
+        # Known from the start, or they are numbered as a hash table has it: that decides between
+        # pairs as frequent as each other, and the vocabulary would not be the same every time.
+        special_tokens=endings,
         end_of_word_suffix="</w>",
         show_progress=False,
     )
     tokenizer.train_from_iterator(words(), trainer)
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
-    pieces = letters + [f"{letter}</w>" for letter in letters]
+    pieces = letters + endings
     pieces += [a + b for a, b in merges if a + b not in pieces]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces + special))}
     folder.mkdir(parents=True, exist_ok=True)
