@@ -9,6 +9,7 @@ from transformers import CLIPTokenizer
 
 from panorama.models import MODES, Models, load
 from panorama.request import INPUTS, Request
+from weights.train.diffusion import build_tokenizer
 
 TINY = Path(__file__).parents[2] / "weights" / "tiny"
 MEGABYTES = 20
@@ -48,6 +49,11 @@ def test_an_unknown_family_or_mode_is_refused_by_name() -> None:
         load("huge")
     with pytest.raises(ValueError, match="mode='flat': must be one of syncdiffusion"):
         load("tiny", modes=["flat"])
+
+
+def test_the_recipe_builds_this_vocabulary(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+    """Or a training that goes on in another process would read other words."""
+    assert build_tokenizer(tmp_path).get_vocab() == tokenizer.get_vocab()
 
 
 @given(text=st.text(max_size=40))
