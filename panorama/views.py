@@ -51,7 +51,7 @@ def step_views(
 
     A window's edge leaves a faint step in what is denoised, for the UNet sees zeros beyond it.
     Where the edges always lie at the same places the steps add up and show, a ring's seam among
-    them. Turned windows spread them over all columns: a ring then has no place unlike the others.
+    them. Turned windows spread them over all columns, evenly to within one step of the sampler.
 
     Args:
         height: of the canvas, latent cells, at least `size`.

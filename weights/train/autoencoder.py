@@ -13,13 +13,18 @@ from torch.nn import functional as F
 from weights.train import dataset
 from weights.train.fit import Plan, fit
 
+Crops = tuple[tuple[int, int, int], ...]
+"""Height, width and how many to a batch."""
+
+LARGE_CROPS: Crops = ((256, 128, 4), (256, 256, 2), (256, 512, 1))
+
 
 @dataclass(frozen=True)
 class Stage:
     """A part of the training: its crops and how its loss is weighted."""
 
     plan: Plan
-    crops: tuple[tuple[int, int, int], ...]  # height, width, how many; one is drawn for each batch
+    crops: Crops  # one size is drawn for each batch
     squared: float  # weight of the squared error
     smooth: float  # weight of the gradients' relative error
     even: float = 0.0  # weight of the difference between the gradients' profiles over a cell
@@ -35,13 +40,13 @@ STAGES = (
     ),
     Stage(
         Plan("autoencoder-refine", steps=3200, learning_rate=6e-4, average=0.99),
-        crops=((256, 128, 4), (256, 256, 2), (256, 512, 1)),
+        crops=LARGE_CROPS,
         squared=8.0,
         smooth=0.1,
     ),
     Stage(
         Plan("autoencoder-decoder", steps=2000, learning_rate=6e-4, average=0.99),
-        crops=((256, 128, 4), (256, 256, 2), (256, 512, 1)),
+        crops=LARGE_CROPS,
         squared=8.0,
         smooth=0.1,
         even=0.2,
@@ -127,7 +132,7 @@ def train(work: Path) -> AutoencoderKL:
     model = build()
     pictures = {kind: dataset.load(work, kind, "train").rgb for kind in KINDS}
 
-    def batch(sizes: tuple[tuple[int, int, int], ...], generator: torch.Generator) -> Tensor:
+    def batch(sizes: Crops, generator: torch.Generator) -> Tensor:
         height, width, count = sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
         shares = torch.tensor(list(KINDS.values()))
         chosen = torch.multinomial(shares, count, replacement=True, generator=generator)
