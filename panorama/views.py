@@ -80,10 +80,14 @@ def step_views(
 
 
 def turns(gap: int) -> tuple[int, ...]:
-    """Every offset below `gap` once, each about a golden section of it after the one before."""
+    """Every offset below `gap` once, each about a golden section of it after the one before.
+
+    They begin half a gap on, for the first step is synchronised most and should not have its
+    windows' edges on a ring's seam.
+    """
     section = gap * (5**0.5 - 1) / 2
     stride = min((n for n in range(gap) if gcd(n, gap) == 1), key=lambda n: abs(n - section))
-    return tuple(index * stride % gap for index in range(gap))
+    return tuple((gap // 2 + index * stride) % gap for index in range(gap))
 
 
 def flat_starts(length: int, size: int, stride: int) -> tuple[int, ...]:
