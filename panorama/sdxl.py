@@ -1,0 +1,248 @@
+"""SDXL around a full turn: the stock pipelines, run while their convolutions wrap around."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import (
+    ControlNetModel,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from safetensors.torch import load_file
+from torch import Tensor
+
+from panorama.circular import circular
+from panorama.decode import decode_canvas
+
+LORA = "panorama"
+"""The name of the LoRA inside the UNet."""
+TOKENS = ("<s0>", "<s1>")
+"""The words that pivotal tuning taught the text encoders together with the LoRA."""
+
+
+class SDXL360:
+    """Makes 360 pictures with SDXL, from text alone or following a depth image by ControlNet.
+
+    Both pipelines are diffusers' own and share one set of models. Where the VAE overflows in half
+    precision (`force_upcast`) it is kept in float32.
+
+    Args:
+        text: the pipeline from text alone.
+        controlnet: a ControlNet of the same precision.
+
+    Attributes:
+        text: the same pipeline.
+        depth: the pipeline that follows a depth image.
+        tokens: the LoRA's tokens, once `load_lora` gave it one; a prompt should name them.
+    """
+
+    def __init__(self, text: StableDiffusionXLPipeline, controlnet: ControlNetModel) -> None:
+        self.text = text
+        self.depth = StableDiffusionXLControlNetPipeline.from_pipe(
+            text, controlnet=controlnet, dtype=text.unet.dtype
+        )
+        self.tokens: tuple[str, ...] = ()
+        if text.vae.config.force_upcast:
+            text.vae.to(torch.float32)
+        for pipe in (self.text, self.depth):
+            pipe.set_progress_bar_config(disable=True)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, dtype: torch.dtype) -> Self:
+        """Reads the models from a folder.
+
+        Args:
+            folder: holds the text pipeline in diffusers' format, `controlnet/` and, if there is a
+                LoRA, `lora.safetensors` and `embeddings.safetensors`.
+            dtype: the models' precision.
+        """
+        options = {"dtype": dtype, "local_files_only": True}
+        text = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False, **options)
+        pipe = cls(text, ControlNetModel.from_pretrained(folder / "controlnet", **options))
+        if (folder / "lora.safetensors").is_file():
+            pipe.load_lora(folder / "lora.safetensors", folder / "embeddings.safetensors")
+        return pipe
+
+    def load_lora(self, lora: Path, embeddings: Path) -> None:
+        """Loads a LoRA with its tokens; see `load_lora` and `load_tokens` of this module."""
+        load_lora(self.text.unet, lora)
+        load_tokens(self.text, embeddings)
+        self.tokens = TOKENS
+
+    def to(self, device: torch.device) -> None:
+        """Moves the models to a device."""
+        self.depth.to(device)  # all that the text pipeline has, and the ControlNet
+
+    @property
+    def multiple(self) -> int:
+        """Widths and heights are multiples of it, pixels: the VAE's factor times the UNet's.
+
+        Every level of the UNet then has whole columns, and so wraps.
+        """
+        halvings = len(self.text.unet.config.block_out_channels) - 1
+        return int(self.text.vae_scale_factor * 2**halvings)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str,
+        height: int,
+        width: int,
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 7.5,
+        negative_prompt: str = "",
+        depth: Tensor | None = None,
+        controlnet_conditioning_scale: float = 0.5,
+        lora_scale: float = 0.8,
+        generator: torch.Generator | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict[str, Tensor]] | None = None,
+    ) -> Any:
+        """Makes one picture whose left and right edges meet.
+
+        Args:
+            prompt: what it shows.
+            height: pixels, a multiple of `multiple`.
+            width: pixels, likewise; twice the height for a whole sphere.
+            num_inference_steps: denoising steps.
+            guidance_scale: weight of classifier-free guidance; up to 1 there is none.
+            negative_prompt: what it should not show.
+            depth: to follow, (height, width) in [0, 1], 1 is nearest; None for text alone.
+            controlnet_conditioning_scale: how closely, 0 for text alone.
+            lora_scale: strength of the LoRA, if there is one; at 0 it is skipped.
+            generator: on the CPU it gives the same initial noise on every device.
+            latents: the initial noise itself, (1, C, height / f, width / f), unit variance.
+            output_type: "pil" or "pt".
+            callback_on_step_end: called as diffusers does, (pipe, step, timestep,
+                {"latents": ...}).
+
+        Returns:
+            A list of one picture, or for "pt" a tensor (1, 3, height, width) in [0, 1].
+
+        Raises:
+            ValueError: a size or a shape that breaks its rule.
+        """
+        self._check_sizes(height, width, depth)
+        pipe, condition = self.text, {}
+        if depth is not None and controlnet_conditioning_scale > 0:
+            condition = {
+                "image": depth.expand(1, 3, -1, -1),
+                "controlnet_conditioning_scale": controlnet_conditioning_scale,
+            }
+            pipe = self.depth
+        unet = self.text.unet
+        if latents is None:
+            latents = self._noise(height, width, generator)
+        with circular(unet, self.depth.controlnet), lora_applied(unet, lora_scale):
+            latents = pipe(
+                prompt,
+                negative_prompt=negative_prompt or None,  # None is zeros, as SDXL was trained
+                height=height,
+                width=width,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                generator=generator,
+                latents=latents.to(unet.dtype),
+                output_type="latent",
+                callback_on_step_end=callback_on_step_end,
+                **condition,
+            ).images
+        picture = decode_canvas(self.text.vae, latents, ring="x")
+        return self.text.image_processor.postprocess(picture, output_type=output_type)
+
+    def _noise(self, height: int, width: int, generator: torch.Generator | None) -> Tensor:
+        """The initial noise (1, C, height / f, width / f).
+
+        In float32: half precision, in which the pipelines would draw it, is other noise.
+        """
+        unet, factor = self.text.unet, self.text.vae_scale_factor
+        shape = (1, unet.config.in_channels, height // factor, width // factor)
+        noise: Tensor = randn_tensor(shape, generator, unet.device, torch.float32)
+        return noise
+
+    def _check_sizes(self, height: int, width: int, depth: Tensor | None) -> None:
+        """Raises ValueError for a size that would not wrap, or depth of another size."""
+        for name, size in (("height", height), ("width", width)):
+            if size < 1 or size % self.multiple:
+                legal = max(self.multiple, size // self.multiple * self.multiple)
+                raise ValueError(
+                    f"{name}={size}: must be a multiple of {self.multiple}; {legal} would do"
+                )
+        if depth is not None and depth.shape != (height, width):
+            raise ValueError(
+                f"depth has shape {tuple(depth.shape)}: must be that of the picture; "
+                f"{(height, width)} would do"
+            )
+
+
+def load_lora(unet: Any, path: Path) -> None:
+    """Loads a LoRA into a UNet, switched off until `lora_applied`.
+
+    Args:
+        unet: a UNet2DConditionModel.
+        path: safetensors in the format of cog-sdxl, with keys such as
+            `...attn1.processor.to_q_lora.down.weight`, all or none of them after `unet.`.
+
+    Raises:
+        ValueError: not every weight found its place; diffusers would only log that.
+    """
+    weights = {key.removeprefix("unet."): weight for key, weight in load_file(path).items()}
+    unet.load_lora_adapter(weights, prefix=None, adapter_name=LORA)
+    loaded = sum(LORA in getattr(module, "lora_A", ()) for module in unet.modules())
+    if not loaded or 2 * loaded != len(weights):
+        raise ValueError(
+            f"{path.name}: must hold LoRA weights for this UNet and nothing else, but of "
+            f"{len(weights)} weights {2 * loaded} have a place in it; "
+            "a lora.safetensors of cog-sdxl would do"
+        )
+    unet.disable_lora()
+
+
+def load_tokens(pipe: StableDiffusionXLPipeline, path: Path) -> None:
+    """Teaches both text encoders the tokens of pivotal tuning.
+
+    Args:
+        pipe: whose tokenizers and text encoders.
+        path: safetensors with `text_encoders_0` (2, D) and `text_encoders_1` (2, D'), the
+            embeddings of `TOKENS`.
+
+    Raises:
+        ValueError: a key is missing, or embeddings don't fit their encoder.
+    """
+    embeddings = load_file(path)
+    encoders = {
+        "text_encoders_0": (pipe.text_encoder, pipe.tokenizer),
+        "text_encoders_1": (pipe.text_encoder_2, pipe.tokenizer_2),
+    }
+    for key, (encoder, tokenizer) in encoders.items():
+        shape = (len(TOKENS), encoder.config.hidden_size)
+        if key not in embeddings or embeddings[key].shape != shape:
+            found = tuple(embeddings[key].shape) if key in embeddings else None
+            raise ValueError(f"{path.name}: {key} has shape {found}; {shape} would do")
+        pipe.load_textual_inversion(
+            embeddings[key], token=list(TOKENS), text_encoder=encoder, tokenizer=tokenizer
+        )
+
+
+@contextmanager
+def lora_applied(unet: Any, scale: float) -> Iterator[None]:
+    """Adds `scale` times the UNet's LoRA, if it has one, while the block runs.
+
+    Not by the pipelines' `cross_attention_kwargs`: they multiply by the scale and divide by it
+    again at every step, which rounds, and is not undone by an exception.
+    """
+    if not scale or LORA not in getattr(unet, "peft_config", {}):
+        yield
+        return
+    unet.set_adapters(LORA, scale)
+    unet.enable_lora()
+    try:
+        yield
+    finally:
+        unet.disable_lora()
