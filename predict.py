@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextvars import copy_context
+from functools import partial
 from tempfile import mkdtemp
 from threading import Event
 from typing import TYPE_CHECKING, Any, Optional
@@ -50,17 +51,18 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
         prompt: str = Input(description="What the panorama shows."),
         negative_prompt: str = Input(description="What it should not show.", default=""),
         mode: str = Input(
-            description="How it is made. syncdiffusion: a wide or tall strip of overlapping windows, kept coherent by synchronising them.",
+            description="How it is made. syncdiffusion: a wide or tall strip of overlapping windows, kept coherent by synchronising them. sdxl-360: a 360 picture that always closes left to right, from text alone or following a depth image.",
             default="syncdiffusion",
+            choices=["syncdiffusion", "sdxl-360"],
         ),
         width: Optional[int] = Input(
-            description="Width in pixels: a multiple of 8, at least one window of the model. If left out, the mode's own width.",
+            description="Width in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. If left out, the depth image's own width, or else the mode's.",
             default=None,
             ge=64,
             le=16384,
         ),
         height: Optional[int] = Input(
-            description="Height in pixels: a multiple of 8, at least one window of the model. If left out, the mode's own height.",
+            description="Height in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. If left out, the depth image's own height, or else the mode's.",
             default=None,
             ge=64,
             le=16384,
@@ -106,6 +108,22 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
         ),
         loop_closure: bool = Input(
             description="Close the panorama into a ring, along its longer side.", default=False
+        ),
+        depth_image: Optional[Path] = Input(
+            description="A depth image to follow, brighter is nearer. Its left and right edges should match. If left out, the picture follows the prompt alone.",
+            default=None,
+        ),
+        controlnet_conditioning_scale: float = Input(
+            description="How closely to follow the depth image. 0 gives the picture of the prompt alone.",
+            default=0.5,
+            ge=0.0,
+            le=2.0,
+        ),
+        lora_scale: float = Input(
+            description="Strength of the model family's LoRA, if it has one. 0 turns it off. While it is on, its tokens are put in front of a prompt that names none of them.",
+            default=0.8,
+            ge=0.0,
+            le=2.0,
         ),
     ) -> Path:
         """Makes one panorama and returns the path of its PNG."""
@@ -195,17 +213,27 @@ class Stopwatch:
         self._last = now
 
 
+NOISE = {
+    "transformers.utils.import_utils": "requires torchvision",
+    "transformers.modeling_utils": "new embeddings will be initialized",
+    "diffusers.models.modeling_utils": "should be kept in float32: []",
+}
+"""Loggers, and a part of what each says that users can do nothing about."""
+
+
+def is_wanted(noise: str, record: logging.LogRecord) -> bool:
+    """Whether a record is not about `noise`."""
+    return noise not in record.getMessage()
+
+
 def hush_libraries() -> None:
     """Keeps from a user's log what is not about their picture.
 
-    That is how transformers advises to install torchvision, which nothing here uses, and the
-    progress bars over files being loaded.
+    That is how transformers advises to install torchvision, which nothing here uses, what it and
+    diffusers say of loading the models, and the progress bars over files being loaded.
     """
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return "requires torchvision" not in record.getMessage()
-
-    logging.getLogger("transformers.utils.import_utils").addFilter(wanted)
+    for name, noise in NOISE.items():
+        logging.getLogger(name).addFilter(partial(is_wanted, noise))
 
     import diffusers.utils.logging
     import transformers.utils.logging

@@ -81,6 +81,8 @@ def parse_value(kind: type, text: str) -> object:
     """The value that `text` stands for; `text` itself, for `Request` to refuse, if none."""
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
+    if kind is Path:
+        return Path(text[1:]) if text.startswith("@") else text
     try:
         return kind(text)
     except ValueError:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from panorama.request import ModeSettings, ResolvedRequest
+from panorama import depth
+from panorama.request import INPUTS, ModeSettings, ResolvedRequest
+from panorama.sdxl import SDXL360
 from panorama.syncdiffusion import SyncDiffusionPipeline
 
 DEFAULT_FAMILY = "tiny"
@@ -29,10 +31,9 @@ class Mode:
 
 
 def load_syncdiffusion(folder: Path, device: torch.device) -> SyncDiffusionPipeline:
-    """Reads the pipeline from its folder: half precision on a GPU, single on a CPU."""
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    """Reads the pipeline from its folder."""
     pipe: SyncDiffusionPipeline = SyncDiffusionPipeline.from_pretrained(
-        folder, dtype=dtype, local_files_only=True
+        folder, dtype=precision(device), local_files_only=True
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
@@ -43,20 +44,7 @@ def run_syncdiffusion(
     pipe: SyncDiffusionPipeline, request: ResolvedRequest, on_step: OnStep
 ) -> Image:
     """Makes the panorama that is asked for."""
-
-    def callback(
-        _: SyncDiffusionPipeline, step: int, __: torch.Tensor, state: dict[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        on_step(step + 1, request.num_inference_steps)
-        return state
-
-    inputs = request.inputs()
-    own = {name: value for name, value in inputs.items() if name not in ("mode", "seed")}
-    image: Image = pipe(
-        **own,
-        generator=torch.Generator().manual_seed(request.seed),
-        callback_on_step_end=callback,
-    ).images[0]
+    image: Image = pipe(**arguments(request, on_step)).images[0]
     return image
 
 
@@ -64,11 +52,65 @@ def settings_syncdiffusion(
     pipe: SyncDiffusionPipeline, defaults: Mapping[str, Any]
 ) -> ModeSettings:
     """What the family's file says, and what the model itself knows."""
-    return ModeSettings(**defaults, multiple=pipe.vae_scale_factor, window=pipe.window)
+    factor = pipe.vae_scale_factor
+    return ModeSettings(
+        **defaults, multiple=factor, smallest=pipe.window * factor, window=pipe.window
+    )
+
+
+def load_sdxl_360(folder: Path, device: torch.device) -> SDXL360:
+    """Reads the pipelines from their folder."""
+    pipe = SDXL360.from_pretrained(folder, precision(device))
+    pipe.to(device)
+    return pipe
+
+
+def run_sdxl_360(pipe: SDXL360, request: ResolvedRequest, on_step: OnStep) -> Image:
+    """Makes the picture that is asked for."""
+    inputs = arguments(request, on_step)
+    path = inputs.pop("depth_image")
+    target = None if path is None else depth_tensor(path, request)
+    image: Image = pipe(**inputs, depth=target)[0]
+    return image
+
+
+def depth_tensor(path: Path, request: ResolvedRequest) -> torch.Tensor:
+    """The depth image in the picture's size, (height, width) in [0, 1]."""
+    values = depth.read(path)
+    depth.warn_of_step(values)
+    return torch.from_numpy(depth.resize(values, request.height, request.width))
+
+
+def settings_sdxl_360(pipe: SDXL360, defaults: Mapping[str, Any]) -> ModeSettings:
+    """What the family's file says, and what the models themselves know."""
+    return ModeSettings(
+        **defaults, multiple=pipe.multiple, smallest=pipe.multiple, tokens=pipe.tokens
+    )
+
+
+def precision(device: torch.device) -> torch.dtype:
+    """Half on a GPU, single on a CPU."""
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
+def arguments(request: ResolvedRequest, on_step: OnStep) -> dict[str, Any]:
+    """What a pipeline is called with: the mode's inputs, the seed's generator, a callback."""
+
+    def callback(
+        _: Any, step: int, __: torch.Tensor, state: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        on_step(step + 1, request.num_inference_steps)
+        return state
+
+    inputs = request.mode_inputs()
+    own = {name: value for name, value in inputs.items() if name not in ("mode", "seed")}
+    generator = torch.Generator().manual_seed(request.seed)
+    return {**own, "generator": generator, "callback_on_step_end": callback}
 
 
 MODES: Mapping[str, Mode] = {
     "syncdiffusion": Mode(load_syncdiffusion, run_syncdiffusion, settings_syncdiffusion),
+    "sdxl-360": Mode(load_sdxl_360, run_sdxl_360, settings_sdxl_360),
 }
 
 
@@ -95,10 +137,7 @@ class Models:
 
     def settings(self, mode: str) -> ModeSettings:
         """What a mode asks and offers in this family; ValueError if it was not loaded."""
-        if mode not in self.pipelines:
-            raise ValueError(
-                f"mode={mode!r}: must be one of those loaded, {', '.join(self.pipelines)}"
-            )
+        check_mode(mode, self.family, self.pipelines)
         return MODES[mode].settings(self.pipelines[mode], self._defaults[mode])
 
     def generate(self, request: ResolvedRequest, on_step: OnStep | None = None) -> Image:
@@ -123,22 +162,29 @@ def load(
 
     Args:
         family: the name of a folder in `weights/`.
-        modes: those to load; None for all.
+        modes: those to load; None for all that the family offers: those its file has a section
+            for.
         device: None for the GPU if there is one.
 
     Raises:
         FileNotFoundError: there is no such family.
-        ValueError: there is no such mode.
+        ValueError: the family offers no such mode.
     """
     folder = WEIGHTS / family
     if not (folder / "family.toml").is_file():
         families = ", ".join(sorted(path.parent.name for path in WEIGHTS.glob("*/family.toml")))
         raise FileNotFoundError(f"no model family {family!r} in {WEIGHTS}; there is {families}")
-    modes = tuple(MODES) if modes is None else modes
-    for mode in modes:
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r}: must be one of {', '.join(MODES)}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     defaults = tomllib.loads((folder / "family.toml").read_text())
+    modes = tuple(defaults) if modes is None else modes
+    for mode in modes:
+        check_mode(mode, family, defaults)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     pipelines = {mode: MODES[mode].load(folder / mode, place) for mode in modes}
     return Models(family, place, pipelines, defaults)
+
+
+def check_mode(mode: str, family: str, offered: Mapping[str, Any]) -> None:
+    """Raises ValueError for a mode that a family does not offer."""
+    if mode not in offered:
+        rule = f"be one that the family {family} offers, {', '.join(offered)}"
+        raise INPUTS["mode"].refuse(mode, rule, next(iter(offered)))

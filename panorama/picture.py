@@ -1,5 +1,6 @@
 """PNG files that carry what made them, and that viewers open as a 360 where they are one."""
 
+import hashlib
 import io
 import json
 import os
@@ -38,7 +39,10 @@ def save(
         family: The model family that made it.
     """
     info = PngInfo()
-    info.add_itxt(METADATA_KEY, json.dumps(_metadata(request, family), ensure_ascii=False))
+    info.add_itxt(
+        METADATA_KEY,
+        json.dumps(_metadata(request, family), ensure_ascii=False, default=fingerprint),
+    )
     if gpano := gpano_properties(request):
         properties = "\n   ".join(f"GPano:{k}={quoteattr(str(v))}" for k, v in gpano.items())
         info.add_itxt(XMP_KEY, XMP_PACKET.format(properties=properties))
@@ -49,6 +53,8 @@ def save(
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What made a PNG that `save` wrote: its `inputs`, model `family` and `versions`.
+
+    The inputs are those of its mode, as they were used; a file is given by its fingerprint.
 
     Raises:
         ValueError: The file is a picture, but not one of ours.
@@ -74,10 +80,15 @@ def write_atomically(path: Path, data: bytes) -> None:
 def _metadata(request: ResolvedRequest, family: str) -> dict[str, Any]:
     versions = {name: version(name) for name in ("torch", "diffusers")}
     return {
-        "inputs": request.inputs(),
+        "inputs": request.mode_inputs(),
         "family": family,
         "versions": {"panorama": __version__, **versions},
     }
+
+
+def fingerprint(path: Path) -> str:
+    """What stands for a file in the metadata: the hash of its bytes."""
+    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
 def gpano_properties(request: ResolvedRequest) -> dict[str, object]:

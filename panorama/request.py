@@ -8,11 +8,32 @@ import dataclasses
 import secrets
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
-from math import inf
+from math import ceil, inf
+from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args, get_type_hints
 
+from panorama import depth
+
 SEED_BITS = 32  # torch's CPU generator looks at no more than the low 32 bits of a seed
+
+OWN_INPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "syncdiffusion": (
+            "sync_weight",
+            "sync_decay_rate",
+            "sync_freq",
+            "sync_threshold",
+            "stride",
+            "loop_closure",
+        ),
+        "sdxl-360": ("depth_image", "controlnet_conditioning_scale", "lora_scale"),
+    }
+)
+"""The inputs that belong to one mode alone. All others belong to every mode."""
+
+ALWAYS_CLOSED = ("sdxl-360",)
+"""The modes whose pictures close left to right without being asked to."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +44,19 @@ class ModeSettings:
         width: The mode's own width, pixels.
         height: The mode's own height, pixels.
         guidance_scale: The family's default.
-        multiple: The VAE's factor; widths and heights are multiples of it, pixels.
-        window: Side of the square window that the UNet was trained on, latent cells.
+        multiple: Widths and heights are multiples of it, pixels.
+        smallest: The least width and height, pixels, a multiple of `multiple`.
+        window: Side of the square windows on the canvas, latent cells, where there are windows.
+        tokens: Words that the LoRA listens to, if it has any; a prompt has to name one.
     """
 
     width: int
     height: int
     guidance_scale: float
     multiple: int
-    window: int
+    smallest: int
+    window: int = 0
+    tokens: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,22 +65,24 @@ class Input:
 
     Attributes:
         name: As clients write it.
-        kind: str, bool, int or float.
+        kind: str, bool, int, float or Path.
         optional: Whether None is allowed.
         default: What holds where a request does not say; `dataclasses.MISSING` if it must say.
         minimum: Smallest number, inclusive; -inf for what is not a number.
         maximum: Largest number, inclusive; inf where only the model sets a bound, or nothing.
         choices: All there are, or () if there is no list.
+        modes: Those that it belongs to.
         description: One or two sentences for users.
     """
 
     name: str
-    kind: type[str] | type[bool] | type[int] | type[float]
+    kind: type[str] | type[bool] | type[int] | type[float] | type[Path]
     optional: bool
     default: Any
     minimum: float
     maximum: float
     choices: tuple[str, ...]
+    modes: tuple[str, ...]
     description: str
 
     @property
@@ -78,6 +105,18 @@ class Input:
         if value is None and self.optional:
             return
         _CHECKS[self.kind](self, value)
+
+    def check_mode(self, value: object, mode: str) -> None:
+        """Checks that the input belongs to a mode, or was left at its default.
+
+        Clients that send every input, each with its published default, so can use any mode.
+
+        Raises:
+            ValueError: As for `check`.
+        """
+        if mode not in self.modes and value != self.default:
+            rule = f"be left out with mode={mode!r}, as it belongs to {', '.join(self.modes)}"
+            raise self.refuse(value, rule, self.default)
 
     def refuse(self, value: object, rule: str, legal: object) -> ValueError:
         """The error to raise: names the input, its value, the rule, and a value that would do."""
@@ -111,7 +150,20 @@ def _check_text(rule: Input, value: object) -> None:
         raise rule.refuse(value, "be text that UTF-8 can hold", legal)
 
 
-_CHECKS = {str: _check_text, bool: _check_bool, int: _check_number, float: _check_number}
+def _check_file(rule: Input, value: object) -> None:
+    """A text is no file: it could name any file of the machine that runs the model."""
+    if not isinstance(value, Path):
+        way = "be a file, sent as a data or http URL, or as @FILE on the command line"
+        raise rule.refuse(value, way, rule.default)
+
+
+_CHECKS = {
+    str: _check_text,
+    bool: _check_bool,
+    int: _check_number,
+    float: _check_number,
+    Path: _check_file,
+}
 
 
 def _input(
@@ -146,20 +198,21 @@ class Request:
     negative_prompt: str = _input("What it should not show.", default="")
     mode: str = _input(
         "How it is made. syncdiffusion: a wide or tall strip of overlapping windows, kept "
-        "coherent by synchronising them.",
+        "coherent by synchronising them. sdxl-360: a 360 picture that always closes left to "
+        "right, from text alone or following a depth image.",
         default="syncdiffusion",
-        choices=("syncdiffusion",),
+        choices=tuple(OWN_INPUTS),
     )
     width: int | None = _input(
-        "Width in pixels: a multiple of 8, at least one window of the model. "
-        "If left out, the mode's own width.",
+        "Width in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a "
+        "multiple of 32. If left out, the depth image's own width, or else the mode's.",
         default=None,
         minimum=64,
         maximum=16384,
     )
     height: int | None = _input(
-        "Height in pixels: a multiple of 8, at least one window of the model. "
-        "If left out, the mode's own height.",
+        "Height in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a "
+        "multiple of 32. If left out, the depth image's own height, or else the mode's.",
         default=None,
         minimum=64,
         maximum=16384,
@@ -207,6 +260,24 @@ class Request:
     loop_closure: bool = _input(
         "Close the panorama into a ring, along its longer side.", default=False
     )
+    depth_image: Path | None = _input(
+        "A depth image to follow, brighter is nearer. Its left and right edges should match. "
+        "If left out, the picture follows the prompt alone.",
+        default=None,
+    )
+    controlnet_conditioning_scale: float = _input(
+        "How closely to follow the depth image. 0 gives the picture of the prompt alone.",
+        default=0.5,
+        minimum=0.0,
+        maximum=2.0,
+    )
+    lora_scale: float = _input(
+        "Strength of the model family's LoRA, if it has one. 0 turns it off. While it is on, "
+        "its tokens are put in front of a prompt that names none of them.",
+        default=0.8,
+        minimum=0.0,
+        maximum=2.0,
+    )
 
     def __post_init__(self) -> None:
         for name, rule in INPUTS.items():
@@ -214,6 +285,8 @@ class Request:
             rule.check(value)
             if rule.kind is float and value is not None:
                 object.__setattr__(self, name, float(value))
+        for name, rule in INPUTS.items():
+            rule.check_mode(getattr(self, name), self.mode)
 
     def resolve(self, settings: ModeSettings) -> "ResolvedRequest":
         """Fills in what was left open, then checks what depends on the family.
@@ -222,7 +295,8 @@ class Request:
             settings: Of this request's mode, in the family that is going to run it.
 
         Raises:
-            ValueError: As for the class: a size, the stride, or a ring that cannot close.
+            ValueError: As for the class: a size, the stride, a ring that cannot close, or a
+                depth image that cannot be read.
         """
         own = {
             "width": settings.width,
@@ -231,14 +305,22 @@ class Request:
             "seed": secrets.randbits(SEED_BITS),
         }
         given = {name: value for name, value in self.inputs().items() if value is not None}
-        resolved = ResolvedRequest(**own | given)
-        for check in (_check_sizes, _check_stride, _check_ring):
-            check(resolved, settings)
+        resolved = ResolvedRequest(
+            **own | _depth_sizes(self, settings) | given | {"prompt": _prompt(self, settings)}
+        )
+        for name, check in _FAMILY_CHECKS.items():
+            if self.mode in INPUTS[name].modes:
+                check(resolved, settings)
         return resolved
 
     def inputs(self) -> dict[str, Any]:
         """Every input by name: what `Request(**inputs)` makes this request from again."""
-        return dataclasses.asdict(self)
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def mode_inputs(self) -> dict[str, Any]:
+        """The inputs that belong to the mode, by name; the others are at their defaults."""
+        inputs = self.inputs().items()
+        return {name: value for name, value in inputs if self.mode in INPUTS[name].modes}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,7 +334,9 @@ class ResolvedRequest(Request):
 
     @property
     def closed_axis(self) -> Literal["x", "y"] | None:
-        """The axis along which the panorama closes into a ring, if it does: its longer side."""
+        """The axis along which the panorama closes, if it does: a ring's is its longer side."""
+        if self.mode in ALWAYS_CLOSED:
+            return "x"
         if not self.loop_closure:
             return None
         return "x" if self.width >= self.height else "y"
@@ -268,6 +352,7 @@ def _inputs() -> Mapping[str, Input]:
             kind=next(t for t in options if t is not NoneType),
             optional=NoneType in options,
             default=f.default,
+            modes=tuple(m for m, own in OWN_INPUTS.items() if f.name in own) or tuple(OWN_INPUTS),
             **f.metadata,
         )
     return MappingProxyType(table)
@@ -276,13 +361,46 @@ def _inputs() -> Mapping[str, Input]:
 INPUTS = _inputs()
 
 
-def _check_sizes(request: ResolvedRequest, settings: ModeSettings) -> None:
-    """Sizes are whole latent cells, and hold at least one window each way."""
+def _prompt(request: Request, settings: ModeSettings) -> str:
+    """The prompt, after the LoRA's tokens if the LoRA is on and the prompt names none of them."""
+    tokens = settings.tokens if request.lora_scale else ()
+    if not tokens or any(token in request.prompt for token in tokens):
+        return request.prompt
+    return f"{''.join(tokens)} {request.prompt}"
+
+
+def _depth_sizes(request: Request, settings: ModeSettings) -> dict[str, int]:
+    """The depth image's own width and height, as far as the request leaves them open."""
+    if request.depth_image is None:
+        return {}
+    height, width = depth.read(request.depth_image).shape
+    own = {"width": width, "height": height}
+    sizes = {name: size for name, size in own.items() if getattr(request, name) is None}
+    legal = {name: _nearest(name, size, settings) for name, size in sizes.items()}
+    if sizes != legal:
+        advice = " and ".join(f"{name}={size}" for name, size in legal.items())
+        raise ValueError(
+            f"depth_image has {width} x {height} pixels: width and height must be multiples of "
+            f"{settings.multiple} from {_nearest('width', 0, settings)} to "
+            f"{INPUTS['width'].maximum}; {advice} would do"
+        )
+    return sizes
+
+
+def _nearest(name: str, size: int, settings: ModeSettings) -> int:
+    """The legal width or height that is nearest to a size, pixels."""
     multiple = settings.multiple
-    smallest = settings.window * multiple
+    least = ceil(max(settings.smallest, INPUTS[name].minimum) / multiple)
+    most = INPUTS[name].maximum // multiple
+    return int(min(max(round(size / multiple), least), most) * multiple)
+
+
+def _check_sizes(request: ResolvedRequest, settings: ModeSettings) -> None:
+    """Sizes are whole latent cells, and large enough for the model."""
+    multiple, smallest = settings.multiple, settings.smallest
     for name, size in (("width", request.width), ("height", request.height)):
         if size < smallest:
-            rule = f"be at least {smallest}, one window of the model"
+            rule = f"be at least {smallest}, the least that the model can make"
             raise INPUTS[name].refuse(size, rule, smallest)
         if size % multiple:
             legal = size // multiple * multiple
@@ -306,3 +424,7 @@ def _check_ring(request: ResolvedRequest, settings: ModeSettings) -> None:
     if request.loop_closure and request.stride >= settings.window:
         rule = f"be less than {settings.window} on a ring: it would have too few windows to close"
         raise INPUTS["stride"].refuse(request.stride, rule, settings.window // 2)
+
+
+_FAMILY_CHECKS = {"width": _check_sizes, "stride": _check_stride, "loop_closure": _check_ring}
+"""What is checked against the family, by the input that it is about."""

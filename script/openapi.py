@@ -13,7 +13,13 @@ import cog
 
 from predict import Predictor
 
-KINDS = {str: "string", bool: "boolean", int: "integer", float: "number"}
+KINDS = {
+    str: {"type": "string"},
+    bool: {"type": "boolean"},
+    int: {"type": "integer"},
+    float: {"type": "number"},
+    cog.Path: {"type": "string", "format": "uri"},
+}
 JSON = "application/json"
 
 
@@ -37,17 +43,36 @@ def thing(title: str, **schema: Any) -> dict[str, Any]:
     return {"title": title, "type": "object", **schema}
 
 
+def fields() -> dict[str, Any]:
+    """What `predict` says of each of its inputs, by name."""
+    parameters = list(inspect.signature(Predictor.predict).parameters.values())[1:]  # not self
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def choices() -> dict[str, Any]:
+    """The schema of every input that is one of a list, by name."""
+    return {
+        name: {
+            "title": name,
+            "description": "An enumeration.",
+            "enum": field.choices,
+            "type": "string",
+        }
+        for name, field in fields().items()
+        if field.choices
+    }
+
+
 def input_schema() -> dict[str, Any]:
     """The schema of a prediction's inputs."""
     hints = get_type_hints(Predictor.predict)
-    parameters = list(inspect.signature(Predictor.predict).parameters.values())[1:]  # not self
     properties = {}
-    for order, parameter in enumerate(parameters):
-        name, field = parameter.name, parameter.default
+    for order, (name, field) in enumerate(fields().items()):
         types = get_args(hints[name]) or (hints[name],)
         kind = next(KINDS[t] for t in types if t is not NoneType)
         optional = NoneType in types
-        schema = titled(name, type=kind, description=field.description)
+        form = {"allOf": [ref(name)]} if field.choices else titled(name, **kind)
+        schema = {**form, "description": field.description}
         if optional or field.default is not None:
             schema["default"] = field.default
         if optional:
@@ -79,6 +104,7 @@ def schemas() -> dict[str, Any]:
     return {
         "Input": input_schema(),
         "Output": string("output", format="uri"),
+        **choices(),
         "PredictionRequest": thing(
             "PredictionRequest", properties={"id": string("id"), "input": ref("Input")}
         ),

@@ -67,9 +67,10 @@ def test_one_prediction_leaves_nothing_to_the_next(server: Server):
         (QUICK | {"num_inference_steps": 0}, "num_inference_steps", "less than the minimum of 1"),
         (QUICK | {"width": 20000}, "width", "greater than the maximum of 16384"),
         (QUICK | {"loop_closure": "yes"}, "loop_closure", 'not of type "boolean"'),
+        (QUICK | {"mode": "cubes"}, "mode", '"cubes" is not one of ["syncdiffusion","sdxl-360"]'),
         ({"seed": 1}, "prompt", "Field required"),
     ],
-    ids=["too small", "too large", "wrong type", "missing"],
+    ids=["too small", "too large", "wrong type", "no such choice", "missing"],
 )
 def test_what_the_document_forbids_is_refused_at_once(server: Server, inputs, name, message):
     code, answer = server.predict(inputs)
@@ -89,7 +90,8 @@ def test_an_unknown_input_is_dropped_with_a_warning(server: Server):
     ("inputs", "message"),
     [
         ({"prompt": " "}, "prompt=' ': prompt must not be empty; "),
-        ({"mode": "cubes"}, "mode='cubes': mode must be one of syncdiffusion"),
+        ({"lora_scale": 0.5}, "lora_scale must be left out with mode='syncdiffusion'"),
+        ({"depth_image": "/etc/passwd"}, "depth_image='/etc/passwd': depth_image must be a file"),
         ({"width": 258}, "width=258: width must be a multiple of 8; 256 would do"),
         ({"height": 128}, "height=128: height must be at least 256"),
         ({"stride": 33}, "stride=33: stride must be at most 32"),

@@ -14,11 +14,12 @@ LEVELS = (
     {"predict"},
     {"panorama"},
     {"panorama.models"},
-    {"panorama.syncdiffusion"},
+    {"panorama.syncdiffusion", "panorama.sdxl"},
     {"panorama.sampler", "panorama.synchronize", "panorama.circular", "panorama.decode"},
     {"panorama.views", "panorama.perceptual"},
     {"panorama.picture"},
     {"panorama.request"},
+    {"panorama.depth"},
     {"panorama.__version__"},
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}

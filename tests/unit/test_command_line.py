@@ -22,6 +22,11 @@ def test_values_get_the_types_of_their_inputs():
     assert isinstance(inputs["sync_weight"], float)
 
 
+def test_a_file_is_marked_by_an_at_sign():
+    pairs = ["prompt=a", "mode=sdxl-360", "depth_image=@a/depth.png"]
+    assert parse_inputs(pairs)["depth_image"] == Path("a/depth.png")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -36,6 +41,10 @@ def test_values_get_the_types_of_their_inputs():
         (
             ["-i", "prompt=a", "-i", "loop_closure=yes"],
             "loop_closure='yes': loop_closure must be true",
+        ),
+        (
+            ["-i", "prompt=a", "-i", "depth_image=depth.png"],
+            "depth_image='depth.png': depth_image must be a file, sent as a data or http URL, or ",
         ),
         (["-i", "prompt=a", "-o", "a.jpg"], "-o a.jpg: must be a file that ends in .png"),
         (["-i", "prompt=a", "-o", "."], "-o .: must be a file that ends in .png"),

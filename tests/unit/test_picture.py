@@ -1,6 +1,7 @@
 import struct
 import xml.etree.ElementTree as ET
 import zlib
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -9,12 +10,15 @@ from PIL import Image
 from panorama.picture import read_metadata, save
 from panorama.request import ModeSettings, Request
 
-SETTINGS = ModeSettings(width=512, height=128, guidance_scale=7.5, multiple=8, window=16)
+SETTINGS = ModeSettings(
+    width=512, height=128, guidance_scale=7.5, multiple=8, smallest=128, window=16
+)
 GPANO = "{http://ns.google.com/photos/1.0/panorama/}"
 
 
 def resolved(**inputs):
-    return Request(**{"prompt": "sea", "seed": 7, "stride": 8, **inputs}).resolve(SETTINGS)
+    stride = {} if "mode" in inputs else {"stride": 8}
+    return Request(**{"prompt": "sea", "seed": 7, **stride, **inputs}).resolve(SETTINGS)
 
 
 def noise(request) -> Image.Image:
@@ -78,6 +82,15 @@ def test_a_picture_says_what_made_it(saved):
     assert set(metadata["versions"]) == {"panorama", "torch", "diffusers"}
 
 
+def test_it_says_only_what_belongs_to_its_mode_and_a_file_by_its_hash(saved, tmp_path):
+    depth = tmp_path / "depth.png"
+    Image.new("L", (512, 256)).save(depth)
+    inputs = read_metadata(saved(mode="sdxl-360", depth_image=depth))["inputs"]
+    assert inputs["depth_image"] == f"sha256:{sha256(depth.read_bytes()).hexdigest()}"
+    assert (inputs["lora_scale"], inputs["height"]) == (0.8, 256)
+    assert "stride" not in inputs
+
+
 def test_the_same_request_gives_the_same_bytes(saved):
     first = saved(loop_closure=True).read_bytes()
     assert saved(loop_closure=True).read_bytes() == first
@@ -95,6 +108,10 @@ def test_a_ring_is_the_middle_band_of_an_equirectangular_picture(saved):
         "CroppedAreaLeftPixels": "0",
         "CroppedAreaTopPixels": "64",
     }
+
+
+def test_sdxl_360_is_closed_without_being_asked_to(saved):
+    assert gpano(saved(mode="sdxl-360"))["CroppedAreaTopPixels"] == "64"
 
 
 def test_a_picture_twice_as_wide_as_high_is_the_whole_of_one(saved):

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import NoneType
 from typing import get_args, get_type_hints
 
+import cog
 import pytest
 from cog import BasePredictor
 
@@ -42,14 +43,14 @@ def test_an_input_has_the_type_and_the_values_of_the_table(name):
     rule, field = INPUTS[name], SIGNATURE.parameters[name].default
     hint = get_type_hints(Predictor.predict)[name]
     types = get_args(hint) or (hint,)
-    assert set(types) == {rule.kind} | ({NoneType} if rule.optional else set())
+    kind = {Path: cog.Path}.get(rule.kind, rule.kind)
+    assert set(types) == {kind} | ({NoneType} if rule.optional else set())
     assert field.description == rule.description
     assert field.ge == (None if rule.minimum == -inf else rule.minimum)
     assert field.le == (None if rule.maximum == inf else rule.maximum)
     assert field.default == (None if rule.required else rule.default)
     assert type(field.default) in (*types, NoneType)
-    # Cog refuses a list of a single choice, so a single mode goes without one.
-    assert field.choices == (list(rule.choices) if len(rule.choices) > 1 else None)
+    assert field.choices == (list(rule.choices) or None)
 
 
 def test_every_value_is_a_literal():

@@ -2,7 +2,7 @@ import re
 from math import inf
 from pathlib import Path
 
-from panorama.request import INPUTS, Input
+from panorama.request import INPUTS, OWN_INPUTS, Input
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -11,12 +11,13 @@ def row(rule: Input) -> str:
     default = "required" if rule.required else "" if rule.default is None else f"`{rule.default!r}`"
     limits = [str(limit) for limit in (rule.minimum, rule.maximum) if abs(limit) != inf]
     allowed = " to ".join(limits) if len(limits) == 2 else "".join(f"from {x}" for x in limits)
-    cells = (f"`{rule.name}`", rule.kind.__name__, default, allowed, rule.description)
+    mode = "" if rule.modes == tuple(OWN_INPUTS) else ", ".join(rule.modes)
+    cells = (f"`{rule.name}`", rule.kind.__name__, default, allowed, mode, rule.description)
     return f"| {' | '.join(cells)} |"
 
 
 def test_the_table_of_inputs_is_that_of_request():
-    head = ["| input | type | default | range | |", "|---|---|---|---|---|"]
+    head = ["| input | type | default | range | only in mode | |", "|---|---|---|---|---|---|"]
     table = "\n".join(head + [row(rule) for rule in INPUTS.values()])
     _, _, rest = README.read_text().partition("<!-- inputs -->\n")
     written = rest.partition("\n<!-- /inputs -->")[0]

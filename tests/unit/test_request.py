@@ -1,11 +1,21 @@
 import dataclasses
 from math import inf, nan
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from panorama.request import INPUTS, ModeSettings, Request
+from panorama.request import INPUTS, OWN_INPUTS, ModeSettings, Request
 
-SD2 = ModeSettings(width=2048, height=512, guidance_scale=7.5, multiple=8, window=64)
+SD2 = ModeSettings(width=2048, height=512, guidance_scale=7.5, multiple=8, smallest=512, window=64)
+SDXL = ModeSettings(
+    width=1024,
+    height=512,
+    guidance_scale=7.5,
+    multiple=32,
+    smallest=32,
+    tokens=("<s0>", "<s1>"),
+)
 
 
 def resolve(settings: ModeSettings = SD2, **inputs):
@@ -54,7 +64,7 @@ def test_every_published_range_is_legal(name, smallest, largest):
         ({"prompt": " \n"}, "prompt must not be empty"),
         ({"prompt": None}, "prompt=None: prompt must be text"),
         ({"prompt": "\ud800"}, "prompt must be text that UTF-8 can hold"),
-        ({"mode": "sdxl"}, "mode='sdxl': mode must be one of syncdiffusion; 'syncdiffusion'"),
+        ({"mode": "sdxl"}, "mode='sdxl': mode must be one of syncdiffusion, sdxl-360; 'syncd"),
         ({"width": 512.0}, "width=512.0: width must be an integer; None would do"),
         ({"width": True}, "width=True: width must be an integer"),
         ({"width": "512"}, "width='512': width must be an integer"),
@@ -71,6 +81,14 @@ def test_every_published_range_is_legal(name, smallest, largest):
         ({"seed": -1}, "0 would do"),
         ({"seed": 2**32}, "4294967295 would do"),
         ({"loop_closure": 1}, "loop_closure=1: loop_closure must be true or false; False would do"),
+        (
+            {"depth_image": "/etc/passwd"},
+            "depth_image='/etc/passwd': depth_image must be a file, s",
+        ),
+        (
+            {"depth_image": ""},
+            "depth_image must be a file, sent as a data or http URL, or as @FILE",
+        ),
     ],
 )
 def test_what_no_model_can_take_is_refused(inputs, message):
@@ -82,7 +100,7 @@ def test_what_no_model_can_take_is_refused(inputs, message):
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
-        ({"width": 504}, "width=504: width must be at least 512, one window of the model; 512"),
+        ({"width": 504}, "width=504: width must be at least 512, the least that the model can"),
         ({"width": 2047}, "width=2047: width must be a multiple of 8; 2040 would do"),
         ({"height": 516}, "height=516: height must be a multiple of 8; 512 would do"),
         ({"stride": 65}, "stride=65: stride must be at most 64, the side of a window"),
@@ -96,7 +114,7 @@ def test_what_this_family_cannot_take_is_refused(inputs, message):
 
 
 def test_what_is_left_out_comes_from_the_family():
-    tiny = ModeSettings(width=1024, height=256, guidance_scale=4.0, multiple=8, window=32)
+    tiny = dataclasses.replace(SD2, width=1024, height=256, guidance_scale=4.0, smallest=256)
     request = resolve(tiny, height=512)
     assert (request.width, request.height, request.guidance_scale) == (1024, 512, 4.0)
 
@@ -127,3 +145,98 @@ def test_a_request_does_not_change():
 def test_every_input_is_described():
     for rule in INPUTS.values():
         assert rule.description.endswith("."), rule.name
+
+
+NOT_DEFAULT = {
+    "sync_weight": 1.0,
+    "sync_decay_rate": 0.5,
+    "sync_freq": 2,
+    "sync_threshold": 6,
+    "stride": 32,
+    "loop_closure": True,
+    "depth_image": Path("depth.png"),
+    "controlnet_conditioning_scale": 0.0,
+    "lora_scale": 0.0,
+}
+
+
+@pytest.mark.parametrize("mode", OWN_INPUTS)
+@pytest.mark.parametrize("name", NOT_DEFAULT)
+def test_an_input_of_another_mode_is_refused_where_it_was_set(mode, name):
+    inputs = {"prompt": "sea", "mode": mode, name: NOT_DEFAULT[name]}
+    if name in OWN_INPUTS[mode]:
+        assert getattr(Request(**inputs), name) == NOT_DEFAULT[name]
+        return
+    (owner,) = INPUTS[name].modes
+    with pytest.raises(ValueError) as error:
+        Request(**inputs)
+    rule = f"{name} must be left out with mode={mode!r}, as it belongs to {owner}; "
+    assert f"{rule}{INPUTS[name].default!r} would do" in str(error.value)
+
+
+def test_the_table_of_modes_has_every_input_that_not_all_have():
+    assert {name for own in OWN_INPUTS.values() for name in own} == set(NOT_DEFAULT)
+    assert INPUTS["mode"].choices == tuple(OWN_INPUTS)
+    assert INPUTS["seed"].modes == tuple(OWN_INPUTS)
+
+
+@pytest.mark.parametrize("mode", OWN_INPUTS)
+def test_a_client_that_sends_every_default_can_use_every_mode(mode):
+    defaults = {name: rule.default for name, rule in INPUTS.items() if not rule.required}
+    assert Request(**defaults | {"prompt": "sea", "mode": mode}) == Request(prompt="sea", mode=mode)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "prompt"),
+    [
+        ({"prompt": "sea"}, "<s0><s1> sea"),
+        ({"prompt": "sea like <s1>"}, "sea like <s1>"),
+        ({"prompt": "sea", "lora_scale": 0}, "sea"),
+        ({"prompt": "sea", "mode": "syncdiffusion"}, "sea"),
+    ],
+)
+def test_the_tokens_of_the_lora_come_in_front_where_none_is_named(inputs, prompt):
+    request = Request(**{"mode": "sdxl-360", **inputs})
+    settings = {"sdxl-360": SDXL, "syncdiffusion": SD2}[request.mode]
+    resolved = request.resolve(settings)
+    assert resolved.prompt == prompt
+    assert resolved.resolve(settings) == resolved
+
+
+def depth_image(folder, width, height):
+    path = folder / "depth.png"
+    Image.new("L", (width, height)).save(path)
+    return {"mode": "sdxl-360", "depth_image": path}
+
+
+def test_the_size_is_that_of_the_depth_image(tmp_path):
+    inputs = depth_image(tmp_path, 768, 384)
+    request = resolve(SDXL, **inputs)
+    assert (request.width, request.height) == (768, 384)
+    request = resolve(SDXL, **inputs, width=1024)
+    assert (request.width, request.height) == (1024, 384)
+
+
+@pytest.mark.parametrize(
+    ("size", "given", "advice"),
+    [
+        ((1000, 500), {}, "width=992 and height=512 would do"),
+        ((20, 40), {}, "width=64 and height=64 would do"),
+        ((20000, 384), {}, "width=16384 and height=384 would do"),
+        ((1000, 500), {"height": 512}, "; width=992 would do"),
+    ],
+)
+def test_a_depth_image_of_no_legal_size_needs_one_to_be_given(tmp_path, size, given, advice):
+    inputs = depth_image(tmp_path, *size) | given
+    with pytest.raises(ValueError) as error:
+        resolve(SDXL, **inputs)
+    assert f"depth_image has {size[0]} x {size[1]} pixels" in str(error.value)
+    assert advice in str(error.value)
+    assert resolve(SDXL, **inputs | {"width": 992, "height": 512}).width == 992
+
+
+def test_a_depth_image_that_cannot_be_read_is_refused_before_any_work(tmp_path):
+    path = tmp_path / "depth.png"
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"depth_image='depth.png': depth_image must be a whole"):
+        resolve(SDXL, mode="sdxl-360", depth_image=path, width=512, height=256)

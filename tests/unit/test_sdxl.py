@@ -1,0 +1,431 @@
+"""SDXL around a full turn, on a random model of SDXL's shape."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from peft import LoraConfig
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from panorama.models import MODES, Models
+from panorama.request import INPUTS, OWN_INPUTS, Request
+from panorama.sdxl import LORA, SDXL360, TOKENS, load_lora, load_tokens, lora_applied
+from weights.train.diffusion import build_tokenizer
+
+HEIGHT, WIDTH = 64, 256  # pixels; the least multiple is 32
+PROMPT = "hdri view, bedroom in the color of blue"
+HIDDEN = (16, 24)  # of the text encoders
+FACTOR = 8
+DEPTH = torch.rand(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3))
+PICTURES = {
+    "text": {},
+    "depth": {"depth": DEPTH, "controlnet_conditioning_scale": 1.0},
+}
+
+
+def text_encoder(kind: type[nn.Module], tokenizer: Any, hidden: int) -> nn.Module:
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=32,
+            projection_dim=HIDDEN[1],
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build(folder: Path) -> SDXL360:
+    """The classes and the wiring of SDXL base 1.0 and its ControlNet, small."""
+    torch.manual_seed(0)
+    tokenizers = [build_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        layers_per_block=1,
+        cross_attention_dim=sum(HIDDEN),
+        attention_head_dim=2,
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=HIDDEN[1] + 6 * 8,
+    )
+    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8, 8, 8))
+    for convolution in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+        nn.init.normal_(convolution.weight, std=0.3)  # they begin as zeros
+    nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.3)
+    text = StableDiffusionXLPipeline(
+        vae=AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(4, 4, 8, 8),
+            norm_num_groups=4,
+            latent_channels=4,
+            scaling_factor=0.13025,
+        ),
+        text_encoder=text_encoder(CLIPTextModel, tokenizers[0], HIDDEN[0]),
+        text_encoder_2=text_encoder(CLIPTextModelWithProjection, tokenizers[1], HIDDEN[1]),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+        ),
+        add_watermarker=False,
+    )
+    return SDXL360(text, controlnet)
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory: pytest.TempPathFactory) -> SDXL360:
+    """Without a LoRA; for tests that leave it as it was."""
+    return build(tmp_path_factory.mktemp("sdxl"))
+
+
+@pytest.fixture
+def fresh(tmp_path: Path) -> SDXL360:
+    """One to change."""
+    return build(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def convolutional(tmp_path_factory: pytest.TempPathFactory) -> SDXL360:
+    """With a LoRA on convolutions, those of the UNet's first and last layer among them."""
+    pipe = build(tmp_path_factory.mktemp("convolutional"))
+    layers = ["conv_in", "conv_out", "conv1", "conv2", "to_q"]
+    config = LoraConfig(r=4, target_modules=layers, init_lora_weights="gaussian")
+    pipe.text.unet.add_adapter(config, adapter_name=LORA)
+    for name, parameter in pipe.text.unet.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.05)
+    pipe.text.unet.disable_lora()
+    return pipe
+
+
+def noise() -> Tensor:
+    shape = (1, 4, HEIGHT // FACTOR, WIDTH // FACTOR)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def run(pipe: SDXL360, **changes: Any) -> Tensor:
+    """A small picture (3, H, W) in [0, 1]."""
+    arguments: dict[str, Any] = {
+        "prompt": PROMPT,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "latents": noise(),
+        "output_type": "pt",
+    }
+    return pipe(**arguments | changes)[0]
+
+
+def stock(pipe: SDXL360, **changes: Any) -> Tensor:
+    """The picture (3, H, W) in [0, 1] of the stock pipeline, nothing wrapping."""
+    arguments: dict[str, Any] = {
+        "prompt": PROMPT,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "num_inference_steps": 2,
+        "guidance_scale": 3.0,
+        "latents": noise(),
+        "output_type": "pt",
+    }
+    chosen = pipe.depth if "image" in changes else pipe.text
+    with torch.no_grad():
+        return chosen(**arguments | changes).images[0]
+
+
+def shifts(pipe: SDXL360) -> range:
+    """Every roll that the UNet's downsampling allows, latent cells."""
+    least = 2 ** (len(pipe.text.unet.config.block_out_channels) - 1)
+    assert least == 4  # as SDXL's
+    return range(least, WIDTH // FACTOR, least)
+
+
+@pytest.mark.parametrize("lora", ["without", "with a convolutional"])
+@pytest.mark.parametrize("kind", PICTURES)
+def test_rolling_the_noise_and_the_depth_rolls_the_picture(
+    pipe: SDXL360, convolutional: SDXL360, kind: str, lora: str
+) -> None:
+    tested = pipe if lora == "without" else convolutional
+    options = PICTURES[kind] | {"lora_scale": 1.0}
+    picture = run(tested, **options)
+    for cells in shifts(tested):
+        moved = {"depth": DEPTH.roll(cells * FACTOR, -1)} if kind == "depth" else {}
+        rolled = run(tested, **options | moved | {"latents": noise().roll(cells, -1)})
+        assert (rolled - picture.roll(cells * FACTOR, -1)).abs().max() < 1e-4
+
+
+def test_without_the_patch_it_does_not(pipe: SDXL360) -> None:
+    options: dict[str, dict[str, Any]] = {
+        "text": {},
+        "depth": {"image": DEPTH.expand(1, 3, -1, -1), "controlnet_conditioning_scale": 1.0},
+    }
+    for option in options.values():
+        picture = stock(pipe, **option)
+        if option:
+            option["image"] = option["image"].roll(16 * FACTOR, -1)
+        rolled = stock(pipe, **option, latents=noise().roll(16, -1))
+        assert (rolled - picture.roll(16 * FACTOR, -1)).abs().max() > 0.03
+
+
+def test_every_part_takes_part(pipe: SDXL360, convolutional: SDXL360) -> None:
+    """Or the equivariance of the whole would say nothing about it."""
+    text = run(pipe)
+    assert (run(pipe, **PICTURES["depth"]) - text).abs().max() > 0.01
+    assert (
+        run(convolutional, lora_scale=1.0) - run(convolutional, lora_scale=0)
+    ).abs().max() > 0.01
+
+
+def attributes(pipe: SDXL360) -> list[tuple[str, ...]]:
+    models = (m for m in pipe.depth.components.values() if isinstance(m, nn.Module))
+    return [tuple(sorted(vars(module))) for model in models for module in model.modules()]
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_nothing_is_left_behind(convolutional: SDXL360, kind: str) -> None:
+    def stop(*_: Any) -> dict[str, Tensor]:
+        raise RuntimeError("stop")
+
+    before, picture = attributes(convolutional), stock(convolutional)
+    run(convolutional, **PICTURES[kind])
+    assert attributes(convolutional) == before
+    assert torch.equal(stock(convolutional), picture)
+    with pytest.raises(RuntimeError, match="stop"):
+        run(convolutional, **PICTURES[kind], callback_on_step_end=stop)
+    assert attributes(convolutional) == before
+    assert torch.equal(stock(convolutional), picture)
+
+
+def test_both_pipelines_share_their_models(pipe: SDXL360) -> None:
+    for name, component in pipe.text.components.items():
+        assert pipe.depth.components[name] is component
+
+
+def test_a_conditioning_scale_of_0_gives_the_picture_of_the_text(pipe: SDXL360) -> None:
+    picture = run(pipe, depth=DEPTH, controlnet_conditioning_scale=0.0)
+    assert torch.equal(picture, run(pipe))
+
+
+def test_half_precision_makes_the_same_picture_of_a_seed(pipe: SDXL360, tmp_path: Path) -> None:
+    pipe.text.save_pretrained(tmp_path)
+    pipe.depth.controlnet.save_pretrained(tmp_path / "controlnet")
+    half = SDXL360.from_pretrained(tmp_path, torch.bfloat16)  # CPUs lack much in float16
+    assert half.text.unet.dtype == half.depth.controlnet.dtype == torch.bfloat16
+    assert half.text.vae.dtype == torch.float32  # it overflows in half precision
+    for kind in PICTURES.values():
+        pictures = [
+            run(p, **kind, latents=None, generator=torch.Generator().manual_seed(7))
+            for p in (half, pipe)
+        ]
+        assert (pictures[0] - pictures[1]).abs().mean() < 0.05
+        assert (pictures[0] - run(pipe, **kind)).abs().mean() > 0.1  # which has another seed
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"width": 264}, "width=264: must be a multiple of 32; 256 would do"),
+        ({"height": 0}, "height=0: must be a multiple of 32; 32 would do"),
+        ({"depth": DEPTH[:, 1:]}, r"depth has shape \(64, 255\): .*; \(64, 256\) would do"),
+    ],
+)
+def test_sizes_that_would_not_wrap_are_refused(
+    pipe: SDXL360, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(pipe, **changes)
+
+
+def cog_sdxl(pipe: SDXL360, path: Path, prefix: str = "") -> Path:
+    """Writes a LoRA on the UNet's attention, with the keys of cog-sdxl."""
+    generator = torch.Generator().manual_seed(5)
+    weights = {}
+    for name, module in pipe.text.unet.named_modules():
+        attention, _, layer = name.rpartition(".to_")
+        if attention and isinstance(module, nn.Linear):
+            key = f"{prefix}{attention}.processor.to_{layer.removesuffix('.0')}_lora"
+            sides = {"down": (2, module.in_features), "up": (module.out_features, 2)}
+            for side, shape in sides.items():
+                weights[f"{key}.{side}.weight"] = torch.randn(shape, generator=generator)
+    assert any(".processor.to_out_lora.up.weight" in key for key in weights)
+    save_file(weights, path)
+    return path
+
+
+def pivotal(path: Path) -> Path:
+    """Writes embeddings of two tokens for both text encoders."""
+    generator = torch.Generator().manual_seed(6)
+    shapes = {f"text_encoders_{k}": (2, hidden) for k, hidden in enumerate(HIDDEN)}
+    save_file({key: torch.randn(s, generator=generator) for key, s in shapes.items()}, path)
+    return path
+
+
+def test_a_lora_loads_with_and_without_the_prefix(tmp_path: Path) -> None:
+    pictures = []
+    for prefix in ("", "unet."):
+        pipe = build(tmp_path)
+        before = run(pipe)
+        load_lora(pipe.text.unet, cog_sdxl(pipe, tmp_path / "lora.safetensors", prefix))
+        assert torch.equal(run(pipe, lora_scale=0), before)
+        pictures.append(run(pipe, lora_scale=0.8))
+        assert (pictures[-1] - before).abs().max() > 0.01
+    assert torch.equal(*pictures)
+
+
+def test_a_lora_changes_attention_as_its_formula_says(fresh: SDXL360, tmp_path: Path) -> None:
+    unet, path = fresh.text.unet, tmp_path / "lora.safetensors"
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    x = torch.randn(1, 5, layer.in_features)
+    weights = load_file(cog_sdxl(fresh, path))
+    key = "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
+    down, up = (weights[f"{key}.{side}.weight"] for side in ("down", "up"))
+    expected = layer(x) + 0.8 * (x @ down.T @ up.T)
+    load_lora(unet, path)
+    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    with lora_applied(unet, 0.8):
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_scale_leaves_nothing_to_the_next(convolutional: SDXL360) -> None:
+    first = run(convolutional, lora_scale=0.7)
+    run(convolutional, lora_scale=0.3)
+    run(convolutional, lora_scale=0)
+    assert torch.equal(run(convolutional, lora_scale=0.7), first)
+
+
+def test_a_lora_of_which_anything_is_left_over_is_refused(fresh: SDXL360, tmp_path: Path) -> None:
+    path = cog_sdxl(fresh, tmp_path / "lora.safetensors")
+    weights = load_file(path)
+    count = len(weights)
+    save_file(weights | {f"text_encoder.{key}": w.clone() for key, w in weights.items()}, path)
+    with pytest.raises(ValueError, match=rf"lora\.safetensors: .* of {2 * count} .* {count} have"):
+        load_lora(fresh.text.unet, path)
+
+
+def test_an_empty_lora_is_refused(pipe: SDXL360, tmp_path: Path) -> None:
+    save_file({}, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=r"lora\.safetensors: .* of 0 weights 0 have a place"):
+        load_lora(pipe.text.unet, tmp_path / "lora.safetensors")
+
+
+def test_both_encoders_learn_the_tokens(fresh: SDXL360, tmp_path: Path) -> None:
+    embeddings = load_file(pivotal(tmp_path / "embeddings.safetensors"))
+    before = run(fresh)
+    load_tokens(fresh.text, tmp_path / "embeddings.safetensors")
+    assert torch.equal(run(fresh), before)
+    pairs = [(fresh.text.tokenizer, fresh.text.text_encoder)]
+    pairs += [(fresh.text.tokenizer_2, fresh.text.text_encoder_2)]
+    for (tokenizer, encoder), learned in zip(pairs, embeddings.values(), strict=True):
+        _, first, second, *_ = tokenizer("<s0><s1> bedroom").input_ids
+        assert [first, second] == tokenizer.convert_tokens_to_ids(list(TOKENS))
+        table = encoder.get_input_embeddings().weight
+        assert torch.equal(table[[first, second]], learned)
+    assert (run(fresh, prompt="<s0><s1> bedroom") - run(fresh, prompt="bedroom")).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("embeddings", "message"),
+    [
+        ({}, r"text_encoders_0 has shape None; \(2, 16\) would do"),
+        ({"text_encoders_0": torch.ones(3, 16)}, r"has shape \(3, 16\); \(2, 16\) would do"),
+    ],
+)
+def test_embeddings_that_do_not_fit_are_refused(
+    pipe: SDXL360, tmp_path: Path, embeddings: dict[str, Tensor], message: str
+) -> None:
+    path = tmp_path / "embeddings.safetensors"
+    save_file(embeddings, path)
+    with pytest.raises(ValueError, match=message):
+        load_tokens(pipe.text, path)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
+    """A family of this mode alone, loaded from its files, with a LoRA."""
+    folder = tmp_path_factory.mktemp("family")
+    pipe = build(folder / "tokenizers")
+    pipe.text.save_pretrained(folder)
+    pipe.depth.controlnet.save_pretrained(folder / "controlnet")
+    cog_sdxl(pipe, folder / "lora.safetensors")
+    pivotal(folder / "embeddings.safetensors")
+    device = torch.device("cpu")
+    loaded = MODES["sdxl-360"].load(folder, device)
+    defaults = {"sdxl-360": {"width": WIDTH, "height": 128, "guidance_scale": 3.0}}
+    yield Models("random", device, {"sdxl-360": loaded}, defaults)
+
+
+def generate(models: Models, **inputs: Any) -> Image.Image:
+    request = Request(
+        **{
+            "prompt": PROMPT,
+            "mode": "sdxl-360",
+            "num_inference_steps": 2,
+            "seed": 1,
+            **inputs,
+        }
+    )
+    return models.generate(request.resolve(models.settings("sdxl-360")))
+
+
+def test_a_family_makes_pictures_from_requests(models: Models) -> None:
+    settings = models.settings("sdxl-360")
+    assert (settings.multiple, settings.tokens) == (32, TOKENS)
+    picture = generate(models)
+    assert picture.size == (WIDTH, 128)
+    assert np.array_equal(picture, generate(models))
+    assert np.array_equal(picture, generate(models, prompt=f"<s0><s1> {PROMPT}"))
+    assert not np.array_equal(picture, generate(models, lora_scale=0))
+
+
+def test_a_request_follows_its_depth_image(models: Models, tmp_path: Path) -> None:
+    path = tmp_path / "depth.png"
+    Image.fromarray((DEPTH.numpy() * 255).astype(np.uint8)).save(path)
+    picture = generate(models, depth_image=path)
+    assert picture.size == (WIDTH, HEIGHT)
+    assert not np.array_equal(picture, generate(models, height=HEIGHT))
+    unconditioned = generate(models, depth_image=path, controlnet_conditioning_scale=0)
+    assert np.array_equal(unconditioned, generate(models, height=HEIGHT))
+
+
+def test_steps_are_reported(models: Models) -> None:
+    steps = []
+    request = Request(prompt="sea", mode="sdxl-360", num_inference_steps=3, width=64, height=64)
+    resolved = request.resolve(models.settings("sdxl-360"))
+    models.generate(resolved, lambda step, count: steps.append((step, count)))
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_mode_that_a_family_lacks_is_refused_with_those_it_has(models: Models) -> None:
+    message = "mode='syncdiffusion': mode must be one that the family random offers, sdxl-360; "
+    with pytest.raises(ValueError, match=f"{message}'sdxl-360' would do"):
+        models.settings("syncdiffusion")
+
+
+def test_there_is_a_function_for_every_mode() -> None:
+    assert tuple(MODES) == tuple(OWN_INPUTS) == INPUTS["mode"].choices
