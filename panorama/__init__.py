@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from panorama.models import Models, load
     from panorama.picture import read_metadata, save
     from panorama.request import ModeSettings, Request, ResolvedRequest
+    from panorama.sdxl import SDXL360
     from panorama.syncdiffusion import SyncDiffusionPipeline
 
 __all__ = [
+    "SDXL360",
     "ModeSettings",
     "Models",
     "Request",
@@ -39,6 +41,7 @@ _HOMES = {
     "Models": "panorama.models",
     "Request": "panorama.request",
     "ResolvedRequest": "panorama.request",
+    "SDXL360": "panorama.sdxl",
     "SyncDiffusionPipeline": "panorama.syncdiffusion",
     "load": "panorama.models",
     "read_metadata": "panorama.picture",

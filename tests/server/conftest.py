@@ -97,13 +97,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(log_path: Path) -> Iterator[Server]:
+def serving(log_path: Path, **environment: str) -> Iterator[Server]:
     """A server that is ready, and that has ended after the block."""
     port = free_port()
     with log_path.open("wb") as log:
         process = subprocess.Popen(
             [ROOT / "script" / "serve"],
-            env={**os.environ, "PORT": str(port)},
+            env={**os.environ, "PORT": str(port), **environment},
             stdout=log,
             stderr=subprocess.STDOUT,
         )

@@ -1,101 +1,29 @@
 """SDXL around a full turn, on a random model of SDXL's shape."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    ControlNetModel,
-    EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from panorama.models import MODES, Models
+from panorama.models import MODES, Models, load
 from panorama.request import INPUTS, OWN_INPUTS, Request
 from panorama.sdxl import LORA, SDXL360, TOKENS, load_lora, load_tokens, lora_applied
-from weights.train.diffusion import build_tokenizer
+from tests.small_sdxl import build, cog_sdxl, pivotal, save_family
 
 HEIGHT, WIDTH = 64, 256  # pixels; the least multiple is 32
 PROMPT = "hdri view, bedroom in the color of blue"
-HIDDEN = (16, 24)  # of the text encoders
 FACTOR = 8
 DEPTH = torch.rand(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3))
 PICTURES = {
     "text": {},
     "depth": {"depth": DEPTH, "controlnet_conditioning_scale": 1.0},
 }
-
-
-def text_encoder(kind: type[nn.Module], tokenizer: Any, hidden: int) -> nn.Module:
-    return kind(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=hidden,
-            intermediate_size=32,
-            projection_dim=HIDDEN[1],
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def build(folder: Path) -> SDXL360:
-    """The classes and the wiring of SDXL base 1.0 and its ControlNet, small."""
-    torch.manual_seed(0)
-    tokenizers = [build_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        transformer_layers_per_block=(1, 1, 2),
-        layers_per_block=1,
-        cross_attention_dim=sum(HIDDEN),
-        attention_head_dim=2,
-        norm_num_groups=4,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=8,
-        projection_class_embeddings_input_dim=HIDDEN[1] + 6 * 8,
-    )
-    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8, 8, 8))
-    for convolution in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
-        nn.init.normal_(convolution.weight, std=0.3)  # they begin as zeros
-    nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.3)
-    text = StableDiffusionXLPipeline(
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(4, 4, 8, 8),
-            norm_num_groups=4,
-            latent_channels=4,
-            scaling_factor=0.13025,
-        ),
-        text_encoder=text_encoder(CLIPTextModel, tokenizers[0], HIDDEN[0]),
-        text_encoder_2=text_encoder(CLIPTextModelWithProjection, tokenizers[1], HIDDEN[1]),
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
-        unet=unet,
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
-        ),
-        add_watermarker=False,
-    )
-    return SDXL360(text, controlnet)
 
 
 @pytest.fixture(scope="module")
@@ -262,30 +190,6 @@ def test_sizes_that_would_not_wrap_are_refused(
         run(pipe, **changes)
 
 
-def cog_sdxl(pipe: SDXL360, path: Path, prefix: str = "") -> Path:
-    """Writes a LoRA on the UNet's attention, with the keys of cog-sdxl."""
-    generator = torch.Generator().manual_seed(5)
-    weights = {}
-    for name, module in pipe.text.unet.named_modules():
-        attention, _, layer = name.rpartition(".to_")
-        if attention and isinstance(module, nn.Linear):
-            key = f"{prefix}{attention}.processor.to_{layer.removesuffix('.0')}_lora"
-            sides = {"down": (2, module.in_features), "up": (module.out_features, 2)}
-            for side, shape in sides.items():
-                weights[f"{key}.{side}.weight"] = torch.randn(shape, generator=generator)
-    assert any(".processor.to_out_lora.up.weight" in key for key in weights)
-    save_file(weights, path)
-    return path
-
-
-def pivotal(path: Path) -> Path:
-    """Writes embeddings of two tokens for both text encoders."""
-    generator = torch.Generator().manual_seed(6)
-    shapes = {f"text_encoders_{k}": (2, hidden) for k, hidden in enumerate(HIDDEN)}
-    save_file({key: torch.randn(s, generator=generator) for key, s in shapes.items()}, path)
-    return path
-
-
 def test_a_lora_loads_with_and_without_the_prefix(tmp_path: Path) -> None:
     pictures = []
     for prefix in ("", "unet."):
@@ -366,18 +270,11 @@ def test_embeddings_that_do_not_fit_are_refused(
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """A family of this mode alone, loaded from its files, with a LoRA."""
     folder = tmp_path_factory.mktemp("family")
-    pipe = build(folder / "tokenizers")
-    pipe.text.save_pretrained(folder)
-    pipe.depth.controlnet.save_pretrained(folder / "controlnet")
-    cog_sdxl(pipe, folder / "lora.safetensors")
-    pivotal(folder / "embeddings.safetensors")
-    device = torch.device("cpu")
-    loaded = MODES["sdxl-360"].load(folder, device)
-    defaults = {"sdxl-360": {"width": WIDTH, "height": 128, "guidance_scale": 3.0}}
-    yield Models("random", device, {"sdxl-360": loaded}, defaults)
+    save_family(folder, width=WIDTH, height=128, guidance_scale=3.0)
+    return load(str(folder), device="cpu")
 
 
 def generate(models: Models, **inputs: Any) -> Image.Image:
@@ -422,9 +319,10 @@ def test_steps_are_reported(models: Models) -> None:
 
 
 def test_a_mode_that_a_family_lacks_is_refused_with_those_it_has(models: Models) -> None:
-    message = "mode='syncdiffusion': mode must be one that the family random offers, sdxl-360; "
-    with pytest.raises(ValueError, match=f"{message}'sdxl-360' would do"):
-        models.settings("syncdiffusion")
+    message = "mode='syncdiffusion': mode must be one that the family .* offers, sdxl-360; "
+    for refused in (models.settings, lambda mode: load(models.family, modes=[mode])):
+        with pytest.raises(ValueError, match=f"{message}'sdxl-360' would do"):
+            refused("syncdiffusion")
 
 
 def test_there_is_a_function_for_every_mode() -> None:

@@ -1,0 +1,127 @@
+"""The mode sdxl-360 over HTTP, with depth images as clients send them."""
+
+import base64
+import functools
+import http.server
+import io
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.small_sdxl import save_family
+
+from .conftest import Server, picture, png, serving
+
+pytestmark = pytest.mark.server
+
+QUICK = {"prompt": "bedroom", "mode": "sdxl-360", "num_inference_steps": 2, "seed": 1}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of a random family that has this mode alone."""
+    folder = tmp_path_factory.mktemp("family")
+    save_family(folder, width=256, height=128, guidance_scale=3.0)
+    with serving(folder / "log", PANORAMA_FAMILY=str(folder)) as server:
+        yield server
+
+
+def depth(height: int = 64, width: int = 192) -> bytes:
+    """A PNG whose left and right edges match."""
+    turn = np.linspace(0, 2 * np.pi, width, endpoint=False)
+    values = np.tile(127 + 127 * np.sin(turn), (height, 1)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def data_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+@pytest.fixture
+def http_url(tmp_path: Path) -> Iterator[str]:
+    """The URL of a depth image on a real HTTP server."""
+    (tmp_path / "depth.png").write_bytes(depth())
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    handler = functools.partial(Handler, directory=tmp_path)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}/depth.png"
+        httpd.shutdown()
+        thread.join()
+
+
+def test_setup_warns_users_of_nothing(server: Server) -> None:
+    assert "should be kept in float32" not in server.log()
+    assert "new embeddings" not in server.log()
+    assert "Warning:" not in server.log()
+
+
+def test_a_prediction_from_text_alone(server: Server) -> None:
+    code, prediction = server.predict(QUICK)
+    assert (code, prediction["status"]) == (200, "succeeded")
+    assert picture(prediction).size == (256, 128)
+    assert prediction["logs"].splitlines() == ["seed: 1", "step 1/2", "step 2/2"]
+
+
+def test_a_depth_image_comes_as_a_data_url_or_an_http_url(server: Server, http_url: str) -> None:
+    _, by_data = server.predict(QUICK | {"depth_image": data_url(depth())})
+    _, by_http = server.predict(QUICK | {"depth_image": http_url})
+    assert by_data["status"] == "succeeded"
+    assert picture(by_data).size == (192, 64)
+    assert by_data["logs"].splitlines() == ["seed: 1", "step 1/2", "step 2/2"]
+    assert png(by_data) == png(by_http)
+    _, without = server.predict(QUICK | {"width": 192, "height": 64})
+    assert list(picture(without).tobytes()) != list(picture(by_data).tobytes())
+
+
+def test_edges_that_do_not_match_are_logged(server: Server) -> None:
+    values = np.tile(np.linspace(0, 255, 192).astype(np.uint8), (64, 1))
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, format="PNG")
+    _, prediction = server.predict(QUICK | {"depth_image": data_url(buffer.getvalue())})
+    assert "left and right edges differ by 1.000" in prediction["logs"]
+
+
+BAD = {
+    "empty": (data_url(b""), "depth_image must be a whole picture"),
+    "no picture": (data_url(b"<html>404</html>"), "depth_image must be a whole picture"),
+    "truncated": (data_url(depth()[:-40]), "depth_image must be a whole picture"),
+    "1 x 1": (data_url(depth(1, 1)), "must have at least 16 pixels a side"),
+    "odd size": (data_url(depth(60, 190)), "width=192 and height=64 would do"),
+    "a path": ("/etc/passwd", "depth_image='/etc/passwd': depth_image must be a file"),
+    "a file URL": ("file:///etc/passwd", "depth_image must be a file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_depth_image_fails_before_the_first_step(server: Server, kind: str) -> None:
+    url, message = BAD[kind]
+    code, prediction = server.predict(QUICK | {"depth_image": url})
+    assert (code, prediction["status"]) == (200, "failed")
+    assert message in prediction["error"]
+    assert "step" not in prediction["logs"]
+
+
+def test_inputs_of_the_other_mode_are_refused_where_they_were_set(server: Server) -> None:
+    _, prediction = server.predict(QUICK | {"loop_closure": True})
+    assert "loop_closure must be left out with mode='sdxl-360'" in prediction["error"]
+    _, prediction = server.predict(QUICK | {"loop_closure": False, "stride": 16})
+    assert prediction["status"] == "succeeded"
+
+
+def test_a_mode_that_the_family_lacks_is_refused(server: Server) -> None:
+    _, prediction = server.predict({"prompt": "sea"})
+    assert "mode='syncdiffusion': mode must be one that the family" in prediction["error"]
+    assert "offers, sdxl-360; 'sdxl-360' would do" in prediction["error"]
