@@ -1,16 +1,19 @@
 """SDXL around a full turn, on a random model of SDXL's shape."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from panorama.circular import circular, padded_convolutions
 from panorama.models import MODES, Models, load
 from panorama.request import INPUTS, OWN_INPUTS, Request
 from panorama.sdxl import LORA, SDXL360, TOKENS, load_lora, load_tokens, lora_applied
@@ -153,6 +156,16 @@ def test_nothing_is_left_behind(convolutional: SDXL360, kind: str) -> None:
 def test_both_pipelines_share_their_models(pipe: SDXL360) -> None:
     for name, component in pipe.text.components.items():
         assert pipe.depth.components[name] is component
+
+
+@pytest.mark.parametrize("kind", PICTURES)
+def test_it_is_the_stock_pipeline_with_every_convolution_wrapping(pipe: SDXL360, kind: str) -> None:
+    condition = dict(PICTURES[kind])
+    if condition:
+        condition["image"] = condition.pop("depth").expand(1, 3, -1, -1)
+    with circular(pipe.text.unet, pipe.text.vae, pipe.depth.controlnet):
+        expected = stock(pipe, **condition)
+    torch.testing.assert_close(run(pipe, **PICTURES[kind]), expected, atol=1e-5, rtol=0)
 
 
 def test_a_conditioning_scale_of_0_gives_the_picture_of_the_text(pipe: SDXL360) -> None:
@@ -327,3 +340,31 @@ def test_a_mode_that_a_family_lacks_is_refused_with_those_it_has(models: Models)
 
 def test_there_is_a_function_for_every_mode() -> None:
     assert tuple(MODES) == tuple(OWN_INPUTS) == INPUTS["mode"].choices
+
+
+PUBLISHED = Path(__file__).parents[1] / "data" / "sdxl"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "millions"),
+    [
+        (UNet2DConditionModel, "unet", 2567.463684),
+        (AutoencoderKL, "vae", 83.653863),
+        (ControlNetModel, "controlnet", 272.586),
+    ],
+)
+def test_the_published_models_have_no_padding_that_the_patch_does_not_reach(
+    kind: Any, name: str, millions: float
+) -> None:
+    with torch.device("meta"):
+        model = kind.from_config(json.loads((PUBLISHED / f"{name}.json").read_text()))
+    assert sum(parameter.numel() for parameter in model.parameters()) == round(millions * 1e6)
+    reached = {id(module) for module in padded_convolutions((model,))}
+    # The VAE's encoder, which nothing here runs, pads its downsampling outside the convolutions.
+    model.encoder = None
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1:
+            assert id(module) in reached
+        assert not isinstance(
+            module, nn.ConvTranspose2d | nn.Upsample | nn.MaxPool2d | nn.AvgPool2d
+        )
