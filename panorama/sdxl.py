@@ -17,6 +17,7 @@ from torch import Tensor
 
 from panorama.circular import circular
 from panorama.decode import decode_canvas
+from panorama.prompts import token_ids
 
 LORA = "panorama"
 """The name of the LoRA inside the UNet."""
@@ -107,12 +108,12 @@ class SDXL360:
         """Makes one picture whose left and right edges meet.
 
         Args:
-            prompt: what it shows.
+            prompt: what it shows; of any length.
             height: pixels, a multiple of `multiple`.
             width: pixels, likewise; twice the height for a whole sphere.
             num_inference_steps: denoising steps.
             guidance_scale: weight of classifier-free guidance; up to 1 there is none.
-            negative_prompt: what it should not show.
+            negative_prompt: what it should not show; of any length.
             depth: to follow, (height, width) in [0, 1], 1 is nearest; None for text alone.
             controlnet_conditioning_scale: how closely, 0 for text alone.
             lora_scale: strength of the LoRA, if there is one; at 0 it is skipped.
@@ -141,8 +142,7 @@ class SDXL360:
             latents = self._noise(height, width, generator)
         with circular(unet, self.depth.controlnet), lora_applied(unet, lora_scale):
             latents = pipe(
-                prompt,
-                negative_prompt=negative_prompt or None,  # None is zeros, as SDXL was trained
+                **self._embeds(prompt, negative_prompt),
                 height=height,
                 width=width,
                 num_inference_steps=num_inference_steps,
@@ -155,6 +155,33 @@ class SDXL360:
             ).images
         picture = decode_canvas(self.text.vae, latents, ring="x")
         return self.text.image_processor.postprocess(picture, output_type=output_type)
+
+    def _embeds(self, prompt: str, negative_prompt: str) -> dict[str, Tensor]:
+        """What the pipelines take in place of texts, which they would cut to one context.
+
+        Both text encoders' last hidden states but one, side by side (1, n * L, D + D'), and the
+        second one's pooled embedding of a text's first piece (1, D'). An empty negative prompt is
+        zeros where SDXL was trained so (`force_zeros_for_empty_prompt`).
+        """
+        pipe, columns = self.text, []
+        for tokenizer, encoder in (
+            (pipe.tokenizer, pipe.text_encoder),
+            (pipe.tokenizer_2, pipe.text_encoder_2),
+        ):
+            ids = torch.stack(token_ids(tokenizer, [prompt, negative_prompt]))  # (2, n, L)
+            output = encoder(ids.flatten(0, 1).to(encoder.device), output_hidden_states=True)
+            states = output.hidden_states[-2]  # (2 * n, L, D)
+            columns.append(states.reshape(2, -1, states.shape[-1]))
+        embeds = torch.cat(columns, -1)  # (2, n * L, D + D')
+        pooled = output.text_embeds.unflatten(0, (2, -1))[:, 0]  # (2, D')
+        if not negative_prompt and pipe.config.force_zeros_for_empty_prompt:
+            embeds[1], pooled[1] = 0, 0
+        return {
+            "prompt_embeds": embeds[:1],
+            "negative_prompt_embeds": embeds[1:],
+            "pooled_prompt_embeds": pooled[:1],
+            "negative_pooled_prompt_embeds": pooled[1:],
+        }
 
     def _noise(self, height: int, width: int, generator: torch.Generator | None) -> Tensor:
         """The initial noise (1, C, height / f, width / f).

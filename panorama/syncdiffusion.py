@@ -12,6 +12,7 @@ from torch import Tensor
 
 import panorama.perceptual  # noqa: F401  from_pretrained takes no class from elsewhere
 from panorama.decode import decode, decode_canvas
+from panorama.prompts import token_ids
 from panorama.sampler import require_fusable, sample
 from panorama.synchronize import PredictNoise, Synchronizer, SyncSchedule, frozen
 from panorama.views import View, step_views
@@ -195,27 +196,13 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         Returns:
             prompt_embeds and negative_prompt_embeds, (1, n * L, D) each.
         """
-        texts = [self._pieces(prompt), self._pieces(negative_prompt)]
-        count = max(map(len, texts))
-        prompt_embeds, negative_prompt_embeds = (self._embed(text, count) for text in texts)
+        ids = token_ids(self.tokenizer, [prompt, negative_prompt])
+        prompt_embeds, negative_prompt_embeds = (self._embed(rows) for rows in ids)
         return prompt_embeds, negative_prompt_embeds
 
-    def _pieces(self, text: str) -> list[list[int]]:
-        """The token ids of a text in runs that leave room for the start and end tokens."""
-        room = self.tokenizer.model_max_length - 2
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids
-        return [ids[start : start + room] for start in range(0, len(ids), room)] or [[]]
-
-    def _embed(self, pieces: list[list[int]], count: int) -> Tensor:
-        """Pieces of token ids, and empty ones up to `count`, to their embeddings (1, n * L, D)."""
-        tokenizer = self.tokenizer
-        rows = []
-        for piece in pieces + [[]] * (count - len(pieces)):
-            row = [tokenizer.bos_token_id, *piece, tokenizer.eos_token_id]
-            padding = tokenizer.model_max_length - len(row)
-            rows.append(row + [tokenizer.pad_token_id] * padding)
-        ids = torch.tensor(rows, device=self.text_encoder.device)  # (n, L)
-        embeds: Tensor = self.text_encoder(ids).last_hidden_state  # (n, L, D)
+    def _embed(self, ids: Tensor) -> Tensor:
+        """Token ids (n, L) to their embeddings, one after the other (1, n * L, D)."""
+        embeds: Tensor = self.text_encoder(ids.to(self.text_encoder.device)).last_hidden_state
         return embeds.reshape(1, -1, embeds.shape[-1])
 
     def _embeds(

@@ -168,6 +168,15 @@ def test_it_is_the_stock_pipeline_with_every_convolution_wrapping(pipe: SDXL360,
     torch.testing.assert_close(run(pipe, **PICTURES[kind]), expected, atol=1e-5, rtol=0)
 
 
+def test_texts_of_any_length_are_read_to_their_end(pipe: SDXL360) -> None:
+    long = "a bedroom in the color of blue, " * 8
+    assert len(pipe.text.tokenizer(long).input_ids) > pipe.text.tokenizer.model_max_length
+    assert not torch.equal(run(pipe, prompt=long), run(pipe, prompt=long + "with a red door"))
+    assert not torch.equal(
+        run(pipe, negative_prompt=long), run(pipe, negative_prompt=long + "no window")
+    )
+
+
 def test_a_conditioning_scale_of_0_gives_the_picture_of_the_text(pipe: SDXL360) -> None:
     picture = run(pipe, depth=DEPTH, controlnet_conditioning_scale=0.0)
     assert torch.equal(picture, run(pipe))
