@@ -3,13 +3,14 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -126,14 +127,25 @@ class TextToImage(nn.Module):
 
 
 @torch.no_grad()
-def encode_strips(work: Path, vae: AutoencoderKL) -> Tensor:
-    """The scaled latents of every training strip, (N, 4, 32, 128), kept in the work folder."""
+def encode(
+    work: Path, vae: AutoencoderKL, name: str, pictures: Iterable[NDArray[np.uint8]]
+) -> Tensor:
+    """The scaled latents of pictures that close left to right, kept in the work folder.
+
+    Args:
+        work: the folder.
+        vae: what encodes them; other weights of its encoder are other latents.
+        name: of the set of pictures.
+        pictures: (H, W, 3) in [0, 255] each; only looked at if their latents are not there yet.
+
+    Returns:
+        (N, 4, H / 8, W / 8).
+    """
     encoder = nn.ModuleList([vae.encoder, vae.quant_conv])
     weights = torch.cat([p.flatten() for p in encoder.parameters()]).numpy().tobytes()
-    path = work / "latents" / f"strips-{sha256(weights).hexdigest()[:16]}.pt"
+    path = work / "latents" / f"{name}-{sha256(weights).hexdigest()[:16]}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
-    pictures = dataset.load(work, "strips", "train").rgb
     latents = []
     for index, picture in enumerate(pictures):
         around = np.concatenate([picture[:, -WRAP:], picture, picture[:, :WRAP]], 1)
@@ -141,7 +153,7 @@ def encode_strips(work: Path, vae: AutoencoderKL) -> Tensor:
             mean = vae.encode(to_tensor(around[None])).latent_dist.mean.float()
         latents.append(mean[..., WRAP // 8 : -WRAP // 8] * vae.config.scaling_factor)
         if index % 400 == 0:
-            logger.info("latents of strips: %d of %d", index, len(pictures))
+            logger.info("latents of %s: %d", name, index)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(torch.cat(latents), path.with_suffix(".new"))
     os.replace(path.with_suffix(".new"), path)
@@ -174,13 +186,45 @@ def loss_weight(t: Tensor, alphas_cumprod: Tensor, low: float = 0.2, high: float
     return snr.clamp(low, high) / snr
 
 
+def denoising_loss(
+    predict: Callable[[Tensor, Tensor], Tensor],
+    x0: Tensor,
+    scheduler: DDIMScheduler,
+    generator: torch.Generator,
+) -> Tensor:
+    """The weighted error of the noise that a model finds.
+
+    Args:
+        predict: noisy latents (N, C, h, w) and timesteps (N,) to the noise in them.
+        x0: latents (N, C, h, w).
+        scheduler: whose schedule.
+        generator: draws timesteps and noise.
+    """
+    t = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), generator=generator)
+    noise = uneven_noise(x0.shape, generator)
+    with torch.autocast("cpu", torch.bfloat16):
+        noise_pred = predict(scheduler.add_noise(x0, noise, t), t)
+    error = F.mse_loss(noise_pred.float(), noise, reduction="none").mean((1, 2, 3))
+    return (error * loss_weight(t, scheduler.alphas_cumprod)).mean()
+
+
+def draw_rng(generator: torch.Generator) -> np.random.Generator:
+    """A NumPy generator that follows from one of PyTorch's."""
+    return np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+
+
+def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Captions to tokens (N, CONTEXT)."""
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+
+
 def train(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToImage:
     """Trains on windows of the strips at any place, also across the wrap."""
     torch.manual_seed(3)
     model = TextToImage(build_text_encoder(tokenizer), build_unet())
     scheduler = build_scheduler()
-    latents = encode_strips(work, vae)
-    attributes = dataset.load(work, "strips", "train").attributes
+    pictures = dataset.load(work, "strips", "train")
+    latents, attributes = encode(work, vae, "strips", pictures.rgb), pictures.attributes
     width = latents.shape[-1]
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -190,20 +234,13 @@ def train(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToIma
         rows = torch.arange(latents.shape[-2])
         x0 = latents[index[:, None, None], :, rows[:, None], columns[:, None]]  # (N, h, w, C)
         x0 = x0.permute(0, 3, 1, 2)  # (N, C, h, w)
-        rng = np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+        rng = draw_rng(generator)
         captions = [
             "" if rng.random() < DROPPED else scenes.caption(scenes.Scene(**attributes[i]), rng)
             for i in index.tolist()
         ]
-        ids = tokenizer(
-            captions, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
-        t = torch.randint(scheduler.config.num_train_timesteps, (BATCH,), generator=generator)
-        noise = uneven_noise(x0.shape, generator)
-        with torch.autocast("cpu", torch.bfloat16):
-            noise_pred = model(scheduler.add_noise(x0, noise, t), t, ids)
-        error = F.mse_loss(noise_pred.float(), noise, reduction="none").mean((1, 2, 3))
-        return (error * loss_weight(t, scheduler.alphas_cumprod)).mean()
+        ids = tokenize(tokenizer, captions)
+        return denoising_loss(lambda x, t: model(x, t, ids), x0, scheduler, generator)
 
     trained = fit(model, loss, PLAN, work)
     assert isinstance(trained, TextToImage)
