@@ -1,42 +1,54 @@
 """Networks that look at pictures: the feature network that guides, and the judges that measure.
 
 The feature network (`panorama.perceptual.LPIPS` with few channels) takes the place of VGG16 in
-the embedded family. The judge has another architecture, other crops and another seed; it never
-guides, and measures prompt agreement and coherence.
+the embedded family. The judges have another architecture, other crops and other seeds; they never
+guide, and measure prompt agreement and coherence.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from panorama.perceptual import LPIPS, unit
-from weights.train import dataset, scenes
+from weights.train import dataset, rooms, scenes
 from weights.train.autoencoder import to_tensor
 from weights.train.fit import Plan, fit
 
-ATTRIBUTES: Mapping[str, tuple[object, ...]] = {
+Attributes = Mapping[str, tuple[object, ...]]
+"""The values that each attribute can have; None where pictures of some kind don't have it."""
+
+ATTRIBUTES: Attributes = {
     "time": tuple(scenes.SKIES),
     "land": tuple(scenes.LANDS),
     "trees": (False, True),
     "clouds": (False, True),
 }
+SPHERE_ATTRIBUTES: Attributes = {
+    "kind": (*rooms.KINDS, None),
+    "color": (*rooms.COLORS, None),
+    "time": (*scenes.SKIES, None),
+    "land": (*scenes.LANDS, None),
+}
 FEATURE_CHANNELS = ((8,), (16, 16), (32, 32), (64, 64), (96, 96))
 FEATURES_PLAN = Plan("features", steps=800, learning_rate=2e-3, average=0.99, warmup=100)
 JUDGE_PLAN = Plan("judge", steps=1000, learning_rate=2e-3, average=0.99, warmup=100)
+SPHERE_JUDGE_PLAN = Plan("judge-360", steps=700, learning_rate=2e-3, average=0.99, warmup=100)
 BATCH = 10
 
 
 class Heads(nn.Module):
     """Scores for every attribute, from features averaged over the picture."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, attributes: Attributes) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels)
-        self.scores = nn.ModuleDict({k: nn.Linear(channels, len(v)) for k, v in ATTRIBUTES.items()})
+        self.scores = nn.ModuleDict({k: nn.Linear(channels, len(v)) for k, v in attributes.items()})
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """(N, C, h, w) to (N, values) for each attribute."""
@@ -50,7 +62,7 @@ class Guide(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.lpips = LPIPS(channels=FEATURE_CHANNELS, shift=(0, 0, 0), scale=(0.5, 0.5, 0.5))
-        self.heads = Heads(FEATURE_CHANNELS[-1][-1])
+        self.heads = Heads(FEATURE_CHANNELS[-1][-1], ATTRIBUTES)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Images (N, 3, H, W) in [-1, 1] to scores."""
@@ -77,13 +89,17 @@ class Block(nn.Module):
 
 
 class Judge(nn.Module):
-    """A small residual network that reads a scene's attributes off a window."""
+    """A small residual network that reads a scene's attributes off a window or a sphere."""
 
-    def __init__(self, channels: Sequence[int] = (24, 40, 64, 96, 128)) -> None:
+    def __init__(
+        self,
+        attributes: Attributes = ATTRIBUTES,
+        channels: Sequence[int] = (24, 40, 64, 96, 128),
+    ) -> None:
         super().__init__()
         pairs = zip((3, *channels[:-1]), channels, strict=True)
         self.blocks = nn.ModuleList(Block(a, b) for a, b in pairs)
-        self.heads = Heads(channels[-1])
+        self.heads = Heads(channels[-1], attributes)
 
     def embed(self, images: Tensor) -> list[Tensor]:
         """Features after every block, of unit length over channels."""
@@ -107,46 +123,93 @@ class Judge(nn.Module):
         return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
 
 
-def windows(
-    pictures: dataset.Pictures, count: int, generator: torch.Generator
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Random square windows of strips, (count, 3, 256, 256) in [-1, 1], and what they show.
+@dataclass(frozen=True)
+class Window:
+    """Some columns of a picture, also across the wrap."""
 
-    They are blurred, shaded and mirrored at random, so that what is learned holds for pictures
-    that come out of an autoencoder too.
-    """
+    pictures: dataset.Pictures
+    index: int
+    columns: NDArray[np.intp]
 
-    def draw(high: int) -> int:
-        return int(torch.randint(high, (1,), generator=generator))
+    @property
+    def rgb(self) -> NDArray[np.uint8]:
+        """(H, w, 3) in [0, 255]."""
+        return self.pictures.rgb[self.index][:, self.columns]
 
-    images, labels = [], []
+    @property
+    def attributes(self) -> Mapping[str, object]:
+        """What the picture shows."""
+        return self.pictures.attributes[self.index]
+
+
+def draw_windows(
+    sets: Sequence[dataset.Pictures], width: int, count: int, generator: torch.Generator
+) -> list[Window]:
+    """Windows of a width, anywhere in pictures of any of some sets of one size."""
+    starts = np.cumsum([0, *(len(pictures.rgb) for pictures in sets)])
+    around = sets[0].rgb.shape[2]
+    windows = []
     for _ in range(count):
-        index, left = draw(len(pictures.rgb)), draw(pictures.rgb.shape[2])
-        columns = (left + np.arange(pictures.rgb.shape[1])) % pictures.rgb.shape[2]
-        images.append(pictures.rgb[index][:, columns])
-        labels.append(pictures.attributes[index])
-    batch = to_tensor(np.stack(images))
-    factor = (1, 2, 4)[draw(3)]
-    batch = F.interpolate(F.avg_pool2d(batch, factor), scale_factor=factor, mode="bilinear")
-    gain = 1 + 0.06 * torch.randn(count, 3, 1, 1, generator=generator)
-    batch = (batch * gain + 0.03 * torch.randn(count, 3, 1, 1, generator=generator)).clamp(-1, 1)
-    batch = batch.flip(-1) if draw(2) else batch
-    answers = {
-        name: torch.tensor([values.index(label[name]) for label in labels])
-        for name, values in ATTRIBUTES.items()
+        index, left = draw(int(starts[-1]), generator), draw(around, generator)
+        chosen = int(np.searchsorted(starts, index, side="right")) - 1
+        columns = (left + np.arange(width)) % around
+        windows.append(Window(sets[chosen], index - int(starts[chosen]), columns))
+    return windows
+
+
+def draw(high: int, generator: torch.Generator) -> int:
+    """A number in [0, high)."""
+    return int(torch.randint(high, (1,), generator=generator))
+
+
+def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Images (N, 3, H, W) in [-1, 1], blurred and shaded at random.
+
+    What is learned from them holds for pictures that come out of an autoencoder too.
+    """
+    factor = (1, 2, 4)[draw(3, generator)]
+    images = F.interpolate(F.avg_pool2d(images, factor), scale_factor=factor, mode="bilinear")
+    shape = (len(images), 3, 1, 1)
+    gain = 1 + 0.06 * torch.randn(shape, generator=generator)
+    return (images * gain + 0.03 * torch.randn(shape, generator=generator)).clamp(-1, 1)
+
+
+def labels(windows: Sequence[Window], attributes: Attributes) -> dict[str, Tensor]:
+    """For each attribute the places (N,) of its values."""
+    return {
+        name: torch.tensor([values.index(window.attributes.get(name)) for window in windows])
+        for name, values in attributes.items()
     }
-    return batch, answers
 
 
-def train(work: Path, model: nn.Module, plan: Plan) -> nn.Module:
-    """Trains a network to read the attributes of windows."""
-    pictures = dataset.load(work, "strips", "train")
+def train(
+    work: Path,
+    model: nn.Module,
+    plan: Plan,
+    kinds: tuple[str, ...] = ("strips",),
+    width: int = 256,
+    attributes: Attributes = ATTRIBUTES,
+) -> nn.Module:
+    """Trains a network to read the attributes of windows, mirrored half of the time.
+
+    Args:
+        work: the folder of the pictures.
+        model: images (N, 3, 256, width) in [-1, 1] to scores (N, values) for each attribute.
+        plan: how.
+        kinds: of pictures.
+        width: of windows, pixels.
+        attributes: what is read.
+    """
+    sets = [dataset.load(work, kind, "train") for kind in kinds]
 
     def loss(generator: torch.Generator) -> Tensor:
-        images, answers = windows(pictures, BATCH, generator)
+        windows = draw_windows(sets, width, BATCH, generator)
+        images = disturb(to_tensor(np.stack([w.rgb for w in windows])), generator)
+        images = images.flip(-1) if draw(2, generator) else images
+        answers = labels(windows, attributes)
         with torch.autocast("cpu", torch.bfloat16):
             scores = model(images)
-        losses = [F.cross_entropy(scores[name].float(), answers[name]) for name in ATTRIBUTES]
+        losses = [F.cross_entropy(scores[name].float(), answers[name]) for name in attributes]
         return torch.stack(losses).sum()
 
     return fit(model, loss, plan, work)
@@ -166,19 +229,42 @@ def train_judge(work: Path) -> nn.Module:
     return train(work, Judge(), JUDGE_PLAN)
 
 
+def train_sphere_judge(work: Path) -> nn.Module:
+    """Trains the judge of the second family."""
+    torch.manual_seed(7)
+    judge = Judge(SPHERE_ATTRIBUTES)
+    kinds = ("outdoors", "rooms")
+    return train(work, judge, SPHERE_JUDGE_PLAN, kinds, width=512, attributes=SPHERE_ATTRIBUTES)
+
+
 @torch.no_grad()
-def accuracy(judge: nn.Module, pictures: dataset.Pictures) -> dict[str, float]:
-    """Share of windows, four from each held-out strip, whose attributes are read right."""
-    right: dict[str, list[float]] = {name: [] for name in (*ATTRIBUTES, "time and land")}
+def read(judge: nn.Module, images: Tensor, attributes: Attributes) -> list[dict[str, object]]:
+    """The values of some attributes that a judge sees in each of images (N, 3, H, W) in [-1, 1]."""
+    scores = judge(images)
+    places = {name: scores[name].argmax(1).tolist() for name in attributes}
+    return [
+        {name: values[places[name][i]] for name, values in attributes.items()}
+        for i in range(len(images))
+    ]
+
+
+def accuracy(
+    judge: nn.Module, pictures: dataset.Pictures, width: int, attributes: Attributes
+) -> dict[str, float]:
+    """Share of held-out windows that are read right, cut side by side from every picture.
+
+    Args:
+        judge: reads the attributes.
+        pictures: held out.
+        width: of windows, pixels.
+        attributes: that are asked for; the first two also together.
+    """
+    both = list(attributes)[:2]
+    right: dict[str, list[bool]] = {name: [] for name in (*attributes, " and ".join(both))}
     for picture, label in zip(pictures.rgb, pictures.attributes, strict=True):
-        height = picture.shape[0]
-        cut = [picture[:, left : left + height] for left in range(0, picture.shape[1], height)]
-        scores = judge(to_tensor(np.stack(cut)))
-        hits = {
-            name: scores[name].argmax(1) == values.index(label[name])
-            for name, values in ATTRIBUTES.items()
-        }
-        hits["time and land"] = hits["time"] & hits["land"]
-        for name, hit in hits.items():
-            right[name].append(float(hit.float().mean()))
+        cut = [picture[:, left : left + width] for left in range(0, picture.shape[1], width)]
+        for seen in read(judge, to_tensor(np.stack(cut)), attributes):
+            for name in attributes:
+                right[name].append(seen[name] == label[name])
+            right[" and ".join(both)].append(all(seen[name] == label[name] for name in both))
     return {name: float(np.mean(values)) for name, values in right.items()}
