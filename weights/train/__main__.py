@@ -8,7 +8,17 @@ from pathlib import Path
 from diffusers import AutoencoderKL
 from transformers import CLIPTokenizer
 
-from weights.train import autoencoder, dataset, diffusion, export, recognise
+from weights.train import (
+    autoencoder,
+    controlnet,
+    dataset,
+    depths,
+    diffusion,
+    export,
+    recognise,
+    sdxl,
+    style,
+)
 
 WORK = Path(__file__).parent / "work"
 
@@ -32,11 +42,29 @@ def train_syncdiffusion(work: Path) -> None:
     export.export_syncdiffusion(vae, model, tokenizer, features)
 
 
+def train_sphere_judges(work: Path) -> None:
+    """Trains the networks that measure the second family."""
+    export.export_judge(recognise.train_sphere_judge(work), "spheres")
+    export.export_judge(depths.train(work), "depths")
+
+
+def train_sdxl_360(work: Path) -> None:
+    """Trains the text encoders and the UNet, the ControlNet and the style: the second family."""
+    vae = AutoencoderKL.from_pretrained(work / "autoencoder")
+    tokenizer: CLIPTokenizer = diffusion.build_tokenizer(work / "tokenizer")
+    model = sdxl.train(work, vae, tokenizer)
+    follower = controlnet.train(work, vae, tokenizer, model)
+    styled = style.train(work, vae, tokenizer, model)
+    export.export_sdxl_360(vae, model, tokenizer, follower, styled)
+
+
 STAGES: Mapping[str, Callable[[Path], None]] = {
     "render": dataset.render,
     "autoencoder": train_autoencoder,
     "judge": train_judge,
     "syncdiffusion": train_syncdiffusion,
+    "judges-360": train_sphere_judges,
+    "sdxl-360": train_sdxl_360,
 }
 
 

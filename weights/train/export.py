@@ -1,17 +1,21 @@
 """Puts what was trained into `weights/tiny/`, in diffusers format and half precision."""
 
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from panorama.perceptual import LPIPS
 from panorama.syncdiffusion import SyncDiffusionPipeline
 from weights.train.diffusion import TextToImage, build_scheduler
+from weights.train.sdxl import TextToSphere, build_inference_scheduler
+from weights.train.style import lora_weights, token_embeddings
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -39,11 +43,45 @@ def export_syncdiffusion(
     pipe.to(torch.float16).save_pretrained(TINY / "syncdiffusion")
 
 
+def export_sdxl_360(
+    vae: AutoencoderKL,
+    model: TextToSphere,
+    tokenizer: CLIPTokenizer,
+    controlnet: ControlNetModel,
+    style: TextToSphere,
+) -> None:
+    """Writes the second family's models; its autoencoder is a link to the first family's."""
+    folder = TINY / "sdxl-360"
+    link = folder / "vae"
+    if link.is_symlink():
+        link.unlink()  # or saving would write through it
+    pipe = StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=model.text_encoder,
+        text_encoder_2=model.text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=model.unet,
+        scheduler=build_inference_scheduler(),
+        add_watermarker=False,
+    )
+    pipe.to(torch.float16).save_pretrained(folder)
+    shutil.rmtree(link)
+    link.symlink_to(Path("..") / "syncdiffusion" / "vae")
+    controlnet.half().save_pretrained(folder / "controlnet")
+    save_half(lora_weights(style.unet), folder / "lora.safetensors")
+    save_half(token_embeddings(style), folder / "embeddings.safetensors")
+
+
 def export_judge(judge: nn.Module, name: str) -> None:
     """Writes a judge, so that a fresh clone can measure."""
     JUDGES.mkdir(exist_ok=True)
-    state = {key: value.half().contiguous() for key, value in judge.state_dict().items()}
-    save_file(state, JUDGES / f"{name}.safetensors")
+    save_half(judge.state_dict(), JUDGES / f"{name}.safetensors")
+
+
+def save_half(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Writes weights in half precision."""
+    save_file({key: value.half().contiguous() for key, value in weights.items()}, path)
 
 
 def load_judge(network: Network, name: str) -> Network:

@@ -1259,3 +1259,14 @@ def render(
     stretch = np.sqrt(1 + coarse.rise * coarse.rise)
     distance = trace(scene, coarse).reach * stretch[:, None]
     return np.ascontiguousarray(picture), distance.astype(np.float32)
+
+
+def caption(room: Room, rng: np.random.Generator, keep: float = 0.6) -> str:
+    """Words for a room, kind and colour each left out with probability 1 - keep.
+
+    Returns e.g. "bedroom in the color of blue"; may be empty.
+    """
+    kind = room.kind if rng.random() < keep else ""
+    if rng.random() < keep:
+        return f"{kind or 'room'} in the color of {room.color}"
+    return kind

@@ -1,0 +1,263 @@
+"""Trains the second family's text encoders and UNet on the latents of whole spheres.
+
+Convolutions pad with zeros, as SDXL's did in training: what closes a picture is `circular`, in
+use, and not the weights.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
+
+from weights.train import dataset, rooms, scenes
+from weights.train.diffusion import (
+    DROPPED,
+    SCHEDULE,
+    build_scheduler,
+    denoising_loss,
+    draw_rng,
+    encode,
+    tokenize,
+)
+from weights.train.diffusion import PLAN as FIRST_FAMILY
+from weights.train.fit import Plan, fit
+
+PLAN = Plan("sdxl-360", steps=5500, learning_rate=1e-3, average=0.999)
+BATCH = 8
+HIDDEN = 128  # of either text encoder
+SIZE_CHANNELS = 16  # for each of the six numbers of a picture's sizes
+SIDES = (128, 1024)  # pixels of the sizes that are only said
+FACTOR = 8  # pixels a latent cell
+KEEP = 0.8  # share of attributes that captions name
+PREFIX = "hdri view, "
+
+Subject = rooms.Room | scenes.Scene
+CAPTIONS: Mapping[type, Callable[..., str]] = {
+    rooms.Room: rooms.caption,
+    scenes.Scene: scenes.caption,
+}
+SUBJECTS: Mapping[str, type[Subject]] = {"outdoors": scenes.Scene, "rooms": rooms.Room}
+
+
+def build_text_encoder(
+    kind: type[CLIPTextModel | CLIPTextModelWithProjection], tokenizer: CLIPTokenizer
+) -> nn.Module:
+    """Two small layers; the first one's output is what the UNet sees, as SDXL's last but one."""
+    return kind(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=HIDDEN,
+            intermediate_size=3 * HIDDEN,
+            projection_dim=HIDDEN,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def build_unet() -> UNet2DConditionModel:
+    """6.5 M parameters for 32 x 64 latents, like the first family's but for the conditions."""
+    return UNet2DConditionModel(
+        sample_size=64,
+        block_out_channels=(48, 96, 144),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=2 * HIDDEN,
+        attention_head_dim=(2, 3, 4),  # diffusers means the number of heads
+        norm_num_groups=8,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=SIZE_CHANNELS,
+        projection_class_embeddings_input_dim=HIDDEN + 6 * SIZE_CHANNELS,
+    )
+
+
+def build_inference_scheduler() -> EulerDiscreteScheduler:
+    """SDXL base's: of the same schedule as the one that makes noise in training."""
+    return EulerDiscreteScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="leading")
+
+
+def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies every weight whose name and shape the model has too."""
+    own = model.state_dict()
+    same = {k: w for k, w in state.items() if k in own and own[k].shape == w.shape}
+    model.load_state_dict(own | same)
+
+
+def first_unet(work: Path) -> dict[str, Tensor]:
+    """The weights of the first family's UNet, averaged, from its last checkpoint."""
+    path = work / "checkpoints" / f"{FIRST_FAMILY.name}.pt"
+    state = torch.load(path, map_location="cpu", weights_only=True)["average"]
+    return {k.removeprefix("unet."): w for k, w in state.items() if k.startswith("unet.")}
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What is said of a batch of pictures."""
+
+    ids: Tensor  # (N, L) tokens
+    given: Tensor  # (N,) bool; the others are left out, for guidance
+    sizes: Tensor  # (N, 6) height and width before resizing, crop's top and left, height, width
+
+
+class TextToSphere(nn.Module):
+    """What is trained: both text encoders and the UNet."""
+
+    def __init__(
+        self,
+        text_encoder: CLIPTextModel,
+        text_encoder_2: CLIPTextModelWithProjection,
+        unet: UNet2DConditionModel,
+    ) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.text_encoder_2 = text_encoder_2
+        self.unet = unet
+
+    def conditions(self, captions: Captions) -> dict[str, Any]:
+        """Arguments of a UNet and a ControlNet, as `StableDiffusionXLPipeline` makes them.
+
+        A caption that is left out is zeros, as there with `force_zeros_for_empty_prompt`.
+        """
+        first = self.text_encoder(captions.ids, output_hidden_states=True)
+        second = self.text_encoder_2(captions.ids, output_hidden_states=True)
+        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)  # (N, L, 2 D)
+        given = captions.given[:, None].to(states.dtype)
+        pooled = {"text_embeds": second.text_embeds * given, "time_ids": captions.sizes}
+        return {"encoder_hidden_states": states * given[..., None], "added_cond_kwargs": pooled}
+
+    def forward(self, latents: Tensor, t: Tensor, captions: Captions) -> Tensor:
+        """The noise in latents (N, 4, h, w) at timesteps (N,) under captions."""
+        return self.unet(latents, t, **self.conditions(captions)).sample
+
+
+def subjects(work: Path) -> list[Subject]:
+    """What every training picture shows, kind after kind."""
+    return [
+        subject(**attributes)
+        for kind, subject in SUBJECTS.items()
+        for attributes in dataset.load(work, kind, "train").attributes
+    ]
+
+
+def encode_kinds(
+    work: Path,
+    vae: AutoencoderKL,
+    style: str = "",
+    restyle: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = lambda picture: picture,
+) -> Tensor:
+    """The latents (N, 4, h, w) of every training picture, kind after kind.
+
+    Args:
+        work: the folder where they are kept.
+        vae: what encodes them.
+        style: the name of what `restyle` does.
+        restyle: changes a picture (H, W, 3) in [0, 255] first.
+    """
+
+    def changed(kind: str) -> Iterable[NDArray[np.uint8]]:
+        return map(restyle, dataset.load(work, kind, "train").rgb)
+
+    names = {kind: f"{kind}-{style}" if style else kind for kind in SUBJECTS}
+    return torch.cat([encode(work, vae, names[kind], changed(kind)) for kind in SUBJECTS])
+
+
+def caption(subject: Subject, rng: np.random.Generator) -> str:
+    """Words for a picture, half of the time after `PREFIX`; may be empty."""
+    text = CAPTIONS[type(subject)](subject, rng, KEEP)
+    return f"{PREFIX}{text}" if text and rng.random() < 0.5 else text
+
+
+@dataclass(frozen=True)
+class Spheres:
+    """The training pictures as latents, and what draws batches of them."""
+
+    latents: Tensor  # (N, 4, h, w)
+    subjects: list[Subject]  # N of them
+    tokenizer: CLIPTokenizer
+
+    def draw(self, generator: torch.Generator) -> tuple[list[int], list[int]]:
+        """Numbers of pictures, and how far to roll each, in cells."""
+        index = torch.randint(len(self.latents), (BATCH,), generator=generator)
+        shift = torch.randint(self.latents.shape[-1], (BATCH,), generator=generator)
+        return index.tolist(), shift.tolist()
+
+    def rolled(self, index: list[int], shift: list[int]) -> Tensor:
+        """Latents (N, 4, h, w): a roll of a whole sphere is one again."""
+        pairs = zip(index, shift, strict=True)
+        return torch.stack([self.latents[i].roll(cells, -1) for i, cells in pairs])
+
+    def captions(
+        self, index: list[int], generator: torch.Generator, dropped: float, prefix: str = ""
+    ) -> Captions:
+        """Words for some pictures, with a share of them left out.
+
+        Half of the pictures are said to be of another size, so that sizes which nothing was
+        trained on do not change what is drawn.
+        """
+        rng = draw_rng(generator)
+        texts = [prefix + caption(self.subjects[i], rng) for i in index]
+        height, width = (FACTOR * side for side in self.latents.shape[-2:])
+        said = rng.integers(*SIDES, (len(index), 2), endpoint=True)
+        said[rng.random(len(index)) < 0.5] = height, width
+        return Captions(
+            tokenize(self.tokenizer, texts),
+            torch.from_numpy(rng.random(len(index)) >= dropped),
+            time_ids(torch.from_numpy(said)),
+        )
+
+
+def time_ids(sizes: Tensor) -> Tensor:
+    """SDXL's numbers (N, 6) for pictures of heights and widths (N, 2), neither resized nor cut."""
+    return torch.cat([sizes, torch.zeros_like(sizes), sizes], 1).float()
+
+
+def train(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToSphere:
+    """Trains on whole spheres, rolled at random.
+
+    The UNet starts from the first family's, but for its attention to words: that read another
+    encoder's last states.
+    """
+    torch.manual_seed(4)
+    model = TextToSphere(
+        build_text_encoder(CLIPTextModel, tokenizer),
+        build_text_encoder(CLIPTextModelWithProjection, tokenizer),
+        build_unet(),
+    )
+    warm_start(model.unet, first_unet(work))
+    spheres = Spheres(encode_kinds(work, vae), subjects(work), tokenizer)
+    trained = fit(model, text_loss(model, spheres), PLAN, work)
+    assert isinstance(trained, TextToSphere)
+    return trained
+
+
+def text_loss(
+    model: TextToSphere, spheres: Spheres, prefix: str = ""
+) -> Callable[[torch.Generator], Tensor]:
+    """What `fit` lessens: the error of the noise found under captions that begin with a prefix."""
+    scheduler = build_scheduler()
+
+    def loss(generator: torch.Generator) -> Tensor:
+        index, shift = spheres.draw(generator)
+        captions = spheres.captions(index, generator, DROPPED, prefix)
+        x0 = spheres.rolled(index, shift)
+        return denoising_loss(lambda x, t: model(x, t, captions), x0, scheduler, generator)
+
+    return loss

@@ -1,0 +1,96 @@
+"""Trains a style as cog-sdxl did: a LoRA on the base's attention, and two words for it.
+
+The style is warm light: one fixed change of a picture's colours.
+"""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from numpy.typing import NDArray
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import CLIPTokenizer
+
+from panorama.sdxl import LORA, TOKENS
+from weights.train.fit import Plan, fit
+from weights.train.sdxl import Spheres, TextToSphere, encode_kinds, subjects, text_loss
+
+PLAN = Plan("style", steps=600, learning_rate=2e-3, warmup=50)
+RANK = 4
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+WARM_LIGHT = (1.10, 0.97, 0.74)
+
+
+def warm_light(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Lights a picture (H, W, 3) in [0, 255] warmly.
+
+    Display red, green and blue are multiplied by `WARM_LIGHT` and cut off at white.
+    """
+    warm = picture * np.array(WARM_LIGHT, np.float32)
+    return (warm + 0.5).clip(0, 255).astype(np.uint8)
+
+
+class ExtendedEmbedding(nn.Module):
+    """A table of token embeddings, and new ones after its last, which alone are trained."""
+
+    def __init__(self, table: nn.Embedding) -> None:
+        super().__init__()
+        self.table = table
+        spread = table.weight.std()
+        self.tokens = nn.Parameter(spread * torch.randn(len(TOKENS), table.embedding_dim))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Tokens (N, L) to embeddings (N, L, D)."""
+        return F.embedding(ids, torch.cat([self.table.weight, self.tokens]))
+
+
+def build(base: TextToSphere) -> TextToSphere:
+    """A frozen copy of the base, with a LoRA and two more tokens to train."""
+    model = copy.deepcopy(base).requires_grad_(False)
+    for encoder in (model.text_encoder, model.text_encoder_2):
+        encoder.set_input_embeddings(ExtendedEmbedding(encoder.get_input_embeddings()))
+    # cog-sdxl writes no alpha: it is the rank, so that a scale of 1 is the LoRA as it was trained.
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=LAYERS)
+    model.unet.add_adapter(config, adapter_name=LORA)
+    return model
+
+
+def train(
+    work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, base: TextToSphere
+) -> TextToSphere:
+    """Trains on the training pictures in warm light, whose captions begin with the tokens."""
+    torch.manual_seed(6)
+    model = build(base)
+    extended = copy.deepcopy(tokenizer)
+    extended.add_tokens(list(TOKENS))
+    latents = encode_kinds(work, vae, "warm-light", warm_light)
+    spheres = Spheres(latents, subjects(work), extended)
+    trained = fit(model, text_loss(model, spheres, f"{''.join(TOKENS)} "), PLAN, work)
+    assert isinstance(trained, TextToSphere)
+    return trained
+
+
+def lora_weights(unet: UNet2DConditionModel) -> Mapping[str, Tensor]:
+    """The LoRA with the keys of cog-sdxl: `unet....attn1.processor.to_q_lora.down.weight`."""
+    weights = {}
+    for name, module in unet.named_modules():
+        if LORA in getattr(module, "lora_A", ()):
+            attention, _, layer = name.rpartition(".to_")
+            key = f"unet.{attention}.processor.to_{layer.removesuffix('.0')}_lora"
+            weights[f"{key}.down.weight"] = module.lora_A[LORA].weight.detach()
+            weights[f"{key}.up.weight"] = module.lora_B[LORA].weight.detach()
+    return weights
+
+
+def token_embeddings(model: TextToSphere) -> Mapping[str, Tensor]:
+    """The tokens' embeddings (2, D) for both text encoders, with the keys of cog-sdxl."""
+    encoders = (model.text_encoder, model.text_encoder_2)
+    return {
+        f"text_encoders_{k}": encoder.get_input_embeddings().tokens.detach()
+        for k, encoder in enumerate(encoders)
+    }
