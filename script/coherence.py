@@ -1,24 +1,37 @@
-"""Coherence and seams on the embedded family, over many seeds, as a table.
+"""Coherence and seams on the embedded family, over many seeds, as a table for each mode.
 
-For every sync_weight, rings of five windows' width are made from a prompt that leaves the palette
-open. Coherence is the mean perceptual distance of all pairs of non-overlapping windows, by a
-network that has no part in making pictures. The seam ratio is the mean step between the last and
-the first column over the mean step between neighbouring columns: 1 means no seam.
+syncdiffusion: for every sync_weight, rings of five windows' width are made from a prompt that
+leaves the palette open. Coherence is the mean perceptual distance of all pairs of non-overlapping
+windows, by a network that has no part in making pictures. The seam ratio is the mean step between
+the last and the first column over the mean step between neighbouring columns: 1 means no seam.
+
+sdxl-360: the seam ratio and the Discontinuity Score with circular padding and, from the same
+noise, without it.
 """
 
 import argparse
+from collections.abc import Callable, Mapping
 from itertools import combinations
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
-from panorama.models import load
+from panorama.models import DEFAULT_FAMILY, load
+from panorama.sdxl import SDXL360
 from weights.train.export import load_judge
 from weights.train.recognise import Judge
 
 WINDOWS = 5
+PROMPTS = {
+    "syncdiffusion": "autumn hills with trees",
+    "sdxl-360": "hdri view, sunset over green hills",
+}
+GREY = (0.299, 0.587, 0.114)
+SCHARR = ((-3.0, 0.0, 3.0), (-10.0, 0.0, 10.0), (-3.0, 0.0, 3.0))
 
 
 def coherence(judge: Judge, picture: Tensor, window: int) -> float:
@@ -36,18 +49,33 @@ def seam_ratio(picture: Tensor) -> float:
     return float(seam / steps)
 
 
-def main() -> None:
-    """Makes the pictures and prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompt", default="autumn hills with trees")
-    parser.add_argument("--seeds", type=int, default=24)
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--weights", type=float, nargs="+", default=[0.0, 20.0])
-    parser.add_argument("--distance-scale", type=float, help="tries another scale of the distance")
-    parser.add_argument("--keep", type=Path, help="a folder for the pictures")
-    arguments = parser.parse_args()
+def discontinuity_score(picture: Tensor, floor: float = 0.1) -> float:
+    """The Discontinuity Score of (1, 3, H, W) in [0, 1]: smaller is better, 0 for one colour.
 
-    models = load("tiny")
+    Three columns on either side of the seam are put together and convolved across it. Of the four
+    columns that come out, the middle two see the seam and the outer two don't: the score is the
+    mean ratio of the former to the latter, and about 1 for a busy picture without a seam.
+
+    Args:
+        picture: grey is made of it.
+        floor: added to what is divided by.
+
+    Source:
+        Geometry Fidelity for Spherical Images, arXiv 2407.18207, of which no code is published;
+        kernel and floor are those of the evaluation in the repository
+        littlewhitesea/Text-Driven-Pano-Gen.
+    """
+    grey = torch.einsum("nchw,c->nhw", picture, torch.tensor(GREY))[:, None]
+    seam = torch.cat([grey[..., -3:], grey[..., :3]], -1)  # (1, 1, H, 6)
+    edges = F.conv2d(seam, torch.tensor(SCHARR)[None, None], padding=(1, 0)).abs()  # (1, 1, H, 4)
+    outer_left, left, right, outer_right = edges.unbind(-1)
+    ratios = left / (outer_left + floor) + right / (outer_right + floor)
+    return float(ratios.mean() / 2)
+
+
+def table_syncdiffusion(arguments: argparse.Namespace) -> None:
+    """Prints coherence and seam for every sync_weight."""
+    models = load(arguments.family, modes=["syncdiffusion"])
     pipe = models.pipelines["syncdiffusion"]
     if arguments.distance_scale is not None:
         pipe.perceptual.register_to_config(distance_scale=arguments.distance_scale)
@@ -73,10 +101,7 @@ def main() -> None:
             distances.append(coherence(judge, picture, window))
             seams.append(seam_ratio(picture))
             if arguments.keep:
-                arguments.keep.mkdir(parents=True, exist_ok=True)
-                image = pipe.image_processor.pt_to_numpy(picture)
-                name = f"{weight:g}-{seed:02d}.png"
-                pipe.image_processor.numpy_to_pil(image)[0].save(arguments.keep / name)
+                keep(picture, arguments.keep / f"{weight:g}-{seed:02d}.png")
         reference = reference or mean(distances)
         change = mean(distances) / reference - 1
         print(
@@ -84,6 +109,81 @@ def main() -> None:
             f"  {mean(seams):.3f} ({stdev(seams):.3f})",
             flush=True,
         )
+
+
+def patched(pipe: SDXL360, prompt: str, **options: object) -> Tensor:
+    """The picture (1, 3, H, W) of the mode, its convolutions wrapping."""
+    picture: Tensor = pipe(prompt, lora_scale=0.0, output_type="pt", **options)
+    return picture
+
+
+@torch.no_grad()
+def unpatched(pipe: SDXL360, prompt: str, **options: object) -> Tensor:
+    """The picture (1, 3, H, W) of the stock pipeline that the mode runs, nothing wrapping."""
+    picture: Tensor = pipe.text(prompt, output_type="pt", **options).images
+    return picture
+
+
+def table_sdxl_360(arguments: argparse.Namespace) -> None:
+    """Prints the seam with and without circular padding."""
+    models = load(arguments.family, modes=["sdxl-360"])
+    pipe, settings = models.pipelines["sdxl-360"], models.settings("sdxl-360")
+    factor = pipe.text.vae_scale_factor
+    channels = pipe.text.unet.config.in_channels
+    shape = (1, channels, settings.height // factor, settings.width // factor)
+    print(f"{arguments.prompt!r}, {settings.width} x {settings.height}, {arguments.seeds} seeds")
+    print("padding   seam ratio (sd)  discontinuity score (sd)", flush=True)
+    for name, make in {"circular": patched, "zeros": unpatched}.items():
+        seams, scores = [], []
+        for seed in range(arguments.seeds):
+            picture = make(
+                pipe,
+                arguments.prompt,
+                height=settings.height,
+                width=settings.width,
+                num_inference_steps=arguments.steps,
+                guidance_scale=settings.guidance_scale,
+                latents=torch.randn(shape, generator=torch.Generator().manual_seed(seed)),
+            )
+            seams.append(seam_ratio(picture))
+            scores.append(discontinuity_score(picture))
+            if arguments.keep:
+                keep(picture, arguments.keep / f"{name}-{seed:02d}.png")
+        print(
+            f"{name:8}  {mean(seams):6.3f} ({stdev(seams):.3f})"
+            f"   {mean(scores):.3f} ({stdev(scores):.3f})",
+            flush=True,
+        )
+
+
+def keep(picture: Tensor, path: Path) -> None:
+    """Writes a picture (1, 3, H, W) in [0, 1]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = picture[0].permute(1, 2, 0).mul(255).round().byte().numpy()
+    Image.fromarray(pixels).save(path)
+
+
+TABLES: Mapping[str, Callable[[argparse.Namespace], None]] = {
+    "syncdiffusion": table_syncdiffusion,
+    "sdxl-360": table_sdxl_360,
+}
+
+
+def main() -> None:
+    """Makes the pictures and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--mode", choices=TABLES, default="syncdiffusion")
+    parser.add_argument("--family", default=DEFAULT_FAMILY)
+    parser.add_argument("--prompt", help="if left out, the mode's own")
+    parser.add_argument("--seeds", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--keep", type=Path, help="a folder for the pictures")
+    only = parser.add_argument_group("syncdiffusion only")
+    only.add_argument("--weights", type=float, nargs="+", default=[0.0, 20.0])
+    only.add_argument("--distance-scale", type=float, help="tries another scale of the distance")
+    arguments = parser.parse_args()
+    arguments.prompt = arguments.prompt or PROMPTS[arguments.mode]
+    TABLES[arguments.mode](arguments)
 
 
 if __name__ == "__main__":
