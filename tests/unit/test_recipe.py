@@ -1,0 +1,233 @@
+"""The recipe of the embedded SDXL family: what in it can be wrong without any training."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ControlNetModel
+from safetensors.torch import save_file
+from torch import nn
+
+from panorama.sdxl import SDXL360, TOKENS, load_lora, load_tokens, lora_applied
+from tests.small_sdxl import build
+from weights.train import dataset, diffusion, export, recognise, rooms, scenes, sdxl, style
+from weights.train.controlnet import depth_images
+from weights.train.depths import CELL, DepthReader, around, cells, correlation, depth_image
+from weights.train.sdxl import Captions, Spheres, TextToSphere, time_ids, warm_start
+
+PROMPTS = ["hdri view, bedroom in the color of blue", "sunset over the sea"]
+ROOM = rooms.Room("bedroom", "blue")
+SCENE = scenes.Scene("noon", "desert", trees=True, clouds=False)
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> SDXL360:
+    return build(tmp_path)
+
+
+def text_to_sphere(pipe: SDXL360) -> TextToSphere:
+    text = pipe.text
+    return TextToSphere(text.text_encoder, text.text_encoder_2, text.unet).eval()
+
+
+def captions(pipe: SDXL360, texts: list[str], given: list[bool]) -> Captions:
+    ids = diffusion.tokenize(pipe.text.tokenizer, texts)
+    sizes = torch.tensor([[64, 128]] * len(texts))
+    return Captions(ids, torch.tensor(given), time_ids(sizes))
+
+
+def test_a_depth_image_is_1_where_it_is_nearest_and_0_in_the_sky() -> None:
+    distance = np.array([[6, 24, 150], [600, 6, np.inf]], np.float16)
+    expected = [[1, 0.5, 0.2], [0.1, 1, 0]]
+    assert depth_image(distance).dtype == np.float32
+    assert np.allclose(depth_image(distance), expected, atol=1e-3)
+
+
+def test_depth_images_are_those_of_the_pictures_and_rolled_with_them() -> None:
+    rng = np.random.default_rng(0)
+    distances = [rng.uniform(1, 9, (3, 16, 32)).astype(np.float16) for _ in range(2)]
+    depth = depth_images(distances, [2, 3], [0, 1])
+    assert depth.shape == (2, 3, 16, 32)
+    assert np.array_equal(depth[0, 0], depth_image(distances[0][2]))
+    assert np.array_equal(depth[1, 2], np.roll(depth_image(distances[1][0]), 8, axis=1))
+
+
+def test_correlation_is_that_of_each_picture() -> None:
+    depth = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    same = correlation(depth, torch.stack([2 * depth[0] + 1, -depth[1]]))
+    torch.testing.assert_close(same, torch.tensor([1.0, -1.0]))
+    expected = [np.corrcoef(a.flatten(), a.flip(0).flatten())[0, 1] for a in depth]
+    assert np.allclose(correlation(depth, depth.flip(1)), expected, atol=1e-5)
+
+
+def test_around_leaves_nothing_that_follows_from_the_elevation() -> None:
+    rows = torch.linspace(0, 1, 5)[None, :, None].expand(1, 5, 7)
+    assert around(rows).abs().max() < 1e-6
+
+
+def test_the_reader_sees_cells() -> None:
+    images = torch.zeros(2, 3, 64, 96)
+    depth = DepthReader(channels=(8, 8, 8, 8))(images)
+    assert depth.shape == cells(images[:, 0]).shape == (2, 64 // CELL, 96 // CELL)
+
+
+def test_captions_name_everything_or_nothing() -> None:
+    rng = np.random.default_rng(0)
+    assert rooms.caption(ROOM, rng, keep=1.0) == "bedroom in the color of blue"
+    landscape = scenes.caption(SCENE, rng, keep=1.0)
+    for words in (scenes.TIME_WORDS["noon"], scenes.LAND_WORDS["desert"], ["trees"]):
+        assert any(word in landscape for word in words)
+    for subject, write in ((ROOM, rooms.caption), (SCENE, scenes.caption)):
+        assert write(subject, rng, keep=0.0) == ""
+
+
+def test_captions_leave_out_each_attribute_at_times_and_begin_as_hdri_views_at_times() -> None:
+    rng = np.random.default_rng(0)
+    written = {sdxl.caption(ROOM, rng) for _ in range(200)}
+    bare = {"bedroom in the color of blue", "room in the color of blue", "bedroom"}
+    assert written == {""} | bare | {f"hdri view, {text}" for text in bare}
+
+
+def test_every_word_of_a_caption_is_a_token(tmp_path: Path) -> None:
+    tokenizer = diffusion.build_tokenizer(tmp_path)
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        room = rooms.Room(str(rng.choice(rooms.KINDS)), str(rng.choice(list(rooms.COLORS))))
+        text = sdxl.caption(room, rng)
+        words = text.replace(",", " ,").split()
+        assert len(tokenizer.tokenize(text)) == len(words)
+
+
+def test_the_vocabulary_is_the_same_every_time(tmp_path: Path) -> None:
+    first, *others = (diffusion.build_tokenizer(tmp_path).get_vocab() for _ in range(8))
+    assert all(other == first for other in others)
+
+
+def test_conditions_are_those_of_the_stock_pipeline(pipe: SDXL360) -> None:
+    with torch.no_grad():
+        own = text_to_sphere(pipe).conditions(captions(pipe, PROMPTS, [True, True]))
+        states, _, pooled, _ = pipe.text.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    torch.testing.assert_close(own["encoder_hidden_states"], states)
+    torch.testing.assert_close(own["added_cond_kwargs"]["text_embeds"], pooled)
+    ids = pipe.text._get_add_time_ids(
+        (64, 128), (0, 0), (64, 128), torch.float32, pipe.text.text_encoder_2.config.projection_dim
+    )
+    assert torch.equal(own["added_cond_kwargs"]["time_ids"], ids.expand(2, -1))
+
+
+def test_a_caption_left_out_is_that_of_an_empty_negative_prompt(pipe: SDXL360) -> None:
+    with torch.no_grad():
+        own = text_to_sphere(pipe).conditions(captions(pipe, PROMPTS, [False, True]))
+        _, negative, _, pooled = pipe.text.encode_prompt(PROMPTS[0])
+    assert torch.equal(own["encoder_hidden_states"][:1], negative)
+    assert torch.equal(own["added_cond_kwargs"]["text_embeds"][:1], pooled)
+
+
+def test_batches_follow_from_their_generator_and_are_rolled_pictures(pipe: SDXL360) -> None:
+    latents = torch.randn(4, 4, 8, 16)
+    spheres = Spheres(latents, [ROOM, SCENE] * 2, pipe.text.tokenizer)
+    draws = [spheres.draw(torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert draws[0] == draws[1]
+    index, shift = draws[0]
+    assert torch.equal(spheres.rolled(index, shift)[1], latents[index[1]].roll(shift[1], -1))
+    words = spheres.captions(index, torch.Generator().manual_seed(2), dropped=1.0)
+    assert not words.given.any()
+    assert torch.equal(words.sizes[:, :2], words.sizes[:, 4:])
+    true = (words.sizes[:, :2] == torch.tensor([64.0, 128.0])).all(1)
+    assert true.any() and not true.all()
+
+
+def test_a_warm_start_copies_what_fits() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
+    before = model[1].weight.clone()
+    warm_start(
+        model, {"0.weight": torch.ones(3, 2), "1.weight": torch.ones(4, 2), "2.bias": before}
+    )
+    assert torch.equal(model[0].weight, torch.ones(3, 2))
+    assert torch.equal(model[1].weight, before)
+
+
+def test_all_of_the_unet_starts_warm_but_what_reads_the_words() -> None:
+    own, first = sdxl.build_unet().state_dict(), diffusion.build_unet().state_dict()
+    assert set(first) <= set(own)
+    other = {name for name, weight in first.items() if own[name].shape != weight.shape}
+    assert other == {
+        name for name in first if name.endswith(("attn2.to_k.weight", "2.to_v.weight"))
+    }
+
+
+def test_a_controlnet_reads_a_depth_image_of_the_pictures_size() -> None:
+    unet = sdxl.build_unet()
+    controlnet = ControlNetModel.from_unet(
+        unet, conditioning_embedding_out_channels=(8, 16, 32, 64)
+    )
+    latents = controlnet.controlnet_cond_embedding(torch.zeros(1, 3, 64, 128))
+    assert latents.shape[-2:] == (8, 16)
+
+
+def test_warm_light_takes_blue_away_and_keeps_black() -> None:
+    picture = np.array([[[0, 0, 0], [100, 100, 100], [255, 255, 255]]], np.uint8)
+    expected = [[[0, 0, 0], [110, 97, 74], [255, 247, 189]]]
+    assert np.array_equal(style.warm_light(picture), expected)
+
+
+def test_a_style_loads_as_it_was_trained(pipe: SDXL360, tmp_path: Path) -> None:
+    base = text_to_sphere(pipe)
+    trained = style.build(base)
+    learned = [name for name, p in trained.named_parameters() if p.requires_grad]
+    assert learned and all("lora_" in name or name.endswith(".tokens") for name in learned)
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.5)
+    latents, t = torch.randn(1, 4, 8, 16), torch.tensor([500])
+    extended = [f"{''.join(TOKENS)} {PROMPTS[0]}"]
+    save_file(style.lora_weights(trained.unet), tmp_path / "lora.safetensors")
+    save_file(style.token_embeddings(trained), tmp_path / "embeddings.safetensors")
+    load_tokens(pipe.text, tmp_path / "embeddings.safetensors")
+    words = captions(pipe, extended, [True])
+    with torch.no_grad():
+        expected = trained(latents, t, words)
+        assert (base(latents, t, words) - expected).abs().max() > 1e-2
+        load_lora(pipe.text.unet, tmp_path / "lora.safetensors")
+        with lora_applied(pipe.text.unet, 1.0):
+            torch.testing.assert_close(base(latents, t, words), expected)
+
+
+def test_the_export_loads_and_shares_the_autoencoder(
+    pipe: SDXL360, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "TINY", tmp_path)
+    base, styled = text_to_sphere(pipe), style.build(text_to_sphere(pipe))
+    pipe.text.vae.save_pretrained(tmp_path / "syncdiffusion" / "vae")
+    weights = (
+        tmp_path / "syncdiffusion" / "vae" / "diffusion_pytorch_model.safetensors"
+    ).read_bytes()
+    for _ in range(2):  # the second time the link is there already
+        export.export_sdxl_360(
+            pipe.text.vae, base, pipe.text.tokenizer, pipe.depth.controlnet, styled
+        )
+    folder = tmp_path / "sdxl-360"
+    assert (folder / "vae").readlink() == Path("../syncdiffusion/vae")
+    shared = (folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert shared == weights
+    loaded = SDXL360.from_pretrained(folder, torch.float32)
+    assert loaded.tokens == TOKENS
+    assert loaded.text.config.force_zeros_for_empty_prompt
+
+
+def pictures(kind: str, count: int) -> dataset.Pictures:
+    drawn = [dataset.draw_one(kind, "test", index) for index in range(count)]
+    rgb, distance, attributes = zip(*drawn, strict=True)
+    return dataset.Pictures(np.stack(rgb), np.stack(distance).astype(np.float16), list(attributes))
+
+
+def test_windows_come_from_all_sets_and_are_labelled() -> None:
+    sets = [pictures("outdoors", 1), pictures("rooms", 2)]
+    windows = recognise.draw_windows(sets, 512, 12, torch.Generator().manual_seed(0))
+    assert {id(w.pictures) for w in windows} == {id(s) for s in sets}
+    assert all(w.rgb.shape == (256, 512, 3) for w in windows)
+    answers = recognise.labels(windows, recognise.SPHERE_ATTRIBUTES)
+    for i, window in enumerate(windows):
+        for name, values in recognise.SPHERE_ATTRIBUTES.items():
+            assert values[answers[name][i]] == window.attributes.get(name)
