@@ -27,7 +27,7 @@ def text_encoder(kind: type[nn.Module], tokenizer: Any, hidden: int) -> nn.Modul
             vocab_size=len(tokenizer),
             hidden_size=hidden,
             intermediate_size=32,
-            projection_dim=HIDDEN[1],
+            projection_dim=hidden,  # which only the second encoder has
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=tokenizer.model_max_length,
@@ -41,7 +41,6 @@ def text_encoder(kind: type[nn.Module], tokenizer: Any, hidden: int) -> nn.Modul
 def build(folder: Path) -> SDXL360:
     """The classes and the wiring of SDXL base 1.0 and its ControlNet, small."""
     torch.manual_seed(0)
-    tokenizers = [build_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(8, 16, 16),
@@ -61,17 +60,30 @@ def build(folder: Path) -> SDXL360:
     for convolution in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
         nn.init.normal_(convolution.weight, std=0.3)  # they begin as zeros
     nn.init.normal_(controlnet.controlnet_cond_embedding.conv_out.weight, std=0.3)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 8, 8),
+        norm_num_groups=4,
+        latent_channels=4,
+        scaling_factor=0.13025,
+    )
+    return assemble(folder, unet, controlnet, vae, HIDDEN)
+
+
+def assemble(
+    folder: Path,
+    unet: UNet2DConditionModel,
+    controlnet: ControlNetModel,
+    vae: AutoencoderKL,
+    hidden: tuple[int, int],
+) -> SDXL360:
+    """Puts models together with small text encoders of some hidden sizes."""
+    tokenizers = [build_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
     text = StableDiffusionXLPipeline(
-        vae=AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            block_out_channels=(4, 4, 8, 8),
-            norm_num_groups=4,
-            latent_channels=4,
-            scaling_factor=0.13025,
-        ),
-        text_encoder=text_encoder(CLIPTextModel, tokenizers[0], HIDDEN[0]),
-        text_encoder_2=text_encoder(CLIPTextModelWithProjection, tokenizers[1], HIDDEN[1]),
+        vae=vae,
+        text_encoder=text_encoder(CLIPTextModel, tokenizers[0], hidden[0]),
+        text_encoder_2=text_encoder(CLIPTextModelWithProjection, tokenizers[1], hidden[1]),
         tokenizer=tokenizers[0],
         tokenizer_2=tokenizers[1],
         unet=unet,
