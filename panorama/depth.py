@@ -64,7 +64,7 @@ def resize(depth: NDArray[np.float32], height: int, width: int) -> NDArray[np.fl
     margin = ceil(columns / width) + 1  # columns that the filter reaches
     image = Image.fromarray(np.pad(depth, ((0, 0), (margin, margin)), mode="wrap"))
     box = (margin, 0, margin + columns, rows)
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box))
+    return np.array(image.resize((width, height), Image.Resampling.BILINEAR, box))
 
 
 def warn_of_step(depth: NDArray[np.float32]) -> None:

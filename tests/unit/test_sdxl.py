@@ -330,6 +330,7 @@ def test_a_request_follows_its_depth_image(models: Models, tmp_path: Path) -> No
     assert not np.array_equal(picture, generate(models, height=HEIGHT))
     unconditioned = generate(models, depth_image=path, controlnet_conditioning_scale=0)
     assert np.array_equal(unconditioned, generate(models, height=HEIGHT))
+    assert generate(models, depth_image=path, width=128).size == (128, HEIGHT)
 
 
 def test_steps_are_reported(models: Models) -> None:
