@@ -84,7 +84,11 @@ def depth_tensor(path: Path, request: ResolvedRequest) -> torch.Tensor:
 def settings_sdxl_360(pipe: SDXL360, defaults: Mapping[str, Any]) -> ModeSettings:
     """What the family's file says, and what the models themselves know."""
     return ModeSettings(
-        **defaults, multiple=pipe.multiple, smallest=pipe.multiple, tokens=pipe.tokens
+        **defaults,
+        multiple=pipe.multiple,
+        smallest=pipe.multiple,
+        largest=pipe.largest,
+        tokens=pipe.tokens,
     )
 
 

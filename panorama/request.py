@@ -6,9 +6,9 @@ test that holds predict.py's literals are all derived from it, through `INPUTS`.
 
 import dataclasses
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
-from math import ceil, inf
+from math import ceil, floor, inf, prod
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args, get_type_hints
@@ -46,6 +46,7 @@ class ModeSettings:
         guidance_scale: The family's default.
         multiple: Widths and heights are multiples of it, pixels.
         smallest: The least width and height, pixels, a multiple of `multiple`.
+        largest: The largest area, pixels; inf where nothing sets a bound.
         window: Side of the square windows on the canvas, latent cells, where there are windows.
         tokens: Words that the LoRA listens to, if it has any; a prompt has to name one.
     """
@@ -55,6 +56,7 @@ class ModeSettings:
     guidance_scale: float
     multiple: int
     smallest: int
+    largest: float = inf
     window: int = 0
     tokens: tuple[str, ...] = ()
 
@@ -374,37 +376,66 @@ def _depth_sizes(request: Request, settings: ModeSettings) -> dict[str, int]:
     if request.depth_image is None:
         return {}
     height, width = depth.read(request.depth_image).shape
+    given = {"width": request.width, "height": request.height}
     own = {"width": width, "height": height}
-    sizes = {name: size for name, size in own.items() if getattr(request, name) is None}
-    legal = {name: _nearest(name, size, settings) for name, size in sizes.items()}
+    sizes = {name: size for name, size in own.items() if given[name] is None}
+    if not sizes:
+        return {}
+    across = prod(size for size in given.values() if size is not None)
+    legal = _nearest(sizes, settings, settings.largest / across)
     if sizes != legal:
         advice = " and ".join(f"{name}={size}" for name, size in legal.items())
+        area = "" if settings.largest == inf else f" and make up to {settings.largest} pixels"
         raise ValueError(
             f"depth_image has {width} x {height} pixels: width and height must be multiples of "
-            f"{settings.multiple} from {_nearest('width', 0, settings)} to "
-            f"{INPUTS['width'].maximum}; {advice} would do"
+            f"{settings.multiple} from {_least(settings)} to {INPUTS['width'].maximum}{area}; "
+            f"{advice} would do"
         )
     return sizes
 
 
-def _nearest(name: str, size: int, settings: ModeSettings) -> int:
-    """The legal width or height that is nearest to a size, pixels."""
-    multiple = settings.multiple
-    least = ceil(max(settings.smallest, INPUTS[name].minimum) / multiple)
-    most = INPUTS[name].maximum // multiple
-    return int(min(max(round(size / multiple), least), most) * multiple)
+def _least(settings: ModeSettings) -> int:
+    """The least width and height that are legal, pixels."""
+    least = max(settings.smallest, INPUTS["width"].minimum)
+    return ceil(least / settings.multiple) * settings.multiple
+
+
+def _nearest(sizes: Mapping[str, int], settings: ModeSettings, largest: float) -> dict[str, int]:
+    """The legal sizes, by name, that are nearest to some; smaller alike if `largest` asks for it.
+
+    Args:
+        sizes: width, height or both, pixels.
+        settings: of the mode.
+        largest: what they may make when multiplied.
+    """
+    multiple, least, most = settings.multiple, _least(settings), INPUTS["width"].maximum
+
+    def legal(size: float, whole: Callable[[float], int]) -> int:
+        return int(min(max(whole(size / multiple) * multiple, least), most // multiple * multiple))
+
+    near = {name: legal(size, round) for name, size in sizes.items()}
+    if (area := prod(near.values())) <= largest:
+        return near
+    shrink = (largest / area) ** (1 / len(near))
+    return {name: legal(size * shrink, floor) for name, size in near.items()}
 
 
 def _check_sizes(request: ResolvedRequest, settings: ModeSettings) -> None:
-    """Sizes are whole latent cells, and large enough for the model."""
+    """Sizes are whole latent cells, large enough for the model, and not too large together."""
     multiple, smallest = settings.multiple, settings.smallest
-    for name, size in (("width", request.width), ("height", request.height)):
+    sizes = {"width": request.width, "height": request.height}
+    for name, size in sizes.items():
         if size < smallest:
             rule = f"be at least {smallest}, the least that the model can make"
             raise INPUTS[name].refuse(size, rule, smallest)
         if size % multiple:
             legal = size // multiple * multiple
             raise INPUTS[name].refuse(size, f"be a multiple of {multiple}", legal)
+    if prod(sizes.values()) > settings.largest:
+        (across, shorter), (name, longer) = sorted(sizes.items(), key=lambda item: item[1])
+        legal = int(settings.largest / shorter) // multiple * multiple
+        rule = f"be at most {legal} with {across}={shorter}, for {settings.largest} pixels in all"
+        raise INPUTS[name].refuse(longer, rule, legal)
 
 
 def _check_stride(request: ResolvedRequest, settings: ModeSettings) -> None:

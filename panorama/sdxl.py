@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from panorama.circular import circular
-from panorama.decode import decode_canvas
+from panorama.decode import MAX_CELLS, decode_canvas
 from panorama.prompts import token_ids
 
 LORA = "panorama"
@@ -87,6 +87,15 @@ class SDXL360:
         halvings = len(self.text.unet.config.block_out_channels) - 1
         return int(self.text.vae_scale_factor * 2**halvings)
 
+    @property
+    def largest(self) -> int:
+        """The largest area, pixels, that is decoded whole and so closes exactly.
+
+        A larger picture would be decoded in slices, which are not exact: rolling its latents
+        would no longer do nothing but roll it. See `decode_canvas`.
+        """
+        return int(MAX_CELLS * self.text.vae_scale_factor**2)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -110,7 +119,8 @@ class SDXL360:
         Args:
             prompt: what it shows; of any length.
             height: pixels, a multiple of `multiple`.
-            width: pixels, likewise; twice the height for a whole sphere.
+            width: pixels, likewise; twice the height for a whole sphere. Where the area is more
+                than `largest`, what comes out is no longer exact.
             num_inference_steps: denoising steps.
             guidance_scale: weight of classifier-free guidance; up to 1 there is none.
             negative_prompt: what it should not show; of any length.

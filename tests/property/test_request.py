@@ -1,5 +1,6 @@
 import ast
 import re
+from math import inf
 from pathlib import Path
 
 from hypothesis import given
@@ -50,6 +51,7 @@ def families(draw):
         guidance_scale=draw(st.floats(0, 20)),
         multiple=multiple,
         smallest=window * multiple,
+        largest=draw(st.just(inf) | st.integers(window * multiple * 16384, 10**9)),
         window=window,
     )
 
@@ -98,6 +100,7 @@ def test_what_is_given_is_kept_and_nothing_stays_open(request, settings):
     for size in (resolved.width, resolved.height):
         assert size % settings.multiple == 0
         assert size >= settings.smallest
+    assert resolved.width * resolved.height <= settings.largest
 
 
 @given(requests_of("syncdiffusion"), families())

@@ -235,6 +235,45 @@ def test_a_depth_image_of_no_legal_size_needs_one_to_be_given(tmp_path, size, gi
     assert resolve(SDXL, **inputs | {"width": 992, "height": 512}).width == 992
 
 
+BOUNDED = dataclasses.replace(SDXL, largest=2048 * 2048)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "rule", "legal"),
+    [
+        ({"width": 8192, "height": 4096}, "width must be at most 1024 with height=4096", 1024),
+        ({"height": 16384}, "height must be at most 4096 with width=1024", 4096),
+        ({"width": 2048, "height": 2080}, "height must be at most 2048 with width=2048", 2048),
+    ],
+)
+def test_a_picture_of_too_many_pixels_is_refused(inputs, rule, legal):
+    with pytest.raises(ValueError) as error:
+        resolve(BOUNDED, mode="sdxl-360", **inputs)
+    assert f"{rule}, for 4194304 pixels in all; {legal} would do" in str(error.value)
+    name = rule.split()[0]
+    assert getattr(resolve(BOUNDED, mode="sdxl-360", **inputs | {name: legal}), name) == legal
+
+
+@pytest.mark.parametrize(
+    ("size", "given", "advice"),
+    [
+        ((8192, 4096), {}, "width=2880 and height=1440"),
+        ((100000, 50), {}, "width=16384 and height=64"),
+        ((2048, 4096), {"width": 8192}, "height=512"),
+    ],
+)
+def test_a_depth_image_of_too_many_pixels_alone_starts_nothing(tmp_path, size, given, advice):
+    inputs = depth_image(tmp_path, *size) | given
+    with pytest.raises(ValueError) as error:
+        resolve(BOUNDED, **inputs)
+    assert f"and make up to 4194304 pixels; {advice} would do" in str(error.value)
+    sizes = {name: int(size) for name, size in (a.split("=") for a in advice.split(" and "))}
+    resolved = resolve(BOUNDED, **inputs | sizes)
+    assert resolved.width * resolved.height <= BOUNDED.largest
+    with pytest.raises(ValueError, match="pixels in all"):
+        resolve(BOUNDED, **inputs | {"width": 16384, "height": 16384})
+
+
 def test_a_depth_image_that_cannot_be_read_is_refused_before_any_work(tmp_path):
     path = tmp_path / "depth.png"
     path.write_bytes(b"")

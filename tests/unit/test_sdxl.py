@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from panorama.circular import circular, padded_convolutions
+from panorama.decode import MAX_CELLS
 from panorama.models import MODES, Models, load
 from panorama.request import INPUTS, OWN_INPUTS, Request
 from panorama.sdxl import LORA, SDXL360, TOKENS, load_lora, load_tokens, lora_applied
@@ -315,6 +316,7 @@ def generate(models: Models, **inputs: Any) -> Image.Image:
 def test_a_family_makes_pictures_from_requests(models: Models) -> None:
     settings = models.settings("sdxl-360")
     assert (settings.multiple, settings.tokens) == (32, TOKENS)
+    assert settings.largest == MAX_CELLS * FACTOR**2
     picture = generate(models)
     assert picture.size == (WIDTH, 128)
     assert np.array_equal(picture, generate(models))
