@@ -363,6 +363,25 @@ def _inputs() -> Mapping[str, Input]:
 INPUTS = _inputs()
 
 
+def check_size(name: str, size: int, multiple: int, smallest: int) -> None:
+    """Checks a width or a height, pixels.
+
+    Args:
+        name: "width" or "height".
+        size: What is asked for.
+        multiple: Of what it has to be a multiple.
+        smallest: The least that the model can make, a multiple too.
+
+    Raises:
+        ValueError: As for `Request`.
+    """
+    if size < smallest:
+        rule = f"be at least {smallest}, the least that the model can make"
+        raise INPUTS[name].refuse(size, rule, smallest)
+    if size % multiple:
+        raise INPUTS[name].refuse(size, f"be a multiple of {multiple}", size // multiple * multiple)
+
+
 def _prompt(request: Request, settings: ModeSettings) -> str:
     """The prompt, after the LoRA's tokens if the LoRA is on and the prompt names none of them."""
     tokens = settings.tokens if request.lora_scale else ()
@@ -422,18 +441,12 @@ def _nearest(sizes: Mapping[str, int], settings: ModeSettings, largest: float) -
 
 def _check_sizes(request: ResolvedRequest, settings: ModeSettings) -> None:
     """Sizes are whole latent cells, large enough for the model, and not too large together."""
-    multiple, smallest = settings.multiple, settings.smallest
     sizes = {"width": request.width, "height": request.height}
     for name, size in sizes.items():
-        if size < smallest:
-            rule = f"be at least {smallest}, the least that the model can make"
-            raise INPUTS[name].refuse(size, rule, smallest)
-        if size % multiple:
-            legal = size // multiple * multiple
-            raise INPUTS[name].refuse(size, f"be a multiple of {multiple}", legal)
+        check_size(name, size, settings.multiple, settings.smallest)
     if prod(sizes.values()) > settings.largest:
         (across, shorter), (name, longer) = sorted(sizes.items(), key=lambda item: item[1])
-        legal = int(settings.largest / shorter) // multiple * multiple
+        legal = int(settings.largest / shorter) // settings.multiple * settings.multiple
         rule = f"be at most {legal} with {across}={shorter}, for {settings.largest} pixels in all"
         raise INPUTS[name].refuse(longer, rule, legal)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from panorama.circular import circular
 from panorama.decode import MAX_CELLS, decode_canvas
 from panorama.prompts import token_ids
+from panorama.request import check_size
 
 LORA = "panorama"
 """The name of the LoRA inside the UNet."""
@@ -206,11 +207,7 @@ class SDXL360:
     def _check_sizes(self, height: int, width: int, depth: Tensor | None) -> None:
         """Raises ValueError for a size that would not wrap, or depth of another size."""
         for name, size in (("height", height), ("width", width)):
-            if size < 1 or size % self.multiple:
-                legal = max(self.multiple, size // self.multiple * self.multiple)
-                raise ValueError(
-                    f"{name}={size}: must be a multiple of {self.multiple}; {legal} would do"
-                )
+            check_size(name, size, self.multiple, smallest=self.multiple)
         if depth is not None and depth.shape != (height, width):
             raise ValueError(
                 f"depth has shape {tuple(depth.shape)}: must be that of the picture; "

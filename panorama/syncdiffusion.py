@@ -13,6 +13,7 @@ from torch import Tensor
 import panorama.perceptual  # noqa: F401  from_pretrained takes no class from elsewhere
 from panorama.decode import decode, decode_canvas
 from panorama.prompts import token_ids
+from panorama.request import check_size
 from panorama.sampler import require_fusable, sample
 from panorama.synchronize import PredictNoise, Synchronizer, SyncSchedule, frozen
 from panorama.views import View, step_views
@@ -299,13 +300,8 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
     def _check_size(self, height: int, width: int) -> None:
         """Raises ValueError unless a canvas holds whole cells and at least a window."""
         factor = self.vae_scale_factor
-        smallest = self.window * factor
         for name, size in (("height", height), ("width", width)):
-            if size < smallest or size % factor:
-                raise ValueError(
-                    f"{name}={size}: must be a multiple of {factor} and at least {smallest}, one "
-                    f"window; {max(smallest, size // factor * factor)} would do"
-                )
+            check_size(name, size, factor, smallest=self.window * factor)
 
 
 def check_least(**numbers: tuple[float, float]) -> None:
