@@ -11,12 +11,12 @@ from diffusers import (
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
 )
-from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file
 from torch import Tensor
 
 from panorama.circular import circular
 from panorama.decode import MAX_CELLS, decode_canvas
+from panorama.noise import initial_noise
 from panorama.prompts import token_ids
 from panorama.request import check_size
 
@@ -24,6 +24,7 @@ LORA = "panorama"
 """The name of the LoRA inside the UNet."""
 TOKENS = ("<s0>", "<s1>")
 """The words that pivotal tuning taught the text encoders together with the LoRA."""
+OUTPUT_TYPES = ("pil", "pt")
 
 
 class SDXL360:
@@ -138,9 +139,13 @@ class SDXL360:
             A list of one picture, or for "pt" a tensor (1, 3, height, width) in [0, 1].
 
         Raises:
-            ValueError: a size or a shape that breaks its rule.
+            ValueError: an argument that breaks its rule.
         """
         self._check_sizes(height, width, depth)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(
+                f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}"
+            )
         pipe, condition = self.text, {}
         if depth is not None and controlnet_conditioning_scale > 0:
             condition = {
@@ -149,8 +154,8 @@ class SDXL360:
             }
             pipe = self.depth
         unet = self.text.unet
-        if latents is None:
-            latents = self._noise(height, width, generator)
+        factor = self.text.vae_scale_factor
+        noise = initial_noise(unet, (height // factor, width // factor), generator, latents)
         with circular(unet, self.depth.controlnet), lora_applied(unet, lora_scale):
             latents = pipe(
                 **self._embeds(prompt, negative_prompt),
@@ -159,7 +164,7 @@ class SDXL360:
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 generator=generator,
-                latents=latents.to(unet.dtype),
+                latents=noise.to(unet.dtype),
                 output_type="latent",
                 callback_on_step_end=callback_on_step_end,
                 **condition,
@@ -193,16 +198,6 @@ class SDXL360:
             "pooled_prompt_embeds": pooled[:1],
             "negative_pooled_prompt_embeds": pooled[1:],
         }
-
-    def _noise(self, height: int, width: int, generator: torch.Generator | None) -> Tensor:
-        """The initial noise (1, C, height / f, width / f).
-
-        In float32: half precision, in which the pipelines would draw it, is other noise.
-        """
-        unet, factor = self.text.unet, self.text.vae_scale_factor
-        shape = (1, unet.config.in_channels, height // factor, width // factor)
-        noise: Tensor = randn_tensor(shape, generator, unet.device, torch.float32)
-        return noise
 
     def _check_sizes(self, height: int, width: int, depth: Tensor | None) -> None:
         """Raises ValueError for a size that would not wrap, or depth of another size."""

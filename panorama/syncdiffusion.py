@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 import panorama.perceptual  # noqa: F401  from_pretrained takes no class from elsewhere
 from panorama.decode import decode, decode_canvas
+from panorama.noise import initial_noise
 from panorama.prompts import token_ids
 from panorama.request import check_size
 from panorama.sampler import require_fusable, sample
@@ -264,15 +264,8 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         self, height: int, width: int, generator: torch.Generator | None, latents: Tensor | None
     ) -> Tensor:
         """The initial noise (1, C, height / f, width / f), float32 on the UNet's device."""
-        factor, channels = self.vae_scale_factor, self.unet.config.in_channels
-        shape = (1, channels, height // factor, width // factor)
-        device = self.unet.device
-        if latents is None:
-            noise: Tensor = randn_tensor(shape, generator, device, torch.float32)
-            return noise
-        if latents.shape != shape:
-            raise ValueError(f"latents has shape {tuple(latents.shape)}: must be {shape}")
-        return latents.to(device, torch.float32)
+        factor = self.vae_scale_factor
+        return initial_noise(self.unet, (height // factor, width // factor), generator, latents)
 
     def _check_prompts(
         self,

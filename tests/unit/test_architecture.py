@@ -16,7 +16,7 @@ LEVELS = (
     {"panorama.models"},
     {"panorama.syncdiffusion", "panorama.sdxl"},
     {"panorama.sampler", "panorama.synchronize", "panorama.circular", "panorama.decode"},
-    {"panorama.views", "panorama.perceptual", "panorama.prompts"},
+    {"panorama.views", "panorama.perceptual", "panorama.prompts", "panorama.noise"},
     {"panorama.picture"},
     {"panorama.request"},
     {"panorama.depth"},

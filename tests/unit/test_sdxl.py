@@ -204,9 +204,11 @@ def test_half_precision_makes_the_same_picture_of_a_seed(pipe: SDXL360, tmp_path
         ({"width": 264}, "width=264: width must be a multiple of 32; 256 would do"),
         ({"height": 0}, "height=0: height must be at least 32, .*; 32 would do"),
         ({"depth": DEPTH[:, 1:]}, r"depth has shape \(64, 255\): .*; \(64, 256\) would do"),
+        ({"latents": noise()[..., 1:]}, r"latents has shape .*; \(1, 4, 8, 32\) would do"),
+        ({"output_type": "np"}, "output_type='np': must be one of pil, pt"),
     ],
 )
-def test_sizes_that_would_not_wrap_are_refused(
+def test_bad_arguments_are_refused(
     pipe: SDXL360, changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
