@@ -11,7 +11,7 @@ from PIL.Image import Image
 
 from panorama import depth
 from panorama.request import INPUTS, ModeSettings, ResolvedRequest
-from panorama.sdxl import SDXL360
+from panorama.sdxl import LEAST_GUIDANCE, SDXL360
 from panorama.syncdiffusion import SyncDiffusionPipeline
 
 DEFAULT_FAMILY = "tiny"
@@ -88,6 +88,7 @@ def settings_sdxl_360(pipe: SDXL360, defaults: Mapping[str, Any]) -> ModeSetting
         multiple=pipe.multiple,
         smallest=pipe.multiple,
         largest=pipe.largest,
+        least_guidance=LEAST_GUIDANCE,
         tokens=pipe.tokens,
     )
 

@@ -47,6 +47,7 @@ class ModeSettings:
         multiple: Widths and heights are multiples of it, pixels.
         smallest: The least width and height, pixels, a multiple of `multiple`.
         largest: The largest area, pixels; inf where nothing sets a bound.
+        least_guidance: The least guidance_scale that there is a meaning to.
         window: Side of the square windows on the canvas, latent cells, where there are windows.
         tokens: Words that the LoRA listens to, if it has any; a prompt has to name one.
     """
@@ -57,6 +58,7 @@ class ModeSettings:
     multiple: int
     smallest: int
     largest: float = inf
+    least_guidance: float = 0.0
     window: int = 0
     tokens: tuple[str, ...] = ()
 
@@ -382,6 +384,25 @@ def check_size(name: str, size: int, multiple: int, smallest: int) -> None:
         raise INPUTS[name].refuse(size, f"be a multiple of {multiple}", size // multiple * multiple)
 
 
+def check_guidance(guidance_scale: float, negative_prompt: str, least: float) -> None:
+    """Checks that the guidance has a meaning, and that a negative prompt is read.
+
+    Args:
+        guidance_scale: Weight of classifier-free guidance; 1 is none.
+        negative_prompt: What only guidance reads.
+        least: The least guidance_scale that there is a meaning to.
+
+    Raises:
+        ValueError: As for `Request`.
+    """
+    if not guidance_scale >= least:
+        rule = f"be at least {least}, which is no guidance, in this mode"
+        raise INPUTS["guidance_scale"].refuse(guidance_scale, rule, least)
+    if negative_prompt and guidance_scale == 1:
+        rule = f"be empty with guidance_scale={guidance_scale}, at which nothing reads it"
+        raise INPUTS["negative_prompt"].refuse(negative_prompt, rule, "")
+
+
 def _prompt(request: Request, settings: ModeSettings) -> str:
     """The prompt, after the LoRA's tokens if the LoRA is on and the prompt names none of them."""
     tokens = settings.tokens if request.lora_scale else ()
@@ -470,5 +491,15 @@ def _check_ring(request: ResolvedRequest, settings: ModeSettings) -> None:
         raise INPUTS["stride"].refuse(request.stride, rule, settings.window // 2)
 
 
-_FAMILY_CHECKS = {"width": _check_sizes, "stride": _check_stride, "loop_closure": _check_ring}
+def _check_guidance(request: ResolvedRequest, settings: ModeSettings) -> None:
+    """The guidance is one that the mode knows, and reads the negative prompt."""
+    check_guidance(request.guidance_scale, request.negative_prompt, settings.least_guidance)
+
+
+_FAMILY_CHECKS = {
+    "width": _check_sizes,
+    "guidance_scale": _check_guidance,
+    "stride": _check_stride,
+    "loop_closure": _check_ring,
+}
 """What is checked against the family, by the input that it is about."""

@@ -18,13 +18,15 @@ from panorama.circular import circular
 from panorama.decode import MAX_CELLS, decode_canvas
 from panorama.noise import initial_noise
 from panorama.prompts import token_ids
-from panorama.request import check_size
+from panorama.request import check_guidance, check_size
 
 LORA = "panorama"
 """The name of the LoRA inside the UNet."""
 TOKENS = ("<s0>", "<s1>")
 """The words that pivotal tuning taught the text encoders together with the LoRA."""
 OUTPUT_TYPES = ("pil", "pt")
+LEAST_GUIDANCE = 1.0
+"""What the stock pipelines take any smaller guidance_scale for, without saying so."""
 
 
 class SDXL360:
@@ -124,8 +126,8 @@ class SDXL360:
             width: pixels, likewise; twice the height for a whole sphere. Where the area is more
                 than `largest`, what comes out is no longer exact.
             num_inference_steps: denoising steps.
-            guidance_scale: weight of classifier-free guidance; up to 1 there is none.
-            negative_prompt: what it should not show; of any length.
+            guidance_scale: weight of classifier-free guidance, at least 1, which is none.
+            negative_prompt: what it should not show; of any length, and empty without guidance.
             depth: to follow, (height, width) in [0, 1], 1 is nearest; None for text alone.
             controlnet_conditioning_scale: how closely, 0 for text alone.
             lora_scale: strength of the LoRA, if there is one; at 0 it is skipped.
@@ -142,6 +144,7 @@ class SDXL360:
             ValueError: an argument that breaks its rule.
         """
         self._check_sizes(height, width, depth)
+        check_guidance(guidance_scale, negative_prompt, LEAST_GUIDANCE)
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
                 f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}"

@@ -48,12 +48,16 @@ def families(draw):
     return ModeSettings(
         width=draw(sides),
         height=draw(sides),
-        guidance_scale=draw(st.floats(0, 20)),
+        guidance_scale=draw(st.floats(1, 20)),
+        least_guidance=draw(st.sampled_from([0.0, 1.0])),
         multiple=multiple,
         smallest=window * multiple,
         largest=draw(st.just(inf) | st.integers(window * multiple * 16384, 10**9)),
         window=window,
     )
+
+
+FAMILY_RULES = ("width", "height", "guidance_scale", "negative_prompt", "stride")
 
 
 def advice(error: ValueError) -> tuple[str, object]:
@@ -92,7 +96,7 @@ def test_what_is_given_is_kept_and_nothing_stays_open(request, settings):
     try:
         resolved = request.resolve(settings)
     except ValueError as error:
-        assert advice(error)[0] in ("width", "height", "stride")
+        assert advice(error)[0] in FAMILY_RULES
         return
     assert [name for name, value in resolved.inputs().items() if value is None] == ["depth_image"]
     given_inputs = {name: value for name, value in request.inputs().items() if value is not None}
@@ -105,7 +109,9 @@ def test_what_is_given_is_kept_and_nothing_stays_open(request, settings):
 
 @given(requests_of("syncdiffusion"), families())
 def test_every_joint_of_a_ring_that_is_accepted_lies_inside_a_window(request, settings):
-    request = Request(**request.inputs() | {"loop_closure": True, "width": None, "height": None})
+    left_out = dict.fromkeys(("width", "height", "guidance_scale"))
+    ring = left_out | {"loop_closure": True, "negative_prompt": ""}
+    request = Request(**request.inputs() | ring)
     try:
         resolved = request.resolve(settings)
     except ValueError:

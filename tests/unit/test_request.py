@@ -14,6 +14,7 @@ SDXL = ModeSettings(
     guidance_scale=7.5,
     multiple=32,
     smallest=32,
+    least_guidance=1.0,
     tokens=("<s0>", "<s1>"),
 )
 
@@ -233,6 +234,26 @@ def test_a_depth_image_of_no_legal_size_needs_one_to_be_given(tmp_path, size, gi
     assert f"depth_image has {size[0]} x {size[1]} pixels" in str(error.value)
     assert advice in str(error.value)
     assert resolve(SDXL, **inputs | {"width": 992, "height": 512}).width == 992
+
+
+@pytest.mark.parametrize("mode", OWN_INPUTS)
+def test_a_negative_prompt_that_nothing_reads_is_refused(mode):
+    settings = {"sdxl-360": SDXL, "syncdiffusion": SD2}[mode]
+    inputs = {"mode": mode, "negative_prompt": "fog"}
+    assert resolve(settings, **inputs, guidance_scale=1.5).negative_prompt == "fog"
+    with pytest.raises(ValueError) as error:
+        resolve(settings, **inputs, guidance_scale=1)
+    assert "negative_prompt='fog': negative_prompt must be empty with gui" in str(error.value)
+    assert str(error.value).endswith("; '' would do")
+
+
+def test_guidance_that_a_mode_does_not_know_is_refused():
+    assert resolve(SD2, guidance_scale=0.5).guidance_scale == 0.5
+    assert resolve(SDXL, mode="sdxl-360", guidance_scale=1).guidance_scale == 1
+    with pytest.raises(ValueError) as error:
+        resolve(SDXL, mode="sdxl-360", guidance_scale=0.5)
+    assert "guidance_scale must be at least 1.0, which is no guidance" in str(error.value)
+    assert str(error.value).endswith("; 1.0 would do")
 
 
 BOUNDED = dataclasses.replace(SDXL, largest=2048 * 2048)

@@ -206,6 +206,11 @@ def test_half_precision_makes_the_same_picture_of_a_seed(pipe: SDXL360, tmp_path
         ({"depth": DEPTH[:, 1:]}, r"depth has shape \(64, 255\): .*; \(64, 256\) would do"),
         ({"latents": noise()[..., 1:]}, r"latents has shape .*; \(1, 4, 8, 32\) would do"),
         ({"output_type": "np"}, "output_type='np': must be one of pil, pt"),
+        ({"guidance_scale": 0.5}, "guidance_scale=0.5: .*must be at least 1.0, .*; 1.0 would do"),
+        (
+            {"guidance_scale": 1.0, "negative_prompt": "fog"},
+            "negative_prompt='fog': .* must be empty with guidance_scale=1.0",
+        ),
     ],
 )
 def test_bad_arguments_are_refused(
@@ -318,6 +323,7 @@ def generate(models: Models, **inputs: Any) -> Image.Image:
 def test_a_family_makes_pictures_from_requests(models: Models) -> None:
     settings = models.settings("sdxl-360")
     assert (settings.multiple, settings.tokens) == (32, TOKENS)
+    assert settings.least_guidance == 1
     assert settings.largest == MAX_CELLS * FACTOR**2
     picture = generate(models)
     assert picture.size == (WIDTH, 128)
