@@ -32,6 +32,9 @@ OWN_INPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 """The inputs that belong to one mode alone. All others belong to every mode."""
 
+NEEDS: Mapping[str, str] = MappingProxyType({"controlnet_conditioning_scale": "depth_image"})
+"""The inputs that say how another one is used, and which: they mean nothing without it."""
+
 ALWAYS_CLOSED = ("sdxl-360",)
 """The modes whose pictures close left to right without being asked to."""
 
@@ -122,9 +125,23 @@ class Input:
             rule = f"be left out with mode={mode!r}, as it belongs to {', '.join(self.modes)}"
             raise self.refuse(value, rule, self.default)
 
+    def check_need(self, value: object, inputs: Mapping[str, object]) -> None:
+        """Checks that the input which this one is about is there, or this one at its default.
+
+        Raises:
+            ValueError: As for `check`.
+        """
+        need = NEEDS.get(self.name)
+        if need and inputs[need] is None and value != self.default:
+            raise self.refuse(value, f"be left out without {need}", self.default)
+
     def refuse(self, value: object, rule: str, legal: object) -> ValueError:
-        """The error to raise: names the input, its value, the rule, and a value that would do."""
-        return ValueError(f"{self.name}={value!r}: {self.name} must {rule}; {legal!r} would do")
+        """The error to raise: names the input, its value, the rule, and a value that would do.
+
+        Of a file it says the name and not the folder, which only this machine knows.
+        """
+        shown = value.name if isinstance(value, Path) else value
+        return ValueError(f"{self.name}={shown!r}: {self.name} must {rule}; {legal!r} would do")
 
 
 def _check_bool(rule: Input, value: object) -> None:
@@ -291,6 +308,7 @@ class Request:
                 object.__setattr__(self, name, float(value))
         for name, rule in INPUTS.items():
             rule.check_mode(getattr(self, name), self.mode)
+            rule.check_need(getattr(self, name), self.inputs())
 
     def resolve(self, settings: ModeSettings) -> "ResolvedRequest":
         """Fills in what was left open, then checks what depends on the family.

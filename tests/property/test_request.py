@@ -6,7 +6,7 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from panorama.request import INPUTS, OWN_INPUTS, Input, ModeSettings, Request
+from panorama.request import INPUTS, NEEDS, OWN_INPUTS, Input, ModeSettings, Request
 from panorama.views import ring_starts
 
 ANYTHING = (
@@ -32,8 +32,9 @@ prompts = st.text(st.characters(codec="utf-8")).filter(str.strip)
 
 
 def requests_of(mode: str) -> st.SearchStrategy:
-    """Requests with any legal value for each input that belongs to a mode."""
-    own = {name: legal(rule) for name, rule in INPUTS.items() if mode in rule.modes}
+    """Requests with any legal value for each input that belongs to a mode and needs no file."""
+    rules = {name: rule for name, rule in INPUTS.items() if mode in rule.modes}
+    own = {name: legal(rule) for name, rule in rules.items() if name not in NEEDS}
     return st.builds(Request, **own | {"mode": st.just(mode)})
 
 

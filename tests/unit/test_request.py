@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from panorama.request import INPUTS, OWN_INPUTS, ModeSettings, Request
+from panorama.request import INPUTS, NEEDS, OWN_INPUTS, ModeSettings, Request
 
 SD2 = ModeSettings(width=2048, height=512, guidance_scale=7.5, multiple=8, smallest=512, window=64)
 SDXL = ModeSettings(
@@ -164,9 +164,10 @@ NOT_DEFAULT = {
 @pytest.mark.parametrize("mode", OWN_INPUTS)
 @pytest.mark.parametrize("name", NOT_DEFAULT)
 def test_an_input_of_another_mode_is_refused_where_it_was_set(mode, name):
+    needed = {NEEDS[name]: NOT_DEFAULT[NEEDS[name]]} if name in NEEDS else {}
     inputs = {"prompt": "sea", "mode": mode, name: NOT_DEFAULT[name]}
     if name in OWN_INPUTS[mode]:
-        assert getattr(Request(**inputs), name) == NOT_DEFAULT[name]
+        assert getattr(Request(**inputs | needed), name) == NOT_DEFAULT[name]
         return
     (owner,) = INPUTS[name].modes
     with pytest.raises(ValueError) as error:
@@ -185,6 +186,20 @@ def test_the_table_of_modes_has_every_input_that_not_all_have():
 def test_a_client_that_sends_every_default_can_use_every_mode(mode):
     defaults = {name: rule.default for name, rule in INPUTS.items() if not rule.required}
     assert Request(**defaults | {"prompt": "sea", "mode": mode}) == Request(prompt="sea", mode=mode)
+
+
+def test_what_is_about_a_depth_image_is_refused_without_one():
+    inputs = {"prompt": "sea", "mode": "sdxl-360"}
+    assert Request(**inputs, controlnet_conditioning_scale=0.5) == Request(**inputs)
+    with pytest.raises(ValueError) as error:
+        Request(**inputs, controlnet_conditioning_scale=0)
+    rule = "controlnet_conditioning_scale must be left out without depth_image; 0.5 would do"
+    assert str(error.value) == f"controlnet_conditioning_scale=0.0: {rule}"
+
+
+def test_an_error_names_a_file_without_its_folder():
+    with pytest.raises(ValueError, match=r"^depth_image='depth\.png': depth_image must be left"):
+        Request(prompt="sea", depth_image=Path("/some/folder/depth.png"))
 
 
 @pytest.mark.parametrize(
