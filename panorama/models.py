@@ -110,6 +110,7 @@ def arguments(request: ResolvedRequest, on_step: OnStep) -> dict[str, Any]:
     inputs = request.mode_inputs()
     own = {name: value for name, value in inputs.items() if name not in ("mode", "seed")}
     generator = torch.Generator().manual_seed(request.seed)
+    own["prompt"] = request.full_prompt
     return {**own, "generator": generator, "callback_on_step_end": callback}
 
 

@@ -52,9 +52,10 @@ def save(
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What made a PNG that `save` wrote: its `inputs`, model `family` and `versions`.
+    """What made a PNG that `save` wrote: its `inputs`, `tokens`, model `family` and `versions`.
 
-    The inputs are those of its mode, as they were used; a file is given by its fingerprint.
+    The inputs are those of its mode, as they were used; a file is given by its fingerprint. The
+    tokens are what was put in front of the prompt for the LoRA, "" for nothing.
 
     Raises:
         ValueError: The file is a picture, but not one of ours.
@@ -81,6 +82,7 @@ def _metadata(request: ResolvedRequest, family: str) -> dict[str, Any]:
     versions = {name: version(name) for name in ("torch", "diffusers")}
     return {
         "inputs": request.mode_inputs(),
+        "tokens": request.tokens,
         "family": family,
         "versions": {"panorama": __version__, **versions},
     }

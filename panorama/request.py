@@ -328,7 +328,10 @@ class Request:
         }
         given = {name: value for name, value in self.inputs().items() if value is not None}
         resolved = ResolvedRequest(
-            **own | _depth_sizes(self, settings) | given | {"prompt": _prompt(self, settings)}
+            **own
+            | _depth_sizes(self, settings)
+            | given
+            | {"lora_scale": _lora_scale(self, settings), "tokens": _tokens(self, settings)}
         )
         for name, check in _FAMILY_CHECKS.items():
             if self.mode in INPUTS[name].modes:
@@ -337,7 +340,7 @@ class Request:
 
     def inputs(self) -> dict[str, Any]:
         """Every input by name: what `Request(**inputs)` makes this request from again."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in INPUTS}
 
     def mode_inputs(self) -> dict[str, Any]:
         """The inputs that belong to the mode, by name; the others are at their defaults."""
@@ -347,12 +350,22 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest(Request):
-    """A request with nothing left open, checked against the family that runs it."""
+    """A request with nothing left open, checked against the family that runs it.
+
+    Attributes:
+        tokens: The LoRA's tokens that go in front of the prompt; "" for none.
+    """
 
     width: int
     height: int
     guidance_scale: float
     seed: int
+    tokens: str = ""
+
+    @property
+    def full_prompt(self) -> str:
+        """The prompt, after the tokens that go in front of it."""
+        return f"{self.tokens} {self.prompt}" if self.tokens else self.prompt
 
     @property
     def closed_axis(self) -> Literal["x", "y"] | None:
@@ -421,12 +434,17 @@ def check_guidance(guidance_scale: float, negative_prompt: str, least: float) ->
         raise INPUTS["negative_prompt"].refuse(negative_prompt, rule, "")
 
 
-def _prompt(request: Request, settings: ModeSettings) -> str:
-    """The prompt, after the LoRA's tokens if the LoRA is on and the prompt names none of them."""
-    tokens = settings.tokens if request.lora_scale else ()
-    if not tokens or any(token in request.prompt for token in tokens):
-        return request.prompt
-    return f"{''.join(tokens)} {request.prompt}"
+def _tokens(request: Request, settings: ModeSettings) -> str:
+    """The LoRA's tokens, if the LoRA is on and the prompt names none of them."""
+    named = any(token in request.prompt for token in settings.tokens)
+    return "" if named or not request.lora_scale else "".join(settings.tokens)
+
+
+def _lora_scale(request: Request, settings: ModeSettings) -> float:
+    """The scale that is asked for; where there is no LoRA, 0 stands for the default."""
+    rule = INPUTS["lora_scale"]
+    idle = request.mode in rule.modes and not settings.tokens and request.lora_scale == rule.default
+    return 0.0 if idle else request.lora_scale
 
 
 def _depth_sizes(request: Request, settings: ModeSettings) -> dict[str, int]:
@@ -514,10 +532,18 @@ def _check_guidance(request: ResolvedRequest, settings: ModeSettings) -> None:
     check_guidance(request.guidance_scale, request.negative_prompt, settings.least_guidance)
 
 
+def _check_lora(request: ResolvedRequest, settings: ModeSettings) -> None:
+    """There is a LoRA for the scale to be of."""
+    if request.lora_scale and not settings.tokens:
+        rule = "be left out with a model family that has no LoRA"
+        raise INPUTS["lora_scale"].refuse(request.lora_scale, rule, 0.0)
+
+
 _FAMILY_CHECKS = {
     "width": _check_sizes,
     "guidance_scale": _check_guidance,
     "stride": _check_stride,
     "loop_closure": _check_ring,
+    "lora_scale": _check_lora,
 }
 """What is checked against the family, by the input that it is about."""

@@ -1,3 +1,4 @@
+import dataclasses
 import struct
 import xml.etree.ElementTree as ET
 import zlib
@@ -13,12 +14,13 @@ from panorama.request import ModeSettings, Request
 SETTINGS = ModeSettings(
     width=512, height=128, guidance_scale=7.5, multiple=8, smallest=128, window=16
 )
+WITH_LORA = dataclasses.replace(SETTINGS, tokens=("<s0>", "<s1>"))
 GPANO = "{http://ns.google.com/photos/1.0/panorama/}"
 
 
 def resolved(**inputs):
-    stride = {} if "mode" in inputs else {"stride": 8}
-    return Request(**{"prompt": "sea", "seed": 7, **stride, **inputs}).resolve(SETTINGS)
+    own, settings = ({}, WITH_LORA) if "mode" in inputs else ({"stride": 8}, SETTINGS)
+    return Request(**{"prompt": "sea", "seed": 7, **own, **inputs}).resolve(settings)
 
 
 def noise(request) -> Image.Image:
@@ -79,6 +81,7 @@ def test_a_picture_says_what_made_it(saved):
         **resolved(prompt=prompt).inputs() | {"guidance_scale": 3.0}
     )
     assert metadata["family"] == "tiny"
+    assert metadata["tokens"] == ""
     assert set(metadata["versions"]) == {"panorama", "torch", "diffusers"}
 
 
@@ -89,6 +92,16 @@ def test_it_says_only_what_belongs_to_its_mode_and_a_file_by_its_hash(saved, tmp
     assert inputs["depth_image"] == f"sha256:{sha256(depth.read_bytes()).hexdigest()}"
     assert (inputs["lora_scale"], inputs["height"]) == (0.8, 256)
     assert "stride" not in inputs
+
+
+@pytest.mark.parametrize(
+    ("inputs", "tokens"),
+    [({}, "<s0><s1>"), ({"prompt": "sea like <s1>"}, ""), ({"lora_scale": 0}, "")],
+)
+def test_it_says_whether_tokens_were_put_in_front_of_the_prompt(saved, inputs, tokens):
+    metadata = read_metadata(saved(mode="sdxl-360", **inputs))
+    assert metadata["tokens"] == tokens
+    assert metadata["inputs"]["prompt"] == inputs.get("prompt", "sea")
 
 
 def test_the_same_request_gives_the_same_bytes(saved):

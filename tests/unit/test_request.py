@@ -215,8 +215,20 @@ def test_the_tokens_of_the_lora_come_in_front_where_none_is_named(inputs, prompt
     request = Request(**{"mode": "sdxl-360", **inputs})
     settings = {"sdxl-360": SDXL, "syncdiffusion": SD2}[request.mode]
     resolved = request.resolve(settings)
-    assert resolved.prompt == prompt
+    assert (resolved.prompt, resolved.full_prompt) == (inputs["prompt"], prompt)
     assert resolved.resolve(settings) == resolved
+
+
+def test_a_family_without_a_lora_claims_none_and_takes_no_scale_for_it():
+    bare = dataclasses.replace(SDXL, tokens=())
+    for inputs in ({}, {"lora_scale": 0.8}, {"lora_scale": 0}):
+        resolved = resolve(bare, mode="sdxl-360", **inputs)
+        assert (resolved.lora_scale, resolved.full_prompt) == (0, "sea")
+        assert resolved.resolve(bare) == resolved
+    with pytest.raises(ValueError) as error:
+        resolve(bare, mode="sdxl-360", lora_scale=0.5)
+    rule = "lora_scale must be left out with a model family that has no LoRA; 0.0 would do"
+    assert str(error.value) == f"lora_scale=0.5: {rule}"
 
 
 def depth_image(folder, width, height):
