@@ -90,7 +90,8 @@ def _metadata(request: ResolvedRequest, family: str) -> dict[str, Any]:
 
 def fingerprint(path: Path) -> str:
     """What stands for a file in the metadata: the hash of its bytes."""
-    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    with path.open("rb") as file:
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 def gpano_properties(request: ResolvedRequest) -> dict[str, object]:

@@ -1,13 +1,15 @@
 """Depth images as users send them."""
 
 import logging
+import os
 import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngImageFile
 
 from panorama.depth import read, resize, warn_of_step
 
@@ -56,6 +58,45 @@ def test_floats_are_taken_from_black_to_white_or_not_at_all(tmp_path):
             read(saved(tmp_path / "a.tif", values.astype(np.float32)))
 
 
+def test_what_is_transparent_is_black(tmp_path):
+    pixels = np.full((32, 64, 4), 200, np.uint8)
+    pixels[:16, :, 3] = 0
+    pixels[16:, :, 3] = 255
+    depth = read(saved(tmp_path / "a.png", pixels))
+    assert depth[:16].max() == 0
+    assert np.allclose(depth[16:], 200 / 255)
+
+
+@pytest.mark.parametrize("transparency", [0, bytes([0, 255])])
+def test_a_palette_may_be_transparent(tmp_path, transparency):
+    image = Image.new("P", (64, 32), 1)
+    image.putpalette([255] * 6)
+    image.paste(0, (0, 0, 64, 16))
+    image.save(tmp_path / "a.png", transparency=transparency)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        depth = read(tmp_path / "a.png")
+    assert depth[:16].max() == 0
+    assert depth[16:].min() == 1
+
+
+@pytest.mark.parametrize(("kind", "white"), [(np.uint8, 255), (np.uint16, 65535)])
+def test_a_picture_is_turned_the_way_up_that_its_file_says(tmp_path, kind, white):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # its top is on the right
+    image = Image.fromarray((ramp() * white).astype(kind))
+    image.save(tmp_path / "a.png", exif=exif)
+    turned = read(tmp_path / "a.png")
+    image.save(tmp_path / "a.png")
+    assert np.array_equal(turned, np.rot90(read(tmp_path / "a.png"), -1))
+
+
+def test_of_several_pictures_it_is_the_first(tmp_path):
+    frames = [Image.new("L", (64, 32), level) for level in (51, 255)]
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    assert np.allclose(read(tmp_path / "a.tif"), 0.2)
+
+
 def bomb(path: Path) -> None:
     """A PNG of a few kilobytes that claims 30000 x 30000 pixels."""
 
@@ -76,6 +117,11 @@ def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:2000])
 
 
+def sparse(path: Path, size: int) -> None:
+    path.touch()
+    os.truncate(path, size)
+
+
 BAD = {
     "missing": (lambda path: None, "No such file"),
     "a folder": (Path.mkdir, "directory"),
@@ -83,6 +129,12 @@ BAD = {
     "no picture": (lambda path: path.write_text("<html>404</html>"), "cannot identify"),
     "truncated": (truncated, "truncated"),
     "a decompression bomb": (bomb, "decompression bomb"),
+    "too many bytes": (lambda path: sparse(path, 3 * 10**8), "it has 300000000 bytes"),
+    "a transparent colour in 16 bits": (
+        lambda path: Image.new("I;16", (64, 32)).save(path, transparency=7),
+        "a transparent colour",
+    ),
+    "PostScript": (lambda path: Image.new("L", (64, 32)).save(path, "EPS"), "cannot identify"),
     "1 x 1": (lambda path: saved(path, np.zeros((1, 1), np.uint8)), "at least 16 pixels a side"),
 }
 
@@ -99,11 +151,18 @@ def test_what_is_no_depth_image_is_refused(tmp_path, kind):
     assert str(error.value).endswith(" would do")
 
 
-def test_a_large_picture_below_the_limit_of_bombs_is_refused_without_a_warning(tmp_path):
+@pytest.mark.parametrize(
+    ("size", "reason"),
+    [((8200, 4200), "it has 8200 x 4200 pixels"), ((10000, 9000), "90000000 pixels")],
+)
+def test_too_many_pixels_are_not_decoded_and_not_warned_of(tmp_path, monkeypatch, size, reason):
     path = tmp_path / "depth.png"
-    Image.new("1", (10000, 9000)).save(path)
-    with warnings.catch_warnings(record=True) as seen, pytest.raises(ValueError, match="89478485"):
+    Image.new("1", size).save(path)
+    monkeypatch.setattr(PngImageFile, "load", None)
+    with warnings.catch_warnings(record=True) as seen, pytest.raises(ValueError) as error:
         read(path)
+    assert f"at most {8192 * 4096} pixels" in str(error.value)
+    assert reason in str(error.value)
     assert seen == []
 
 
