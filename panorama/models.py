@@ -69,8 +69,8 @@ def run_sdxl_360(pipe: SDXL360, request: ResolvedRequest, on_step: OnStep) -> Im
     """Makes the picture that is asked for."""
     inputs = arguments(request, on_step)
     path = inputs.pop("depth_image")
-    target = None if path is None else depth_tensor(path, request)
-    image: Image = pipe(**inputs, depth=target)[0]
+    followed = path is not None and request.controlnet_conditioning_scale > 0
+    image: Image = pipe(**inputs, depth=depth_tensor(path, request) if followed else None)[0]
     return image
 
 

@@ -343,6 +343,18 @@ def test_a_request_follows_its_depth_image(models: Models, tmp_path: Path) -> No
     assert generate(models, depth_image=path, width=128).size == (128, HEIGHT)
 
 
+def test_edges_that_do_not_meet_are_warned_of_where_they_are_followed(
+    models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "depth.png"
+    ramp = np.tile(np.linspace(0, 255, WIDTH).astype(np.uint8), (HEIGHT, 1))
+    Image.fromarray(ramp).save(path)
+    for scale, warnings in ((0, 0), (0.5, 1)):
+        caplog.clear()
+        generate(models, depth_image=path, controlnet_conditioning_scale=scale)
+        assert len([r for r in caplog.records if "edges differ" in r.getMessage()]) == warnings
+
+
 def test_steps_are_reported(models: Models) -> None:
     steps = []
     request = Request(prompt="sea", mode="sdxl-360", num_inference_steps=3, width=64, height=64)
