@@ -277,4 +277,5 @@ def lora_applied(unet: Any, scale: float) -> Iterator[None]:
     try:
         yield
     finally:
+        unet.set_adapters(LORA, 1.0)
         unet.disable_lora()
