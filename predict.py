@@ -216,7 +216,6 @@ class Stopwatch:
 NOISE = {
     "transformers.utils.import_utils": "requires torchvision",
     "transformers.modeling_utils": "new embeddings will be initialized",
-    "diffusers.models.modeling_utils": "should be kept in float32: []",
 }
 """Loggers, and a part of what each says that users can do nothing about."""
 
@@ -229,8 +228,8 @@ def is_wanted(noise: str, record: logging.LogRecord) -> bool:
 def hush_libraries() -> None:
     """Keeps from a user's log what is not about their picture.
 
-    That is how transformers advises to install torchvision, which nothing here uses, what it and
-    diffusers say of loading the models, and the progress bars over files being loaded.
+    That is how transformers advises to install torchvision, which nothing here uses, what it says
+    of new tokens, and the progress bars over files being loaded.
     """
     for name, noise in NOISE.items():
         logging.getLogger(name).addFilter(partial(is_wanted, noise))

@@ -47,12 +47,14 @@ class SDXL360:
 
     def __init__(self, text: StableDiffusionXLPipeline, controlnet: ControlNetModel) -> None:
         self.text = text
-        self.depth = StableDiffusionXLControlNetPipeline.from_pipe(
-            text, controlnet=controlnet, dtype=text.unet.dtype
+        self.depth = StableDiffusionXLControlNetPipeline(
+            **text.components,
+            controlnet=controlnet,
+            force_zeros_for_empty_prompt=text.config.force_zeros_for_empty_prompt,
+            add_watermarker=False,
         )
         self.tokens: tuple[str, ...] = ()
-        if text.vae.config.force_upcast:
-            text.vae.to(torch.float32)
+        text.vae.type(torch.float32 if text.vae.config.force_upcast else text.unet.dtype)
         for pipe in (self.text, self.depth):
             pipe.set_progress_bar_config(disable=True)
 
@@ -65,9 +67,16 @@ class SDXL360:
                 LoRA, `lora.safetensors` and `embeddings.safetensors`.
             dtype: the models' precision.
         """
-        options = {"dtype": dtype, "local_files_only": True}
-        text = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False, **options)
-        pipe = cls(text, ControlNetModel.from_pretrained(folder / "controlnet", **options))
+        text = StableDiffusionXLPipeline.from_pretrained(
+            folder,
+            dtype={"default": dtype, "vae": torch.float32},
+            add_watermarker=False,
+            local_files_only=True,
+        )
+        controlnet = ControlNetModel.from_pretrained(
+            folder / "controlnet", dtype=dtype, local_files_only=True
+        )
+        pipe = cls(text, controlnet)
         if (folder / "lora.safetensors").is_file():
             pipe.load_lora(folder / "lora.safetensors", folder / "embeddings.safetensors")
         return pipe
