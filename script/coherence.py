@@ -6,12 +6,12 @@ windows, by a network that has no part in making pictures. The seam ratio is the
 the last and the first column over the mean step between neighbouring columns: 1 means no seam.
 
 sdxl-360: the seam ratio and the Discontinuity Score with circular padding and, from the same
-noise, without it.
+noise, without it; where there is a LoRA, at the strength that requests have by default, and at 0.
 """
 
 import argparse
 from collections.abc import Callable, Mapping
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from panorama.models import DEFAULT_FAMILY, load
-from panorama.sdxl import SDXL360
+from panorama.request import Request
+from panorama.sdxl import SDXL360, lora_applied
 from weights.train.export import load_judge
+from weights.train.measure import lora_scales
 from weights.train.recognise import Judge
 
 WINDOWS = 5
@@ -111,34 +113,41 @@ def table_syncdiffusion(arguments: argparse.Namespace) -> None:
         )
 
 
-def patched(pipe: SDXL360, prompt: str, **options: object) -> Tensor:
+def patched(pipe: SDXL360, prompt: str, lora_scale: float, **options: object) -> Tensor:
     """The picture (1, 3, H, W) of the mode, its convolutions wrapping."""
-    picture: Tensor = pipe(prompt, lora_scale=0.0, output_type="pt", **options)
+    picture: Tensor = pipe(prompt, lora_scale=lora_scale, output_type="pt", **options)
     return picture
 
 
 @torch.no_grad()
-def unpatched(pipe: SDXL360, prompt: str, **options: object) -> Tensor:
+def unpatched(pipe: SDXL360, prompt: str, lora_scale: float, **options: object) -> Tensor:
     """The picture (1, 3, H, W) of the stock pipeline that the mode runs, nothing wrapping."""
-    picture: Tensor = pipe.text(prompt, output_type="pt", **options).images
+    with lora_applied(pipe.text.unet, lora_scale):
+        picture: Tensor = pipe.text(prompt, output_type="pt", **options).images
     return picture
 
 
+PADDINGS = {"circular": patched, "zeros": unpatched}
+
+
 def table_sdxl_360(arguments: argparse.Namespace) -> None:
-    """Prints the seam with and without circular padding."""
-    models = load(arguments.family, modes=["sdxl-360"])
+    """Prints the seam with and without circular padding, with the LoRA as in use and without it."""
+    models = load(arguments.family, modes=["sdxl-360"], device="cpu")  # as stock noise is there
     pipe, settings = models.pipelines["sdxl-360"], models.settings("sdxl-360")
     factor = pipe.text.vae_scale_factor
     channels = pipe.text.unet.config.in_channels
     shape = (1, channels, settings.height // factor, settings.width // factor)
     print(f"{arguments.prompt!r}, {settings.width} x {settings.height}, {arguments.seeds} seeds")
-    print("padding   seam ratio (sd)  discontinuity score (sd)", flush=True)
-    for name, make in {"circular": patched, "zeros": unpatched}.items():
+    print("lora_scale  padding   seam ratio (sd)  discontinuity score (sd)", flush=True)
+    for scale, (name, make) in product(lora_scales(settings), PADDINGS.items()):
+        request = Request(prompt=arguments.prompt, mode="sdxl-360", lora_scale=scale)
+        prompt = request.resolve(settings).full_prompt
         seams, scores = [], []
         for seed in range(arguments.seeds):
             picture = make(
                 pipe,
-                arguments.prompt,
+                prompt,
+                scale,
                 height=settings.height,
                 width=settings.width,
                 num_inference_steps=arguments.steps,
@@ -148,9 +157,9 @@ def table_sdxl_360(arguments: argparse.Namespace) -> None:
             seams.append(seam_ratio(picture))
             scores.append(discontinuity_score(picture))
             if arguments.keep:
-                keep(picture, arguments.keep / f"{name}-{seed:02d}.png")
+                keep(picture, arguments.keep / f"{name}-{scale:g}-{seed:02d}.png")
         print(
-            f"{name:8}  {mean(seams):6.3f} ({stdev(seams):.3f})"
+            f"{scale:10g}  {name:8}  {mean(seams):6.3f} ({stdev(seams):.3f})"
             f"   {mean(scores):.3f} ({stdev(scores):.3f})",
             flush=True,
         )

@@ -1,10 +1,16 @@
 """The measures of `script/coherence`."""
 
+from argparse import Namespace
+from pathlib import Path
+from unittest.mock import Mock
+
 import pytest
 import torch
 from torch import Tensor
 
+from script import coherence
 from script.coherence import SCHARR, discontinuity_score, seam_ratio
+from tests.small_sdxl import save_family
 
 
 def waves(columns: int) -> Tensor:
@@ -46,3 +52,20 @@ def test_the_discontinuity_score_is_that_of_its_formula() -> None:
             edges.append(abs(edge))
         total += edges[1] / (edges[0] + 0.1) + edges[2] / (edges[3] + 0.1)
     assert discontinuity_score(picture) == pytest.approx(total / (2 * rows), rel=1e-4)
+
+
+def test_sdxl_360_is_measured_as_it_is_used_and_without_its_lora(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_family(tmp_path, width=128, height=64, guidance_scale=3.0)
+    load = Mock(side_effect=coherence.load)
+    monkeypatch.setattr(coherence, "load", load)
+    keep = tmp_path / "pictures"
+    coherence.table_sdxl_360(
+        Namespace(family=str(tmp_path), prompt="sea", seeds=2, steps=1, keep=keep)
+    )
+    assert load.call_args.kwargs["device"] == "cpu"  # where the stock pipelines' noise is
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [["0.8", "circular"], ["0.8", "zeros"], ["0", "circular"], ["0", "zeros"]]
+    pictures = {path.read_bytes() for path in keep.iterdir()}
+    assert len(pictures) == 8

@@ -9,9 +9,11 @@ from diffusers import ControlNetModel
 from safetensors.torch import save_file
 from torch import nn
 
+from panorama.models import load
+from panorama.request import Request
 from panorama.sdxl import SDXL360, TOKENS, load_lora, load_tokens, lora_applied
-from tests.small_sdxl import build
-from weights.train import dataset, diffusion, export, recognise, rooms, scenes, sdxl, style
+from tests.small_sdxl import build, save_family
+from weights.train import dataset, diffusion, export, measure, recognise, rooms, scenes, sdxl, style
 from weights.train.controlnet import depth_images
 from weights.train.depths import CELL, DepthReader, around, cells, correlation, depth_image
 from weights.train.sdxl import Captions, Spheres, TextToSphere, time_ids, warm_start
@@ -231,3 +233,22 @@ def test_windows_come_from_all_sets_and_are_labelled() -> None:
     for i, window in enumerate(windows):
         for name, values in recognise.SPHERE_ATTRIBUTES.items():
             assert values[answers[name][i]] == window.attributes.get(name)
+
+
+def test_spheres_are_measured_as_requests_make_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_family(tmp_path, width=128, height=64, guidance_scale=3.0)
+    models = load(str(tmp_path), device="cpu")
+    settings = models.settings("sdxl-360")
+    assert measure.lora_scales(settings) == (0.8, 0.0)
+    monkeypatch.setattr(measure, "STEPS", 2)
+    pictures = []
+    for scale in measure.lora_scales(settings):
+        make = measure.make_spheres(models.pipelines["sdxl-360"], settings, scale)
+        pictures.append(make("sea", 5)[0].permute(1, 2, 0).mul(255).round().byte().numpy())
+        request = Request(
+            prompt="sea", mode="sdxl-360", seed=5, num_inference_steps=2, lora_scale=scale
+        )
+        assert np.array_equal(models.generate(request.resolve(settings)), pictures[-1])
+    assert not np.array_equal(*pictures)

@@ -255,9 +255,7 @@ def test_half_precision_makes_the_same_picture_of_a_seed(pipe: SDXL360, tmp_path
         ),
     ],
 )
-def test_bad_arguments_are_refused(
-    pipe: SDXL360, changes: dict[str, Any], message: str
-) -> None:
+def test_bad_arguments_are_refused(pipe: SDXL360, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(pipe, **changes)
 

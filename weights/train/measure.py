@@ -2,7 +2,8 @@
 
 Prints what the model card says. Of the first family: the autoencoder's PSNR, the judge's own
 accuracy, and how often pictures show what their prompt asked for. Of the second: the same of its
-judge and its pictures, and how closely pictures follow a depth image.
+judge and its pictures, and how closely pictures follow a depth image, all of it with the LoRA as
+requests have it by default and again without it.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from panorama.models import DEFAULT_FAMILY, Models, load
-from panorama.request import INPUTS
+from panorama.request import INPUTS, ModeSettings, Request
+from panorama.sdxl import SDXL360
 from weights.train import autoencoder, dataset, rooms, scenes
 from weights.train.__main__ import WORK
 from weights.train.depths import DepthReader, around, cells, correlation, depth_image
@@ -52,6 +54,13 @@ def wished_rooms(prefix: str) -> Iterator[Wish]:
     """Every pair of kind and colour."""
     for kind, color in product(rooms.KINDS, rooms.COLORS):
         yield f"{prefix}{kind} in the color of {color}", {"kind": kind, "color": color}
+
+
+WISHES: Mapping[str, tuple[Sequence[Wish], int]] = {
+    "outdoors": (tuple(wished_landscapes(PREFIX)), 2),
+    "rooms": (tuple(wished_rooms(PREFIX)), 4),
+}
+"""What spheres of each kind are asked to show, and how many are made of each wish."""
 
 
 def agreement(
@@ -95,7 +104,7 @@ def save_sheet(tiles: Sequence[Tensor], columns: int, path: Path) -> None:
     Image.fromarray(pixels).save(path)
 
 
-def measure_syncdiffusion(models: Models, work: Path, _: float, sheets: Path | None) -> None:
+def measure_syncdiffusion(models: Models, work: Path, sheets: Path | None) -> None:
     """Prints the first family's table."""
     pipe, settings = models.pipelines["syncdiffusion"], models.settings("syncdiffusion")
     for kind in dataset.KINDS:
@@ -125,39 +134,56 @@ def measure_syncdiffusion(models: Models, work: Path, _: float, sheets: Path | N
         print(f"prompt agreement over {4 * len(wishes)} windows, {name}: {share:.1%}")
 
 
-def measure_sdxl_360(models: Models, work: Path, lora_scale: float, sheets: Path | None) -> None:
+def lora_scales(settings: ModeSettings) -> tuple[float, ...]:
+    """What to measure: the strength that requests have by default, and none beside it."""
+    return (float(INPUTS["lora_scale"].default), 0.0) if settings.tokens else (0.0,)
+
+
+def measure_sdxl_360(models: Models, work: Path, sheets: Path | None) -> None:
     """Prints the second family's table."""
     pipe, settings = models.pipelines["sdxl-360"], models.settings("sdxl-360")
-    tokens = f"{''.join(pipe.tokens)} " if lora_scale else ""
-
-    def make(prompt: str, seed: int, depth: Tensor | None = None) -> Tensor:
-        return pipe(
-            tokens + prompt,
-            settings.height,
-            settings.width,
-            guidance_scale=settings.guidance_scale,
-            num_inference_steps=STEPS,
-            depth=depth,
-            controlnet_conditioning_scale=INPUTS["controlnet_conditioning_scale"].default,
-            lora_scale=lora_scale,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="pt",
-        )
-
     judge = load_judge(Judge(SPHERE_ATTRIBUTES), "spheres")
-    wishes = {
-        "outdoors": (list(wished_landscapes(PREFIX)), 2),
-        "rooms": (list(wished_rooms(PREFIX)), 4),
-    }
-    for kind, (wanted, seeds) in wishes.items():
-        asked = {name: SPHERE_ATTRIBUTES[name] for name in wanted[0][1]}
+    for kind, (wishes, _) in WISHES.items():
+        asked = {name: SPHERE_ATTRIBUTES[name] for name in wishes[0][1]}
         shares = accuracy(judge, dataset.load(work, kind, "test"), settings.width, asked)
         for name, share in shares.items():
             print(f"judge on held-out {kind}, {name}: {share:.1%}")
+    for scale in lora_scales(settings):
+        print(f"with lora_scale {scale:g}:")
+        folder = sheets and sheets / f"lora-{scale:g}"
+        measure_spheres(make_spheres(pipe, settings, scale), judge, work, folder)
+
+
+def make_spheres(pipe: SDXL360, settings: ModeSettings, lora_scale: float) -> Make:
+    """What makes pictures with a strength of the LoRA, as a request for them would."""
+
+    def make(prompt: str, seed: int, depth: Tensor | None = None) -> Tensor:
+        request = Request(prompt=prompt, mode="sdxl-360", lora_scale=lora_scale, seed=seed)
+        resolved = request.resolve(settings)
+        picture: Tensor = pipe(
+            resolved.full_prompt,
+            resolved.height,
+            resolved.width,
+            guidance_scale=resolved.guidance_scale,
+            num_inference_steps=STEPS,
+            depth=depth,
+            controlnet_conditioning_scale=resolved.controlnet_conditioning_scale,
+            lora_scale=resolved.lora_scale,
+            generator=torch.Generator().manual_seed(resolved.seed),
+            output_type="pt",
+        )
+        return picture
+
+    return make
+
+
+def measure_spheres(make: Make, judge: Judge, work: Path, sheets: Path | None) -> None:
+    """Prints how often pictures show what they are asked to, and follow a depth image."""
+    for kind, (wishes, seeds) in WISHES.items():
         sheet = sheets and sheets / f"{kind}.png"
-        shares = agreement(make, judge, SPHERE_ATTRIBUTES, wanted, seeds, sheet)
+        shares = agreement(make, judge, SPHERE_ATTRIBUTES, wishes, seeds, sheet)
         for name, share in shares.items():
-            print(f"prompt agreement over {seeds * len(wanted)} {kind}, {name}: {share:.1%}")
+            print(f"prompt agreement over {seeds * len(wishes)} {kind}, {name}: {share:.1%}")
         for name, means in depth_correlations(make, work, kind).items():
             values = ", ".join(f"{what} {mean:.3f}" for what, mean in means.items())
             print(f"depth correlation over {DEPTHS} {kind}, {name}: {values}")
@@ -202,7 +228,7 @@ def depth_correlations(make: Make, work: Path, kind: str) -> dict[str, dict[str,
     }
 
 
-MEASURES: Mapping[str, Callable[[Models, Path, float, Path | None], None]] = {
+MEASURES: Mapping[str, Callable[[Models, Path, Path | None], None]] = {
     "syncdiffusion": measure_syncdiffusion,
     "sdxl-360": measure_sdxl_360,
 }
@@ -213,7 +239,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("modes", nargs="*", help=f"of {', '.join(MEASURES)}; all if none is named")
     parser.add_argument("--family", default=DEFAULT_FAMILY)
-    parser.add_argument("--lora-scale", type=float, default=0.0, help="strength of the LoRA")
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--sheets", type=Path, help="a folder for PNGs of what was judged")
     arguments = parser.parse_args()
@@ -221,7 +246,7 @@ def main() -> None:
         dataset.render_set(arguments.work, kind, "test", workers=2)
     models = load(arguments.family, modes=arguments.modes or None)
     for mode in models.pipelines:
-        MEASURES[mode](models, arguments.work, arguments.lora_scale, arguments.sheets)
+        MEASURES[mode](models, arguments.work, arguments.sheets)
 
 
 if __name__ == "__main__":
