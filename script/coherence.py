@@ -132,7 +132,7 @@ PADDINGS = {"circular": patched, "zeros": unpatched}
 
 def table_sdxl_360(arguments: argparse.Namespace) -> None:
     """Prints the seam with and without circular padding, with the LoRA as in use and without it."""
-    models = load(arguments.family, modes=["sdxl-360"], device="cpu")  # as stock noise is there
+    models = load(arguments.family, modes=["sdxl-360"], device="cpu")  # where the latents are
     pipe, settings = models.pipelines["sdxl-360"], models.settings("sdxl-360")
     factor = pipe.text.vae_scale_factor
     channels = pipe.text.unet.config.in_channels

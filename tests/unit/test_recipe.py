@@ -218,6 +218,20 @@ def test_the_export_loads_and_shares_the_autoencoder(
     assert loaded.text.config.force_zeros_for_empty_prompt
 
 
+def test_an_autoencoder_that_the_first_family_does_not_have_is_not_exported(
+    pipe: SDXL360, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "TINY", tmp_path)
+    pipe.text.vae.save_pretrained(tmp_path / "syncdiffusion" / "vae")
+    nn.init.normal_(pipe.text.vae.decoder.conv_out.bias)
+    base = text_to_sphere(pipe)
+    with pytest.raises(ValueError, match=r"must be the autoencoder in .*syncdiffusion/vae"):
+        export.export_sdxl_360(
+            pipe.text.vae, base, pipe.text.tokenizer, pipe.depth.controlnet, base
+        )
+    assert not (tmp_path / "sdxl-360").exists()
+
+
 def pictures(kind: str, count: int) -> dataset.Pictures:
     drawn = [dataset.draw_one(kind, "test", index) for index in range(count)]
     rgb, distance, attributes = zip(*drawn, strict=True)

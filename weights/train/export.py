@@ -50,7 +50,17 @@ def export_sdxl_360(
     controlnet: ControlNetModel,
     style: TextToSphere,
 ) -> None:
-    """Writes the second family's models; its autoencoder is a link to the first family's."""
+    """Writes the second family's models; its autoencoder is a link to the first family's.
+
+    Raises:
+        ValueError: the first family has been written with another autoencoder.
+    """
+    shared = TINY / "syncdiffusion" / "vae"
+    if not same_half(vae, AutoencoderKL.from_pretrained(shared)):
+        raise ValueError(
+            f"vae: must be the autoencoder in {shared.relative_to(TINY.parent)}, which both "
+            "families share; that of the stage syncdiffusion, exported first, would do"
+        )
     folder = TINY / "sdxl-360"
     link = folder / "vae"
     if link.is_symlink():
@@ -71,6 +81,14 @@ def export_sdxl_360(
     controlnet.half().save_pretrained(folder / "controlnet")
     save_half(lora_weights(style.unet), folder / "lora.safetensors")
     save_half(token_embeddings(style), folder / "embeddings.safetensors")
+
+
+def same_half(network: nn.Module, other: nn.Module) -> bool:
+    """Whether networks have the same weights in half precision."""
+    weights, others = network.state_dict(), other.state_dict()
+    return weights.keys() == others.keys() and all(
+        torch.equal(weight.half(), others[name].half()) for name, weight in weights.items()
+    )
 
 
 def export_judge(judge: nn.Module, name: str) -> None:
