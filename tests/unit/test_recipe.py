@@ -55,6 +55,13 @@ def test_depth_images_are_those_of_the_pictures_and_rolled_with_them() -> None:
     assert np.array_equal(depth[1, 2], np.roll(depth_image(distances[1][0]), 8, axis=1))
 
 
+def test_pictures_are_numbered_set_after_set() -> None:
+    places = [dataset.locate([2, 0, 3], index) for index in range(5)]
+    assert places == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
+    with pytest.raises(IndexError):
+        dataset.locate([2, 0, 3], 5)
+
+
 def test_correlation_is_that_of_each_picture() -> None:
     depth = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0))
     same = correlation(depth, torch.stack([2 * depth[0] + 1, -depth[1]]))

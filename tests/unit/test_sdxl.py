@@ -63,34 +63,27 @@ def noise() -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
+ARGUMENTS: dict[str, Any] = {
+    "prompt": PROMPT,
+    "height": HEIGHT,
+    "width": WIDTH,
+    "num_inference_steps": 2,
+    "guidance_scale": 3.0,
+    "latents": noise(),
+    "output_type": "pt",
+}
+
+
 def run(pipe: SDXL360, **changes: Any) -> Tensor:
     """A small picture (3, H, W) in [0, 1]."""
-    arguments: dict[str, Any] = {
-        "prompt": PROMPT,
-        "height": HEIGHT,
-        "width": WIDTH,
-        "num_inference_steps": 2,
-        "guidance_scale": 3.0,
-        "latents": noise(),
-        "output_type": "pt",
-    }
-    return pipe(**arguments | changes)[0]
+    return pipe(**ARGUMENTS | changes)[0]
 
 
 def stock(pipe: SDXL360, **changes: Any) -> Tensor:
     """The picture (3, H, W) in [0, 1] of the stock pipeline, nothing wrapping."""
-    arguments: dict[str, Any] = {
-        "prompt": PROMPT,
-        "height": HEIGHT,
-        "width": WIDTH,
-        "num_inference_steps": 2,
-        "guidance_scale": 3.0,
-        "latents": noise(),
-        "output_type": "pt",
-    }
     chosen = pipe.depth if "image" in changes else pipe.text
     with torch.no_grad():
-        return chosen(**arguments | changes).images[0]
+        return chosen(**ARGUMENTS | changes).images[0]
 
 
 def shifts(pipe: SDXL360) -> range:

@@ -37,11 +37,10 @@ def depth_images(
         index: numbers of pictures, kind after kind.
         shift: how far each is rolled, in latent cells.
     """
-    starts = np.cumsum([0, *map(len, distances)])
     rolled = []
     for i, cells in zip(index, shift, strict=True):
-        kind = int(np.searchsorted(starts, i, side="right")) - 1
-        depth = depth_image(distances[kind][i - starts[kind]])
+        kind, number = dataset.locate(map(len, distances), i)
+        depth = depth_image(distances[kind][number])
         rolled.append(np.roll(depth, cells * FACTOR, axis=1))
     return torch.from_numpy(np.stack(rolled))[:, None].expand(-1, 3, -1, -1)
 

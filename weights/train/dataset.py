@@ -6,7 +6,7 @@ picture, drawn from its own generator, so that a longer set begins with a shorte
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -77,6 +77,20 @@ def load(work: Path, kind: str, split: str) -> Pictures:
         np.load(folder / f"{kind}-{split}-distance.npy", mmap_mode="r"),
         json.loads((folder / f"{kind}-{split}.json").read_text()),
     )
+
+
+def locate(sizes: Iterable[int], index: int) -> tuple[int, int]:
+    """Which of some sets one after the other a picture is in, and its number there.
+
+    Args:
+        sizes: of the sets.
+        index: the picture's number among all.
+    """
+    for chosen, size in enumerate(sizes):
+        if index < size:
+            return chosen, index
+        index -= size
+    raise IndexError(index)
 
 
 def render(work: Path, workers: int = 2) -> None:

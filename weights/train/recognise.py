@@ -146,14 +146,14 @@ def draw_windows(
     sets: Sequence[dataset.Pictures], width: int, count: int, generator: torch.Generator
 ) -> list[Window]:
     """Windows of a width, anywhere in pictures of any of some sets of one size."""
-    starts = np.cumsum([0, *(len(pictures.rgb) for pictures in sets)])
+    sizes = [len(pictures.rgb) for pictures in sets]
     around = sets[0].rgb.shape[2]
     windows = []
     for _ in range(count):
-        index, left = draw(int(starts[-1]), generator), draw(around, generator)
-        chosen = int(np.searchsorted(starts, index, side="right")) - 1
+        index, left = draw(sum(sizes), generator), draw(around, generator)
+        chosen, number = dataset.locate(sizes, index)
         columns = (left + np.arange(width)) % around
-        windows.append(Window(sets[chosen], index - int(starts[chosen]), columns))
+        windows.append(Window(sets[chosen], number, columns))
     return windows
 
 
