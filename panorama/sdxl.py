@@ -190,6 +190,12 @@ class SDXL360:
         Both text encoders' last hidden states but one, side by side (1, n * L, D + D'), and the
         second one's pooled embedding of a text's first piece (1, D'). An empty negative prompt is
         zeros where SDXL was trained so (`force_zeros_for_empty_prompt`).
+
+        The pooled embedding is that of the end token, unless the encoder's configuration says
+        `eos_token_id` 2, as SDXL's does: then transformers takes that of the largest token id. Of a
+        prompt that names the LoRA's tokens this is the last of them, which sees nothing of what
+        comes after it. cog-sdxl trained its tokens and LoRAs with just that (`trainer_pti.py`, on
+        transformers 4.31), so it is left as it is.
         """
         pipe, columns = self.text, []
         for tokenizer, encoder in (
@@ -225,15 +231,27 @@ class SDXL360:
 def load_lora(unet: Any, path: Path) -> None:
     """Loads a LoRA into a UNet, switched off until `lora_applied`.
 
+    By what the pipelines' `load_lora_weights` calls for the UNet. That itself goes by the prefix
+    `unet.` and only logs it if no key has one; and it would load weights of text encoders as well,
+    which `lora_applied` does not switch.
+
     Args:
         unet: a UNet2DConditionModel.
         path: safetensors in the format of cog-sdxl, with keys such as
             `...attn1.processor.to_q_lora.down.weight`, all or none of them after `unet.`.
 
     Raises:
-        ValueError: not every weight found its place; diffusers would only log that.
+        ValueError: some keys come after `unet.` and others don't, or not every weight found its
+            place; diffusers would only log that.
     """
-    weights = {key.removeprefix("unet."): weight for key, weight in load_file(path).items()}
+    weights = load_file(path)
+    prefixed = sum(key.startswith("unet.") for key in weights)
+    if prefixed not in (0, len(weights)):
+        raise ValueError(
+            f"{path.name}: all of its {len(weights)} keys must begin with unet. or none, not "
+            f"{prefixed}; a lora.safetensors of cog-sdxl would do"
+        )
+    weights = {key.removeprefix("unet."): weight for key, weight in weights.items()}
     unet.load_lora_adapter(weights, prefix=None, adapter_name=LORA)
     loaded = sum(LORA in getattr(module, "lora_A", ()) for module in unet.modules())
     if not loaded or 2 * loaded != len(weights):

@@ -295,6 +295,16 @@ def test_a_lora_of_which_anything_is_left_over_is_refused(fresh: SDXL360, tmp_pa
         load_lora(fresh.text.unet, path)
 
 
+def test_a_lora_with_the_prefix_on_some_keys_only_is_refused(
+    fresh: SDXL360, tmp_path: Path
+) -> None:
+    path = cog_sdxl(fresh, tmp_path / "lora.safetensors")
+    (first, weight), *others = load_file(path).items()
+    save_file(dict(others) | {f"unet.{first}": weight}, path)
+    with pytest.raises(ValueError, match=r"keys must begin with unet\. or none, not 1;"):
+        load_lora(fresh.text.unet, path)
+
+
 def test_an_empty_lora_is_refused(pipe: SDXL360, tmp_path: Path) -> None:
     save_file({}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=r"lora\.safetensors: .* of 0 weights 0 have a place"):
@@ -314,6 +324,22 @@ def test_both_encoders_learn_the_tokens(fresh: SDXL360, tmp_path: Path) -> None:
         table = encoder.get_input_embeddings().weight
         assert torch.equal(table[[first, second]], learned)
     assert (run(fresh, prompt="<s0><s1> bedroom") - run(fresh, prompt="bedroom")).abs().max() > 1e-3
+
+
+def test_prompts_with_tokens_are_pooled_as_the_stock_pipeline_does(
+    fresh: SDXL360, tmp_path: Path
+) -> None:
+    """With SDXL's own end token, 2, that is at the last of the tokens, as in cog-sdxl."""
+    load_tokens(fresh.text, pivotal(tmp_path / "embeddings.safetensors"))
+    encoder = fresh.text.text_encoder_2
+    prompts = [f"<s0><s1> {subject}" for subject in ("bedroom", "kitchen")]
+    for end, same in ((encoder.config.eos_token_id, False), (2, True)):
+        encoder.text_model.eos_token_id = end
+        with torch.no_grad():
+            pooled = [fresh._embeds(prompt, "")["pooled_prompt_embeds"] for prompt in prompts]
+            _, _, expected, _ = fresh.text.encode_prompt(prompts)
+        torch.testing.assert_close(torch.cat(pooled), expected)
+        assert torch.equal(*pooled) == same
 
 
 @pytest.mark.parametrize(
