@@ -7,6 +7,7 @@ process. Run it from the repository, or through script/predict.
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,15 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         request = Request(**parse_inputs(options.inputs))
         check_output(options.output)
         predictor = load_predictor()
-        predictor.resolve(request.inputs())
+        resolved = predictor.resolve(request.inputs())
     except (ValueError, FileNotFoundError) as error:  # the latter: no such family
         parser.error(str(error))
 
     try:
-        path = predictor.predict(**request.inputs())
+        path = predictor.make(resolved)
     except KeyboardInterrupt:
         return 130
-    except Exception:  # predict has printed the traceback
+    except Exception:
+        traceback.print_exc()
         return 1
     write_atomically(options.output, path.read_bytes())
     print(options.output)

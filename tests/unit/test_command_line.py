@@ -1,10 +1,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from panorama.__main__ import main, parse_inputs
+from panorama.request import Request
 
 ROOT = Path(__file__).parents[2]
 
@@ -63,6 +65,31 @@ def test_a_bad_command_gets_one_line_and_writes_nothing(
     assert out == ""
     assert err.startswith(f"panorama: {message}")
     assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def predictor(monkeypatch):
+    fake = Mock()
+    monkeypatch.setattr("panorama.__main__.load_predictor", lambda: fake)
+    return fake
+
+
+def test_a_request_is_resolved_once_and_then_made(predictor, tmp_path):
+    made = tmp_path / "made.png"
+    made.write_bytes(b"picture")
+    predictor.make.return_value = made
+    assert main(["-i", "prompt=sea", "-o", str(tmp_path / "out.png")]) == 0
+    assert (tmp_path / "out.png").read_bytes() == b"picture"
+    predictor.resolve.assert_called_once_with(Request(prompt="sea").inputs())
+    predictor.make.assert_called_once_with(predictor.resolve.return_value)
+    predictor.predict.assert_not_called()
+
+
+def test_a_picture_that_fails_prints_its_traceback_and_writes_nothing(predictor, tmp_path, capsys):
+    predictor.make.side_effect = RuntimeError("no memory")
+    assert main(["-i", "prompt=sea", "-o", str(tmp_path / "out.png")]) == 1
+    assert capsys.readouterr().err.endswith("RuntimeError: no memory\n")
     assert list(tmp_path.iterdir()) == []
 
 
