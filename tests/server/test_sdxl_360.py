@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.bad_pictures import bomb
 from tests.small_sdxl import save_family
 
 from .conftest import Server, picture, png, serving
@@ -23,11 +24,17 @@ QUICK = {"prompt": "bedroom", "mode": "sdxl-360", "num_inference_steps": 2, "see
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's own folder for temporary files."""
+    return tmp_path_factory.mktemp("temporary")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, temporary: Path) -> Iterator[Server]:
     """A server of a random family that has this mode alone."""
     folder = tmp_path_factory.mktemp("family")
     save_family(folder, width=256, height=128, guidance_scale=3.0)
-    with serving(folder / "log", PANORAMA_FAMILY=str(folder)) as server:
+    with serving(folder / "log", PANORAMA_FAMILY=str(folder), TMPDIR=str(temporary)) as server:
         yield server
 
 
@@ -98,6 +105,8 @@ BAD = {
     "empty": (data_url(b""), "depth_image must be a whole picture"),
     "no picture": (data_url(b"<html>404</html>"), "depth_image must be a whole picture"),
     "truncated": (data_url(depth()[:-40]), "depth_image must be a whole picture"),
+    "a decompression bomb": (data_url(bomb()), "depth_image must be a whole picture"),
+    "too many pixels": (data_url(depth(3200, 3200)), "width=2048 and height=2048 would do"),
     "1 x 1": (data_url(depth(1, 1)), "must have at least 16 pixels a side"),
     "odd size": (data_url(depth(60, 190)), "width=192 and height=64 would do"),
     "a path": ("/etc/passwd", "depth_image='/etc/passwd': depth_image must be a file"),
@@ -106,12 +115,19 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_depth_image_fails_before_the_first_step(server: Server, kind: str) -> None:
+def test_a_bad_depth_image_fails_before_the_first_step_and_leaves_no_file(
+    server: Server, temporary: Path, kind: str
+) -> None:
     url, message = BAD[kind]
+    server.wait_until_idle()
+    before = set(temporary.rglob("*"))
+    assert before  # the folder is the one that the server uses
     code, prediction = server.predict(QUICK | {"depth_image": url})
     assert (code, prediction["status"]) == (200, "failed")
     assert message in prediction["error"]
     assert "step" not in prediction["logs"]
+    server.wait_until_idle()
+    assert set(temporary.rglob("*")) == before
 
 
 def test_inputs_of_the_other_mode_are_refused_where_they_were_set(server: Server) -> None:

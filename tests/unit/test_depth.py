@@ -3,7 +3,6 @@
 import logging
 import os
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
 
 from panorama.depth import read, resize, warn_of_step
+from tests.bad_pictures import bomb
 
 
 def ramp(height: int = 32, width: int = 64) -> np.ndarray:
@@ -97,20 +97,6 @@ def test_of_several_pictures_it_is_the_first(tmp_path):
     assert np.allclose(read(tmp_path / "a.tif"), 0.2)
 
 
-def bomb(path: Path) -> None:
-    """A PNG of a few kilobytes that claims 30000 x 30000 pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        body = kind + data
-        return len(data).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
-
-    header = (30000).to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
-    data = (
-        chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6))) + chunk(b"IEND", b"")
-    )
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
-
-
 def truncated(path: Path) -> None:
     rng = np.random.default_rng(0)
     saved(path, rng.integers(0, 255, (64, 128), np.uint8))
@@ -128,7 +114,7 @@ BAD = {
     "empty": (Path.touch, "cannot identify"),
     "no picture": (lambda path: path.write_text("<html>404</html>"), "cannot identify"),
     "truncated": (truncated, "truncated"),
-    "a decompression bomb": (bomb, "decompression bomb"),
+    "a decompression bomb": (lambda path: path.write_bytes(bomb()), "decompression bomb"),
     "too many bytes": (lambda path: sparse(path, 3 * 10**8), "it has 300000000 bytes"),
     "a transparent colour in 16 bits": (
         lambda path: Image.new("I;16", (64, 32)).save(path, transparency=7),
