@@ -40,9 +40,10 @@ def read(path: Path) -> NDArray[np.float32]:
     try:
         depth = decode(path)
     except Exception as error:  # Pillow's readers raise whatever comes up in a broken file
+        reason = str(error).replace(str(path), path.name)
         raise ValueError(
             f"depth_image={path.name!r}: depth_image must be a whole picture of at most "
-            f"{MAX_PIXELS} pixels and {MAX_BYTES} bytes, as {', '.join(FORMATS)} ({error}); "
+            f"{MAX_PIXELS} pixels and {MAX_BYTES} bytes, as {', '.join(FORMATS)} ({reason}); "
             "a PNG would do"
         ) from error
     height, width = depth.shape
