@@ -68,7 +68,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             le=16384,
         ),
         guidance_scale: Optional[float] = Input(
-            description="How closely to follow the prompt. If left out, the model family's own default.",
+            description="How closely to follow the prompt; in sdxl-360 at least 1. If left out, the model family's own default.",
             default=None,
             ge=0.0,
             le=20.0,

@@ -239,7 +239,8 @@ class Request:
         maximum=16384,
     )
     guidance_scale: float | None = _input(
-        "How closely to follow the prompt. If left out, the model family's own default.",
+        "How closely to follow the prompt; in sdxl-360 at least 1. If left out, the model "
+        "family's own default.",
         default=None,
         minimum=0.0,
         maximum=20.0,
