@@ -23,7 +23,8 @@ from uuid import uuid4
 
 from cog import BasePredictor, Input, Path
 
-from panorama import picture
+from panorama import picture, weights
+from panorama.fetch import fetch
 from panorama.request import Request, ResolvedRequest
 
 if TYPE_CHECKING:
@@ -37,11 +38,13 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
     """Makes panoramas with the model family that PANORAMA_FAMILY names."""
 
     def setup(self) -> None:
-        """Loads the family, once."""
+        """Fetches what is missing of the family, and loads it, once."""
         hush_libraries()
         from panorama import models  # not above: loading it is what has to be hushed
 
-        self.models = models.load(os.environ.get("PANORAMA_FAMILY", models.DEFAULT_FAMILY))
+        family = os.environ.get("PANORAMA_FAMILY", models.DEFAULT_FAMILY)
+        bring(family)
+        self.models = models.load(family)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="panorama")
         self.folder = Path(mkdtemp(prefix="panorama-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
@@ -197,6 +200,15 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             return job.result()
         finally:
             cancelled.set()  # the next prediction waits in the queue of the one thread
+
+
+def bring(family: str) -> None:
+    """Fetches and verifies what is missing of a family; one that is whole needs no network."""
+    lacks = weights.missing(family)
+    if lacks:
+        print(f"fetching {len(lacks)} files of {family} to {weights.home(family)}", flush=True)
+        fetch(family)
+        print(f"{family} is there, verified", flush=True)
 
 
 class Stopwatch:

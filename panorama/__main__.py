@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from panorama.picture import write_atomically
 from panorama.request import INPUTS, Request
+from panorama.weights import WeightsError
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_output(options.output)
         predictor = load_predictor()
         resolved = predictor.resolve(request.inputs())
-    except (ValueError, FileNotFoundError) as error:  # the latter: no such family
+    except (ValueError, FileNotFoundError, WeightsError) as error:  # the second: no such family
         parser.error(str(error))
 
     try:

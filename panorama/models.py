@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from panorama import depth
+from panorama import depth, weights
 from panorama.request import INPUTS, ModeSettings, ResolvedRequest
 from panorama.sdxl import LEAST_GUIDANCE, SDXL360
 from panorama.syncdiffusion import SyncDiffusionPipeline
 
 DEFAULT_FAMILY = "tiny"
-WEIGHTS = Path(__file__).parent.parent / "weights"
 
 OnStep = Callable[[int, int], None]
 """Called after every step with its number, from 1, and how many there are."""
@@ -164,10 +163,10 @@ def load(
     modes: Sequence[str] | None = None,
     device: torch.device | str | None = None,
 ) -> Models:
-    """Loads a family.
+    """Loads a family from its folder, without a network.
 
     Args:
-        family: the name of a folder in `weights/`.
+        family: the name of a folder in the weights folder, `weights/` or PANORAMA_WEIGHTS.
         modes: those to load; None for all that the family offers: those its file has a section
             for.
         device: None for the GPU if there is one.
@@ -175,17 +174,15 @@ def load(
     Raises:
         FileNotFoundError: there is no such family.
         ValueError: the family offers no such mode.
+        WeightsError: a file of its weights is missing.
     """
-    folder = WEIGHTS / family
-    if not (folder / "family.toml").is_file():
-        families = ", ".join(sorted(path.parent.name for path in WEIGHTS.glob("*/family.toml")))
-        raise FileNotFoundError(f"no model family {family!r} in {WEIGHTS}; there is {families}")
-    defaults = tomllib.loads((folder / "family.toml").read_text())
+    defaults = tomllib.loads(weights.family_file(family).read_text())
     modes = tuple(defaults) if modes is None else modes
     for mode in modes:
         check_mode(mode, family, defaults)
+    weights.require(family, modes)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pipelines = {mode: MODES[mode].load(folder / mode, place) for mode in modes}
+    pipelines = {mode: MODES[mode].load(weights.home(family) / mode, place) for mode in modes}
     return Models(family, place, pipelines, defaults)
 
 

@@ -1,10 +1,12 @@
 """LPIPS: a perceptual distance between images, whose fixed side is computed once."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -96,3 +98,21 @@ def unit(features: Tensor) -> Tensor:
     # Unlike sqrt(sum(squares)), this norm has a gradient of 0 where all features are 0.
     length: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     return features / (length + 1e-10)
+
+
+def save_lpips(vgg16: Path, heads: Path, path: Path) -> None:
+    """Writes LPIPS with the published weights, as its `from_pretrained` reads them.
+
+    Args:
+        vgg16: the weights of torchvision's VGG16, a pickle of tensors; no other is opened.
+        heads: safetensors with the weights (C,) of the five heads, in their order.
+        path: of the safetensors that are written.
+    """
+    weights = torch.load(vgg16, map_location="cpu", weights_only=True)
+    features = [weight for name, weight in weights.items() if name.startswith("features.")]
+    model = LPIPS()
+    names = model.stages.state_dict(prefix="stages.")
+    state = dict(zip(names, features, strict=True))
+    state |= {f"heads.{k}": head for k, head in enumerate(load_file(heads).values())}
+    model.load_state_dict(state)
+    save_file(model.state_dict(), path, metadata={"format": "pt"})

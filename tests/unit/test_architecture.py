@@ -13,10 +13,12 @@ LEVELS = (
     {"panorama.__main__"},
     {"predict"},
     {"panorama"},
-    {"panorama.models"},
+    {"panorama.models", "panorama.fetch"},
     {"panorama.syncdiffusion", "panorama.sdxl"},
     {"panorama.sampler", "panorama.synchronize", "panorama.circular", "panorama.decode"},
     {"panorama.views", "panorama.perceptual", "panorama.prompts", "panorama.noise"},
+    {"panorama.weights", "panorama.download"},
+    {"panorama.files", "panorama.manifest"},
     {"panorama.picture"},
     {"panorama.request"},
     {"panorama.depth"},
@@ -77,6 +79,16 @@ def test_only_predict_imports_cog():
     assert importers == {"predict"}
 
 
+def test_only_what_fetches_imports_clients_of_a_network():
+    clients = {"httpx2", "huggingface_hub"}
+    importers = {
+        module
+        for module in SOURCES
+        if {name.partition(".")[0] for name in imports(module)} & clients
+    }
+    assert importers == {"panorama.download", "panorama.fetch"}
+
+
 def test_every_package_that_is_imported_is_pinned():
     pinned = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     names = {"pillow": "PIL"}
@@ -86,7 +98,9 @@ def test_every_package_that_is_imported_is_pinned():
         assert tops - set(sys.stdlib_module_names) <= packages, module
 
 
-@pytest.mark.parametrize("module", ["panorama", "panorama.request", "panorama.__main__"])
+@pytest.mark.parametrize(
+    "module", ["panorama", "panorama.request", "panorama.__main__", "panorama.fetch"]
+)
 def test_importing_the_edge_does_not_load_torch(module):
     code = f"import sys, {module}; print(*(n for n in ('torch', 'diffusers') if n in sys.modules))"
     command = [sys.executable, "-W", "error", "-c", code]

@@ -45,7 +45,7 @@ def test_its_modes_are_those_of_requests(models: Models) -> None:
 
 
 def test_an_unknown_family_or_mode_is_refused_by_name() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no model family 'huge'.*there is tiny"):
+    with pytest.raises(FileNotFoundError, match=r"no model family 'huge'.*there is full, tiny"):
         load("huge")
     with pytest.raises(ValueError, match="mode='flat': mode must be one that the family"):
         load("tiny", modes=["flat"])

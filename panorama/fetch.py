@@ -1,0 +1,363 @@
+"""Brings the families that this repository does not hold.
+
+`python -m panorama.fetch` is the command line, also as script/fetch-weights.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from threading import Event
+from typing import Self
+
+from filelock import FileLock, Timeout
+from huggingface_hub import constants
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from panorama.download import FAILURES, Offer, ask, summary, transfer, verify
+from panorama.files import BadFileError, check_readable, measure, put, size_of
+from panorama.manifest import File, Part
+from panorama.weights import (
+    SHIPPED,
+    Lack,
+    Pin,
+    Pins,
+    WeightsError,
+    arriving,
+    home,
+    listed,
+    manifest,
+    missing,
+    parts,
+)
+
+logger = logging.getLogger("panorama.fetch")  # also when it runs as the command
+
+STAGING = ".fetch"
+WORKERS = 4
+
+
+@dataclass
+class Job:
+    """A file that has to be fetched, and how far that is.
+
+    Attributes:
+        part: That it belongs to.
+        file: Itself.
+        offers: Those of the servers that have not been asked yet, asked when they are needed.
+        offer: That of the first server that has the file; None if none has.
+        failures: What went wrong, server by server.
+    """
+
+    part: Part
+    file: File
+    offers: Iterator[Offer] = field(default_factory=lambda: iter(()))
+    offer: Offer | None = None
+    failures: list[str] = field(default_factory=list)
+
+    def fail(self, place: str, error: Exception) -> None:
+        """Writes down what went wrong."""
+        self.failures.append(f"{place}: {summary(error)}")
+        logger.warning("%s: %s", self.file.target, self.failures[-1])
+
+
+class StoppedError(Exception):
+    """Another file's transfer failed in a way that ends them all."""
+
+
+class Progress:
+    """A bar of bytes over all files, and the way to stop their transfers."""
+
+    def __init__(self, total: int, already: int) -> None:
+        self.stop = Event()
+        self._bar = tqdm(total=total, initial=already, unit="B", unit_scale=True, disable=None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def __call__(self, count: int) -> None:
+        """Counts what came in."""
+        if self.stop.is_set():
+            raise StoppedError
+        self._bar.update(count)
+
+
+def fetch(family: str, modes: Sequence[str] | None = None, *, offline: bool = False) -> None:
+    """Brings all that a family's modes need; what is there already is read and verified.
+
+    Every file is verified before it gets its name, so a file in its place is never a bad one,
+    whatever happens meanwhile. What came in of others stays for the next call to go on from.
+
+    Args:
+        family: Its name.
+        modes: None for all.
+        offline: Makes no request, as with HF_HUB_OFFLINE.
+
+    Raises:
+        WeightsError: A file could not be had; the message says from where and why.
+    """
+    if not parts(family, modes):
+        return
+    folder = home(family)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            lacks = missing(family, modes, thorough=True)
+            copy_shipped(folder, lacks)
+            fetch_all(folder, [lack for lack in lacks if lack.part.sources], offline)
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
+    except OSError as error:
+        raise WeightsError(
+            f"{folder}: {error}; make room there, or choose another folder"
+        ) from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from fetching into a folder. A process that is killed lets go."""
+    lock = FileLock(folder / ".fetch.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        logger.info("another process fetches into %s; waiting for it", folder)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def copy_shipped(folder: Path, lacks: Iterable[Lack]) -> None:
+    """Puts files of this repository beside those that are fetched."""
+    for lack in lacks:
+        if not lack.part.sources:
+            part = folder / STAGING / Path(lack.file.target).name
+            part.parent.mkdir(exist_ok=True)
+            shutil.copyfile(SHIPPED / folder.name / lack.file.target, part)
+            put(part, folder / lack.file.target)
+
+
+def fetch_all(folder: Path, lacks: Sequence[Lack], offline: bool) -> None:
+    """Fetches files side by side.
+
+    Raises:
+        WeightsError: Some could not be had; those that could are there.
+    """
+    if not lacks:
+        return
+    if offline or constants.is_offline_mode():
+        raise WeightsError(f"offline, and {folder} lacks{listed(lacks)}")
+    pins = Pins(folder)
+    jobs = plan(lacks, pins)
+    report(jobs, [job for job in jobs if job.offer is None])
+    (folder / STAGING).mkdir(exist_ok=True)
+    total, already = count_bytes(folder, jobs)
+    check_space(folder, total - already)
+    with Progress(total, already) as progress:
+        failed = run_all(lambda job: fetch_one(folder, job, pins, progress), jobs, progress.stop)
+    report(jobs, failed)
+
+
+def plan(lacks: Sequence[Lack], pins: Pins) -> list[Job]:
+    """Finds the first server of each file."""
+    jobs = [Job(lack.part, lack.file) for lack in lacks]
+
+    def find(job: Job) -> bool:
+        job.offers = offers(job, pins)
+        job.offer = next(job.offers, None)
+        return job.offer is not None
+
+    run_all(find, jobs, Event())
+    return jobs
+
+
+def offers(job: Job, pins: Pins) -> Iterator[Offer]:
+    """What servers offer, in their order: a private mirror comes before all others."""
+    mirror = os.environ.get("PANORAMA_MIRROR", "").rstrip("/")
+    for base in (mirror, None) if mirror else (None,):
+        for source in job.part.sources:
+            revision = source.revision or pins.commit(source)
+            try:
+                offer = ask(source, job.file.name, revision, base, arriving(job.file, pins))
+            except FAILURES as error:
+                job.fail(f"{base}, {source}" if base else str(source), error)
+            else:
+                yield offer
+
+
+def run_all(call: Callable[[Job], bool], jobs: Sequence[Job], stop: Event) -> list[Job]:
+    """Calls for all jobs side by side; an exception sets `stop` and ends the rest.
+
+    Returns:
+        Those for which it returned False.
+    """
+    with ThreadPoolExecutor(WORKERS) as pool:
+        futures = {pool.submit(call, job): job for job in jobs}
+        try:
+            return [futures[future] for future in as_completed(futures) if not future.result()]
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def report(jobs: Sequence[Job], failed: Sequence[Job]) -> None:
+    """Raises WeightsError with all that went wrong, if some jobs failed."""
+    if failed:
+        lines = [f"\n  {job.file.target}\n    " + "\n    ".join(job.failures) for job in failed]
+        raise WeightsError(f"{len(failed)} of {len(jobs)} files cannot be had:{''.join(lines)}")
+
+
+def count_bytes(folder: Path, jobs: Sequence[Job]) -> tuple[int, int]:
+    """The bytes of all files, as far as servers say, and of what is there of them."""
+    sizes = [job.offer.size or 0 for job in jobs if job.offer]
+    return sum(sizes), sum(size_of(staged(folder, job, job.offer)) for job in jobs if job.offer)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises WeightsError if a disk has no room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise WeightsError(
+            f"{folder}: {readable(needed)} are to be fetched, but only {readable(free)} are "
+            "free; make room there, or choose another folder with --dir or PANORAMA_WEIGHTS"
+        )
+
+
+def readable(size: int) -> str:
+    """Bytes for people to read."""
+    return str(tqdm.format_sizeof(size, "B"))
+
+
+def staged(folder: Path, job: Job, offer: Offer) -> Path:
+    """Where a file comes in; what came in of other bytes has another name."""
+    key = hashlib.sha256(f"{offer.etag} {offer.size}".encode()).hexdigest()[:16]
+    return folder / STAGING / f"{job.file.target.replace('/', '.')}.{key}.part"
+
+
+def fetch_one(folder: Path, job: Job, pins: Pins, progress: Progress) -> bool:
+    """Fetches one file from the first server that sends it whole; False if none does."""
+    for offer in chain([job.offer], job.offers):
+        if offer is None:
+            break
+        try:
+            bring(folder, job, offer, pins, progress)
+        except FAILURES as error:
+            job.fail(offer.url, error)
+        else:
+            logger.info("%s came from %s", job.file.target, offer.url)
+            return True
+    return False
+
+
+def bring(folder: Path, job: Job, offer: Offer, pins: Pins, progress: Progress) -> None:
+    """Fetches, verifies, pins and puts in its place one file from one server.
+
+    Raises:
+        BadFileError: It is not the file.
+        httpx2.HTTPError: The transfer failed.
+    """
+    part = staged(folder, job, offer)
+    resumed = part.exists()
+    transfer(offer, part, progress)
+    try:
+        seen = verify(part, offer, arriving(job.file, pins))
+        if job.part.convert:
+            part = CONVERSIONS[job.part.convert](part)
+            seen = measure(part)
+        check_readable(part, Path(job.file.target).suffix)
+    except BadFileError:
+        part.unlink()
+        if resumed:  # what was there before may have been wrong, not what came now
+            return bring(folder, job, offer, pins, progress)
+        raise
+    pin = Pin(seen.size or 0, seen.sha256 or "", offer.source.place, offer.commit)
+    pins.add(job.file.target, pin, offer.source)
+    put(part, folder / job.file.target)
+
+
+def convert_vgg16(weights: Path) -> Path:
+    """LPIPS, beside a file with the weights of torchvision's VGG16."""
+    from panorama.perceptual import save_lpips  # not above: torch takes seconds to load
+
+    path = weights.with_suffix(".lpips")
+    save_lpips(weights, SHIPPED / "lpips_vgg_heads.safetensors", path)
+    return path
+
+
+CONVERSIONS: Mapping[str, Callable[[Path], Path]] = {"lpips": convert_vgg16}
+
+
+def listing(family: str, modes: Sequence[str] | None, offline: bool) -> Iterator[str]:
+    """Lines that say what comes from where, how large, under which licence, or is here."""
+    yield f"{family}, in {home(family)}:"
+    lacks = missing(family, modes)
+    pins = Pins(home(family))
+    fetched = [lack for lack in lacks if lack.part.sources]
+    jobs = [Job(lack.part, lack.file) for lack in fetched] if offline else plan(fetched, pins)
+    by_target = {job.file.target: job for job in jobs}
+    for part in parts(family, modes):
+        sources = ", or ".join(map(str, part.sources)) or "this repository"
+        yield f"{part.name} ({', '.join(part.modes)}): {part.licence}, from {sources}"
+        for file in part.files:
+            job = by_target.get(file.target)
+            offer = job.offer if job else None
+            size = offer.size if offer else size_of(home(family) / file.target) or file.size
+            state = f"from {offer.url}" if offer else "to fetch" if job else "here"
+            yield f"  {readable(size) if size else '?':>9}  {file.target}  {state}"
+    known = sum(job.offer.size or 0 for job in jobs if job.offer)
+    yield f"{len(jobs)} files to fetch" + (f", {readable(known)}" if known else "")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line.
+
+    Args:
+        arguments: None for those of this process.
+
+    Returns:
+        The exit code: 0, or 1 when something could not be had. Bad arguments exit with 2.
+    """
+    parser = argparse.ArgumentParser(prog="fetch-weights", description=__doc__)
+    parser.add_argument("--mode", action="append", dest="modes", help="only what this mode needs")
+    parser.add_argument("--dir", type=Path, help="the weights folder; default: PANORAMA_WEIGHTS")
+    parser.add_argument("--offline", action="store_true", help="make no request, only verify")
+    parser.add_argument("--list", action="store_true", help="say what would be fetched")
+    options = parser.parse_args(arguments)
+    if options.dir:
+        os.environ["PANORAMA_WEIGHTS"] = str(options.dir)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("panorama").setLevel(logging.INFO)
+    try:
+        with logging_redirect_tqdm():
+            for family in manifest():
+                offered = sorted({mode for part in parts(family) for mode in part.modes})
+                for mode in set(options.modes or ()) - set(offered):
+                    parser.error(f"--mode {mode}: must be one of {', '.join(offered)}")
+                if options.list:
+                    print(*listing(family, options.modes, options.offline), sep="\n")
+                else:
+                    fetch(family, options.modes, offline=options.offline)
+                    print(f"{home(family)} has all of {family} that was asked for, verified")
+    except (WeightsError, ValueError) as error:
+        print(f"fetch-weights: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,189 @@
+"""A hub on loopback that the real client talks to: repositories at commits, and a plain server.
+
+It speaks what huggingface_hub asks of `/{repository}/resolve/{revision}/{file}`: X-Repo-Commit,
+ETag, and for large files X-Linked-ETag, X-Linked-Size and a redirect to another host.
+"""
+
+import hashlib
+import http.server
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import inf
+from typing import Any
+
+from huggingface_hub.utils.sha import git_hash
+
+CHUNK = 1 << 14
+LARGE = (".safetensors", ".pti")
+
+
+@dataclass
+class Fault:
+    """What goes wrong with a file.
+
+    Attributes:
+        methods: In answer to which requests.
+        times: How often.
+        status: In place of 200.
+        headers: Besides the usual ones.
+        change: Of the content.
+        honest: Whether size and ETag stay those of the unchanged content.
+        cut: Bytes after which the connection breaks.
+        delay: Seconds before the answer.
+    """
+
+    methods: tuple[str, ...] = ("GET",)
+    times: float = inf
+    status: int | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    change: Callable[[bytes], bytes] = lambda content: content
+    honest: bool = True
+    cut: int | None = None
+    delay: float = 0
+
+
+@dataclass
+class Request:
+    method: str
+    path: str
+    headers: dict[str, str]
+
+
+@dataclass
+class Hub:
+    """What is served, what goes wrong, and what was asked for."""
+
+    url: str = ""
+    other_url: str = ""
+    repositories: dict[str, dict[str, dict[str, bytes]]] = field(default_factory=dict)
+    newest: dict[str, str] = field(default_factory=dict)
+    plain: dict[str, bytes] = field(default_factory=dict)
+    faults: dict[str, Fault] = field(default_factory=dict)
+    pause: float = 0
+    requests: list[Request] = field(default_factory=list)
+
+    def add(self, repository: str, files: Mapping[str, bytes], commit: str = "a" * 40) -> None:
+        """Adds a commit with all its files; it is the newest now."""
+        self.repositories.setdefault(repository, {})[commit] = dict(files)
+        self.newest[repository] = commit
+
+    def asked(self, method: str, name: str) -> list[Request]:
+        """Requests for a file."""
+        return [r for r in self.requests if r.method == method and r.path.endswith(name)]
+
+    def fault(self, method: str, path: str) -> Fault:
+        """What goes wrong with a request."""
+        for name, fault in self.faults.items():
+            if path.endswith(name) and method in fault.methods and fault.times > 0:
+                fault.times -= 1
+                return fault
+        return Fault()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self.serve()
+
+    def do_GET(self) -> None:
+        self.serve()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def serve(self) -> None:
+        self.hub.requests.append(
+            Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
+        )
+        fault = self.hub.fault(self.command, self.path)
+        time.sleep(fault.delay)
+        if fault.status is not None:
+            return self.reply(fault.status, fault.headers)
+        repository, resolve, rest = (
+            self.path.removeprefix("/large").strip("/").partition("/resolve/")
+        )
+        if not resolve:
+            content = self.hub.plain.get(self.path.strip("/"))
+            return self.reply(404, {}) if content is None else self.send_file(content, {}, fault)
+        revision, _, name = rest.partition("/")
+        commit = self.hub.newest.get(repository, "") if revision == "main" else revision
+        files = self.hub.repositories.get(repository, {}).get(commit)
+        if files is None or name not in files:
+            kinds = {True: "EntryNotFound", False: "RevisionNotFound"}
+            error = (
+                "RepoNotFound" if repository not in self.hub.newest else kinds[files is not None]
+            )
+            return self.reply(404, {"X-Error-Code": error})
+        self.send_repository_file(name, files[name], commit, fault)
+
+    def send_repository_file(self, name: str, content: bytes, commit: str, fault: Fault) -> None:
+        claimed = content if fault.honest else fault.change(content)
+        headers = {"X-Repo-Commit": commit, "ETag": f'"{git_hash(claimed)}"', **fault.headers}
+        if not name.endswith(LARGE) or self.path.startswith("/large"):
+            return self.send_file(content, headers, fault)
+        digest = hashlib.sha256(claimed).hexdigest()
+        linked = {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(claimed))}
+        location = {"Location": f"{self.hub.other_url}/large{self.path}"}
+        self.reply(302, {**headers, **linked, **location, **fault.headers})
+
+    def send_file(self, content: bytes, headers: Mapping[str, str], fault: Fault) -> None:
+        content = fault.change(content)
+        status, begin = 200, 0
+        asked = self.headers.get("Range")
+        if asked:
+            begin = int(asked.removeprefix("bytes=").removesuffix("-"))
+            if begin >= len(content):
+                return self.reply(416, {})
+            status = 206
+            headers = {
+                **headers,
+                "Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}",
+            }
+        self.reply(status, headers, content[begin:], fault.cut)
+
+    def reply(
+        self, status: int, headers: Mapping[str, str], body: bytes = b"", cut: int | None = None
+    ) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.send_slowly(body[:cut])
+        if cut is not None:
+            self.close_connection = True
+
+    def send_slowly(self, body: bytes) -> None:
+        try:
+            for start in range(0, len(body), CHUNK):
+                self.wfile.write(body[start : start + CHUNK])
+                time.sleep(self.hub.pause)
+        except ConnectionError:
+            self.close_connection = True  # the client went away, as those that are killed do
+
+
+class QuietServer(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        """A client that goes away is what tests do."""
+
+
+@contextmanager
+def running_hub() -> Iterator[Hub]:
+    """A hub that serves while the block runs."""
+    hub = Hub()
+    handler = type("HubHandler", (Handler,), {"hub": hub})
+    with QuietServer(("127.0.0.1", 0), handler) as server:
+        hub.url = f"http://127.0.0.1:{server.server_port}"
+        hub.other_url = f"http://localhost:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield hub
+        server.shutdown()
+        thread.join()

@@ -1,0 +1,430 @@
+"""Fetching: the real client against a hub on loopback, with all that can go wrong."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from tests.hub import Fault, Hub, running_hub
+
+ROOT = Path(__file__).parents[2]
+COMMIT = "c" * 40
+FILES = {
+    "config.json": b'{"sizes": [1, 2, 3]}',
+    "model.safetensors": save({"w": np.arange(60_000, dtype=np.float32)}),
+    "merges.txt": b"a b\nc d\n",
+}
+STORED = {"config.json": "config.json", "model.safetensors": "model.safetensors"}
+MODEL = "small/mode/model.safetensors"
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def write_manifest(folder: Path, *sources: str, pinned: bool = True) -> None:
+    """A family `small` of three files, their hashes known or not."""
+    entries = []
+    for name, content in FILES.items():
+        known = f', size = {len(content)}, sha256 = "{sha256(content)}"' if pinned else ""
+        entries.append(f'{{ name = "{name}"{known} }}')
+    folder.mkdir(exist_ok=True)
+    (folder / "manifest.toml").write_text(
+        f"""
+        [small.part]
+        modes = ["mode"]
+        licence = "MIT"
+        sources = [{", ".join(sources)}]
+        as = "mode/{{}}"
+        files = [{", ".join(entries)}]
+        """
+    )
+
+
+FIRST = f'{{ repository = "first/model", revision = "{COMMIT}" }}'
+SECOND = '{ repository = "second/model" }'
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with running_hub() as hub:
+        hub.add("first/model", FILES, COMMIT)
+        yield hub
+
+
+@pytest.fixture
+def other() -> Iterator[Hub]:
+    """Another hub, or a private mirror of one."""
+    with running_hub() as hub:
+        hub.add("first/model", FILES, COMMIT)
+        yield hub
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A weights folder whose manifest knows every hash."""
+    write_manifest(tmp_path / "weights", FIRST)
+    return tmp_path / "weights"
+
+
+def environment(hub: Hub, folder: Path, **more: str) -> dict[str, str]:
+    own = {"HF_ENDPOINT": hub.url, "PANORAMA_WEIGHTS": str(folder), "PYTHONPATH": str(ROOT)}
+    timeouts = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
+    return {**os.environ, **own, **timeouts, "HF_HOME": str(folder / "home"), **more}
+
+
+def fetch(
+    hub: Hub, folder: Path, *arguments: str, **more: str
+) -> "subprocess.CompletedProcess[str]":
+    """The command line, with a hub in the place of the public one."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-m", "panorama.fetch", *arguments],
+        env=environment(hub, folder, **more),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    """Everything under a final name."""
+    home = folder / "small" / "mode"
+    return {path.name: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+
+
+def assert_no_bad_file(folder: Path) -> None:
+    for name, content in stored(folder).items():
+        assert content == FILES[name], name
+
+
+def test_every_file_comes_verified_and_is_not_fetched_again(hub: Hub, folder: Path) -> None:
+    result = fetch(hub, folder)
+    assert (result.returncode, stored(folder)) == (0, FILES), result.stderr
+    pins = json.loads((folder / "small" / "weights.lock").read_text())
+    assert pins["mode/model.safetensors"] == {
+        "commit": COMMIT,
+        "sha256": sha256(FILES["model.safetensors"]),
+        "size": len(FILES["model.safetensors"]),
+        "source": "first/model",
+    }
+    asked = len(hub.requests)
+    result = fetch(hub, folder)
+    assert result.returncode == 0, result.stderr
+    assert "verified" in result.stdout
+    assert len(hub.requests) == asked
+    assert not (folder / "small" / ".fetch").exists()
+
+
+def test_a_redirect_is_followed_without_the_token(hub: Hub, folder: Path) -> None:
+    assert fetch(hub, folder, HF_TOKEN="hf_secret").returncode == 0
+    direct, redirected = (
+        [r for r in hub.asked("GET", "model.safetensors") if r.path.startswith("/large") is large]
+        for large in (False, True)
+    )
+    assert [r.headers.get("authorization") for r in direct] == ["Bearer hf_secret"]
+    assert [r.headers.get("authorization") for r in redirected] == [None]
+
+
+FLIP = dict(change=lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+FAULTS = {
+    "a flipped byte": (Fault(**FLIP), "sent sha256"),
+    "a flipped byte, and a hash to match": (
+        Fault(("HEAD", "GET"), honest=False, **FLIP),
+        "offers sha256",
+    ),
+    "a connection that breaks": (Fault(cut=0), "RemoteProtocolError"),
+    "a truncated file": (Fault(change=lambda content: content[:-5]), "bytes"),
+    "a truncated file, and a size to match": (
+        Fault(("HEAD", "GET"), change=lambda content: content[:-5], honest=False),
+        f"offers size {len(FILES['model.safetensors']) - 5}, but the manifest says",
+    ),
+    "a longer file": (Fault(change=lambda content: content + b"more"), "sent more than the"),
+    "another commit": (
+        Fault(("HEAD",), headers={"X-Repo-Commit": "d" * 40}),
+        f"serves commit {'d' * 40} for {COMMIT}",
+    ),
+    "no hub": (Fault(("HEAD",), status=200, headers={"ETag": '"1"'}), "so it is no hub"),
+    "404": (Fault(("HEAD", "GET"), status=404), "404"),
+    "404 after all": (Fault(("GET",), status=404), "404"),
+    "500": (Fault(("HEAD", "GET"), status=500), "500"),
+    "403": (Fault(("HEAD", "GET"), status=403), "403"),
+    "429 for a day": (
+        Fault(("HEAD", "GET"), status=429, headers={"Retry-After": "86400"}),
+        "429",
+    ),
+    "a hang": (Fault(("HEAD",), delay=2.5), "Timeout"),
+    "a hang after all": (Fault(("GET",), delay=2.5), "Timeout"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_what_one_server_does_wrong_the_next_makes_good(
+    hub: Hub, other: Hub, folder: Path, kind: str
+) -> None:
+    fault, message = FAULTS[kind]
+    other.faults["model.safetensors"] = fault
+    result = fetch(hub, folder, PANORAMA_MIRROR=other.url)
+    assert result.returncode == 0, result.stderr
+    assert stored(folder) == FILES
+    assert f"mode/model.safetensors: {other.url}" in result.stderr
+    assert message in result.stderr
+    assert hub.asked("GET", "model.safetensors")
+    assert not hub.asked("GET", "config.json")
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_what_every_server_does_wrong_is_a_clear_error_and_leaves_no_bad_file(
+    hub: Hub, folder: Path, kind: str
+) -> None:
+    fault, message = FAULTS[kind]
+    hub.faults["model.safetensors"] = fault
+    result = fetch(hub, folder)
+    assert result.returncode == 1
+    error = result.stderr[result.stderr.index("fetch-weights: ") :]
+    assert "1 of 3 files cannot be had:\n  mode/model.safetensors\n" in error
+    assert message in error
+    assert "Traceback" not in error
+    assert_no_bad_file(folder)
+    assert "model.safetensors" not in stored(folder)
+    hub.faults.clear()
+    assert fetch(hub, folder).returncode == 0
+    assert stored(folder) == FILES
+
+
+def test_a_busy_server_is_waited_for_as_long_as_it_asks(hub: Hub, folder: Path) -> None:
+    busy = Fault(("HEAD",), times=1, status=429, headers={"Retry-After": "2"})
+    hub.faults["model.safetensors"] = busy
+    begin = time.monotonic()
+    result = fetch(hub, folder)
+    assert result.returncode == 0, result.stderr
+    assert time.monotonic() - begin > 2
+    assert "waiting for 2 s" in result.stderr
+    assert len(hub.asked("HEAD", "model.safetensors")) == 2
+
+
+def test_a_broken_connection_is_resumed_where_it_broke(hub: Hub, folder: Path) -> None:
+    hub.faults["/large/first/model/resolve/" + COMMIT + "/model.safetensors"] = Fault(
+        times=2, cut=100_000
+    )
+    result = fetch(hub, folder)
+    assert result.returncode == 0, result.stderr
+    ranges = [r.headers.get("range") for r in hub.asked("GET", "model.safetensors")]
+    assert [r for r in dict.fromkeys(ranges)] == [None, "bytes=100000-", "bytes=200000-"]
+
+
+def test_what_a_bad_mirror_left_does_not_spoil_a_good_one(
+    hub: Hub, other: Hub, folder: Path
+) -> None:
+    """It sends other bytes under the right ETag and breaks; the good one goes on from there."""
+    other.faults["model.safetensors"] = Fault(
+        change=lambda content: bytes(len(content)), cut=100_000
+    )
+    other.faults["/large"] = Fault(status=500)
+    result = fetch(hub, folder, PANORAMA_MIRROR=other.url)
+    assert result.returncode == 0, result.stderr
+    assert stored(folder) == FILES
+
+
+def test_a_file_that_spoils_in_its_place_is_found_and_fetched_again(hub: Hub, folder: Path) -> None:
+    assert fetch(hub, folder).returncode == 0
+    path = folder / MODEL
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    result = fetch(hub, folder, "--offline")
+    assert result.returncode == 1
+    assert "offline" in result.stderr and "mode/model.safetensors" in result.stderr
+    assert fetch(hub, folder).returncode == 0
+    assert stored(folder) == FILES
+
+
+def test_a_disk_that_is_too_small_is_said_before_anything_is_fetched(
+    hub: Hub, tmp_path: Path
+) -> None:
+    write_manifest(tmp_path / "weights", FIRST, pinned=False)
+    huge = {"X-Linked-Size": str(10**18)}
+    hub.faults["model.safetensors"] = Fault(("HEAD",), headers=huge)
+    result = fetch(hub, tmp_path / "weights")
+    assert result.returncode == 1
+    assert "1.00EB are to be fetched, but only" in result.stderr
+    assert not [r for r in hub.requests if r.method == "GET" and "resolve" in r.path]
+
+
+def test_a_disk_that_fills_up_meanwhile_is_an_error_and_leaves_no_bad_file(
+    hub: Hub, folder: Path
+) -> None:
+    code = (
+        "import resource, sys; from panorama.fetch import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)); sys.exit(main([]))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment(hub, folder), capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "File too large; make room there, or choose another folder" in result.stderr
+    assert_no_bad_file(folder)
+    assert fetch(hub, folder).returncode == 0
+    assert stored(folder) == FILES
+
+
+def test_what_was_first_seen_is_pinned(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    write_manifest(folder, SECOND, pinned=False)
+    hub.add("second/model", FILES, "1" * 40)
+    assert fetch(hub, folder).returncode == 0
+
+    hub.add("second/model", {**FILES, "merges.txt": b"e f\n"}, "2" * 40)
+    (folder / "small/mode/merges.txt").unlink()
+    result = fetch(hub, folder)
+    assert result.returncode == 0, result.stderr
+    assert stored(folder) == FILES  # still the first commit's
+
+    changed = FILES["model.safetensors"][:-1] + b"!"
+    for commit in ("1" * 40, "2" * 40):
+        hub.add("second/model", {**FILES, "model.safetensors": changed}, commit)
+    (folder / MODEL).unlink()
+    result = fetch(hub, folder)
+    assert result.returncode == 1
+    assert f"sha256 {sha256(changed)}, but weights.lock says" in result.stderr
+    assert "model.safetensors" not in stored(folder)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_without_a_known_hash_a_damaged_file_does_not_pass(
+    hub: Hub, tmp_path: Path, name: str
+) -> None:
+    write_manifest(tmp_path / "weights", FIRST, pinned=False)
+    hub.faults[name] = (
+        Fault(**FLIP)
+        if name == "model.safetensors"
+        else Fault(change=lambda content: content.replace(b"1", b"7").replace(b"a b", b"a z"))
+    )
+    result = fetch(hub, tmp_path / "weights")
+    assert result.returncode == 1
+    assert_no_bad_file(tmp_path / "weights")
+    assert name not in stored(tmp_path / "weights")
+
+
+def test_what_is_no_safetensors_file_does_not_pass(hub: Hub, tmp_path: Path) -> None:
+    write_manifest(tmp_path / "weights", FIRST, pinned=False)
+    hub.add("first/model", {**FILES, "model.safetensors": FILES["model.safetensors"][:-8]}, COMMIT)
+    result = fetch(hub, tmp_path / "weights")
+    assert result.returncode == 1
+    assert "is no .safetensors file" in result.stderr
+    assert "model.safetensors" not in stored(tmp_path / "weights")
+
+
+def test_two_fetches_at_once_share(hub: Hub, folder: Path) -> None:
+    hub.pause = 0.05
+    command = [sys.executable, "-m", "panorama.fetch"]
+    both = [
+        subprocess.Popen(
+            command, env=environment(hub, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    errors = [process.communicate(timeout=60)[1].decode() for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert stored(folder) == FILES
+    assert sum("waiting for it" in error for error in errors) == 1
+    assert len([r for r in hub.asked("GET", "model.safetensors") if "large" in r.path]) == 1
+
+
+FORK_FETCHES = """
+import os, sys
+from panorama import fetch
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        os.dup2(2, 1)
+        os._exit(fetch.main([]))
+    print(child, flush=True)
+    sys.stdin.readline()  # until it is reaped its number is no other process's
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_killed_at_any_moment_it_leaves_no_bad_file_and_the_next_goes_on(
+    hub: Hub, tmp_path: Path
+) -> None:
+    """Processes fork from one that has its modules, so that kills hit what matters."""
+    hub.pause = 0.02
+    chance, killed, partial, round_ = random.Random(0), 0, 0, 0
+    folder = tmp_path / "0"
+    write_manifest(folder, FIRST)
+    while killed < 40:
+        folder = tmp_path / str(round_)
+        write_manifest(folder, FIRST, pinned=round_ % 2 == 0)
+        round_ += 1
+        parent = subprocess.Popen(
+            [sys.executable, "-c", FORK_FETCHES],
+            env=environment(hub, folder),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        with parent:
+            assert parent.stdin and parent.stdout
+            code = None
+            while code != 0:
+                print(file=parent.stdin, flush=True)
+                child = int(parent.stdout.readline())
+                time.sleep(chance.uniform(0, 0.5))
+                if killed < 40:
+                    os.kill(child, signal.SIGKILL)
+                print(file=parent.stdin, flush=True)
+                code = int(parent.stdout.readline())
+                assert code in (0, -signal.SIGKILL)
+                killed += code != 0
+                partial += bool(list((folder / "small" / ".fetch").glob("*.part")))
+                assert_no_bad_file(folder)
+            parent.stdin.close()
+        assert stored(folder) == FILES
+    assert partial >= 10
+    assert any("range" in r.headers for r in hub.requests)
+    assert fetch(hub, folder, "--offline").returncode == 0
+
+
+def test_offline_makes_no_request(hub: Hub, folder: Path) -> None:
+    by_option = fetch(hub, folder, "--offline")
+    by_variable = fetch(hub, folder, HF_HUB_OFFLINE="1")
+    for result in (by_option, by_variable):
+        assert result.returncode == 1
+        assert f"offline, and {folder / 'small'} lacks" in result.stderr
+        assert f"mode/model.safetensors of part, from first/model at {COMMIT}" in result.stderr
+    assert hub.requests == []
+
+
+def test_list_says_what_comes_from_where_how_large_under_which_licence(
+    hub: Hub, folder: Path
+) -> None:
+    result = fetch(hub, folder, "--list")
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"small, in {folder / 'small'}:"
+    assert lines[1] == f"part (mode): MIT, from first/model at {COMMIT}"
+    url = f"{hub.url}/first/model/resolve/{COMMIT}/model.safetensors"
+    assert f"      240kB  mode/model.safetensors  from {url}"[4:] in result.stdout
+    assert lines[-1] == "3 files to fetch, 240kB"
+    assert not [r for r in hub.requests if r.method == "GET" and "resolve" in r.path]
+    assert fetch(hub, folder).returncode == 0
+    listed = fetch(hub, folder, "--list").stdout.splitlines()
+    assert listed[-1] == "0 files to fetch"
+    assert [line.split()[-1] for line in listed[2:-1]] == ["here"] * 3
+
+
+def test_a_mode_that_is_not_there_is_refused(hub: Hub, folder: Path) -> None:
+    result = fetch(hub, folder, "--mode", "flat")
+    assert result.returncode == 2
+    assert "--mode flat: must be one of mode" in result.stderr
