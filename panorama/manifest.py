@@ -2,7 +2,7 @@
 
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -126,22 +126,18 @@ def read(path: Path) -> Mapping[str, tuple[Part, ...]]:
     try:
         families = tomllib.loads(path.read_text())
         return {family: tuple(parts(tables)) for family, tables in families.items()}
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def parts(tables: Mapping[str, Any]) -> Iterable[Part]:
+def parts(tables: Mapping[str, Any]) -> Iterator[Part]:
     """The parts of one family, out of its table."""
     targets: set[str] = set()
     for name, table in tables.items():
-        pattern = table.pop("as", "{}")
-        part = Part(
-            name,
-            modes=tuple(table.pop("modes")),
-            files=tuple(file(pattern, **values) for values in table.pop("files")),
-            sources=tuple(Source(**values) for values in table.pop("sources", ())),
-            **table,
-        )
+        try:
+            part = make_part(name, **table)
+        except TypeError as error:  # a field that is missing, or unknown
+            raise ValueError(f"{name}: {error}") from error
         for stored in part.files:
             if stored.target in targets:
                 raise ValueError(f"{name}: {stored.target} is there twice")
@@ -149,7 +145,19 @@ def parts(tables: Mapping[str, Any]) -> Iterable[Part]:
         yield part
 
 
-def file(pattern: str, name: str, **values: Any) -> File:
+def make_part(name: str, *, modes: Any, files: Any, sources: Any = (), **table: Any) -> Part:
+    """One part, out of its table."""
+    pattern = table.pop("as", "{}")
+    return Part(
+        name,
+        modes=tuple(modes),
+        files=tuple(make_file(pattern, **values) for values in files),
+        sources=tuple(Source(**values) for values in sources),
+        **table,
+    )
+
+
+def make_file(pattern: str, name: str, **values: Any) -> File:
     """One file, whose target follows its part's pattern unless it says another."""
     return File(name, values.pop("as", pattern.format(name)), **values)
 

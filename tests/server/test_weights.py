@@ -428,3 +428,26 @@ def test_a_mode_that_is_not_there_is_refused(hub: Hub, folder: Path) -> None:
     result = fetch(hub, folder, "--mode", "flat")
     assert result.returncode == 2
     assert "--mode flat: must be one of mode" in result.stderr
+
+
+def test_a_pickle_that_is_not_the_known_one_is_never_opened(hub: Hub, tmp_path: Path) -> None:
+    opened = tmp_path / "opened"
+    payload = f"cposix\nsystem\n(S'touch {opened}'\ntR.".encode()  # a pickle is a program
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    (folder / "manifest.toml").write_text(
+        f"""
+        [small.lpips]
+        modes = ["mode"]
+        licence = "MIT"
+        sources = [{{ url = "https://files.invalid/models" }}]
+        convert = "lpips"
+        files = [{{ name = "v.pth", as = "mode/v.safetensors", sha256 = "{sha256(b"true")}" }}]
+        """
+    )
+    hub.plain["files.invalid/models/v.pth"] = payload
+    result = fetch(hub, folder, PANORAMA_MIRROR=hub.url)
+    assert result.returncode == 1
+    assert f"sent sha256 {sha256(payload)}, but the manifest says" in result.stderr
+    assert not opened.exists()
+    assert stored(folder) == {}

@@ -29,3 +29,10 @@ def test_what_it_links_to_exists():
     for text in texts:
         for target in re.findall(r"\]\(([^)#:]+)\)", text.read_text()):
             assert (text.parent / target).exists(), f"{text}: {target}"
+
+
+def test_the_table_of_environment_variables_names_all_that_are_read():
+    written = README.read_text().partition("<!-- environment -->")[2].partition("<!-- /env")[0]
+    sources = [README.parent / "predict.py", *(README.parent / "panorama").glob("*.py")]
+    read = {name for path in sources for name in re.findall(r"PANORAMA_[A-Z]+", path.read_text())}
+    assert read == set(re.findall(r"^\| `(PANORAMA_[A-Z]+)`", written, re.MULTILINE))

@@ -1,0 +1,122 @@
+"""The whole of `full`, small, from a hub on loopback: fetched by setup, loaded, run offline."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from panorama.perceptual import LPIPS
+from tests import small_full
+from tests.hub import Hub, running_hub
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "weights"
+QUICK = ("num_inference_steps=2", "seed=1")
+
+# No socket goes further than this process, whatever a library may try.
+NO_NETWORK = """
+import socket, sys
+def refuse(*arguments, **options):
+    raise AssertionError("a network was asked for")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+from panorama.__main__ import main
+for arguments in {commands}:
+    assert main(arguments) == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with running_hub() as hub:
+        small_full.fill(hub)
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def folder(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weights folder with the manifest of this repository, but for the hash of VGG16."""
+    folder = tmp_path_factory.mktemp("weights")
+    text = (SHIPPED / "manifest.toml").read_text()
+    assert text.count(small_full.VGG16_SHA256) == 1
+    own = hashlib.sha256(hub.plain[small_full.VGG16_URL]).hexdigest()
+    (folder / "manifest.toml").write_text(text.replace(small_full.VGG16_SHA256, own))
+    return folder
+
+
+def run(hub: Hub, folder: Path, *command: str) -> "subprocess.CompletedProcess[str]":
+    more = {
+        "HF_ENDPOINT": hub.url,
+        "PANORAMA_MIRROR": hub.url,
+        "PANORAMA_WEIGHTS": str(folder),
+        "PANORAMA_FAMILY": "full",
+        "PYTHONPATH": str(ROOT),
+        "HF_HOME": str(folder / "home"),
+    }
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**os.environ, **more},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def test_what_is_missing_is_said_with_the_command_that_brings_it(hub: Hub, folder: Path) -> None:
+    code = "from panorama import load; load('full', modes=['syncdiffusion'])"
+    result = run(hub, folder, "-c", code)
+    assert result.returncode == 1
+    assert (
+        "syncdiffusion/unet/diffusion_pytorch_model.safetensors of sd2, from sd2-community/"
+        in result.stderr
+    )
+    assert "script/fetch-weights --mode syncdiffusion fetches them" in result.stderr
+    assert hub.requests == []
+
+
+def test_setup_fetches_the_family_and_then_both_modes_run_without_a_network(
+    hub: Hub, folder: Path, tmp_path: Path
+) -> None:
+    first, second, third = (tmp_path / f"{name}.png" for name in ("first", "second", "third"))
+    sync = ["prompt=sea", "width=128", "height=64", "sync_threshold=1", "stride=16", *QUICK]
+    sphere = ["prompt=sea", "mode=sdxl-360", "width=128", "height=64", *QUICK]
+    inputs = {
+        name: [part for value in values for part in ("-i", value)]
+        for name, values in (("sync", sync), ("sphere", sphere))
+    }
+    result = run(hub, folder, "-m", "panorama", *inputs["sync"], "-o", str(first))
+    assert result.returncode == 0, result.stderr
+    assert f"fetching 36 files of full to {folder / 'full'}" in result.stdout
+    assert "full is there, verified" in result.stdout
+    asked = len(hub.requests)
+
+    commands = [
+        [*inputs["sync"], "-o", str(second)],
+        [*inputs["sphere"], "-o", str(third)],
+    ]
+    result = run(hub, folder, "-c", NO_NETWORK.format(commands=commands))
+    assert result.returncode == 0, result.stderr
+    assert "fetching" not in result.stdout
+    assert len(hub.requests) == asked
+    assert first.read_bytes() == second.read_bytes()
+    for path in (second, third):
+        with Image.open(path) as image:
+            assert image.size == (128, 64)
+            assert np.asarray(image).std() > 0
+
+    lpips = folder / "full" / "syncdiffusion" / "perceptual"
+    model = LPIPS.from_pretrained(lpips)
+    heads = load_file(SHIPPED / "lpips_vgg_heads.safetensors").values()
+    for mine, published in zip(model.heads, heads, strict=True):
+        torch.testing.assert_close(mine.data, published.flatten())
+    assert not list((folder / "full").rglob("*.pth"))
+    assert {
+        path.dtype for path in load_file(lpips / "diffusion_pytorch_model.safetensors").values()
+    } == {torch.float32}
