@@ -185,7 +185,7 @@ def plan(lacks: Sequence[Lack], pins: Pins) -> list[Job]:
 
 def offers(job: Job, pins: Pins) -> Iterator[Offer]:
     """What servers offer, in their order: a private mirror comes before all others."""
-    mirror = os.environ.get("PANORAMA_MIRROR", "").rstrip("/")
+    mirror = private_mirror()
     for base in (mirror, None) if mirror else (None,):
         for source in job.part.sources:
             revision = source.revision or pins.commit(source)
@@ -195,6 +195,18 @@ def offers(job: Job, pins: Pins) -> Iterator[Offer]:
                 job.fail(f"{base}, {source}" if base else str(source), error)
             else:
                 yield offer
+
+
+def private_mirror() -> str:
+    """The server that PANORAMA_MIRROR names; "" if it names none.
+
+    Raises:
+        WeightsError: It is no URL.
+    """
+    url = os.environ.get("PANORAMA_MIRROR", "").rstrip("/")
+    if url and not url.startswith(("http://", "https://")):
+        raise WeightsError(f"PANORAMA_MIRROR={url!r}: must be a URL; https://{url} might do")
+    return url
 
 
 def run_all(call: Callable[[Job], bool], jobs: Sequence[Job], stop: Event) -> list[Job]:

@@ -1,7 +1,8 @@
 """A hub on loopback that the real client talks to: repositories at commits, and a plain server.
 
-It speaks what huggingface_hub asks of `/{repository}/resolve/{revision}/{file}`: X-Repo-Commit,
-ETag, and for large files X-Linked-ETag, X-Linked-Size and a redirect to another host.
+It speaks what huggingface_hub asks of `/{repository}/resolve/{revision}/{file}`: X-Repo-Commit and
+ETag; for large files X-Linked-ETag, X-Linked-Size and a redirect to another host, and for small
+ones a redirect on the same host.
 """
 
 import hashlib
@@ -18,6 +19,8 @@ from huggingface_hub.utils.sha import git_hash
 
 CHUNK = 1 << 14
 LARGE = (".safetensors", ".pti")
+SMALL_PATH, LARGE_PATH = "/api/resolve-cache", "/large"
+"""Where redirects lead to."""
 
 
 @dataclass
@@ -104,9 +107,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         time.sleep(fault.delay)
         if fault.status is not None:
             return self.reply(fault.status, fault.headers)
-        repository, resolve, rest = (
-            self.path.removeprefix("/large").strip("/").partition("/resolve/")
-        )
+        path = self.path.removeprefix(LARGE_PATH).removeprefix(SMALL_PATH)
+        repository, resolve, rest = path.strip("/").partition("/resolve/")
         if not resolve:
             content = self.hub.plain.get(self.path.strip("/"))
             return self.reply(404, {}) if content is None else self.send_file(content, {}, fault)
@@ -124,11 +126,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_repository_file(self, name: str, content: bytes, commit: str, fault: Fault) -> None:
         claimed = content if fault.honest else fault.change(content)
         headers = {"X-Repo-Commit": commit, "ETag": f'"{git_hash(claimed)}"', **fault.headers}
-        if not name.endswith(LARGE) or self.path.startswith("/large"):
+        if self.path.startswith((SMALL_PATH, LARGE_PATH)):
             return self.send_file(content, headers, fault)
+        if not name.endswith(LARGE):
+            return self.reply(307, {**headers, "Location": SMALL_PATH + self.path})
         digest = hashlib.sha256(claimed).hexdigest()
         linked = {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": str(len(claimed))}
-        location = {"Location": f"{self.hub.other_url}/large{self.path}"}
+        location = {"Location": f"{self.hub.other_url}{LARGE_PATH}{self.path}"}
         self.reply(302, {**headers, **linked, **location, **fault.headers})
 
     def send_file(self, content: bytes, headers: Mapping[str, str], fault: Fault) -> None:

@@ -430,6 +430,26 @@ def test_a_mode_that_is_not_there_is_refused(hub: Hub, folder: Path) -> None:
     assert "--mode flat: must be one of mode" in result.stderr
 
 
+def test_a_mirror_that_is_no_url_is_refused(hub: Hub, folder: Path) -> None:
+    result = fetch(hub, folder, PANORAMA_MIRROR="mirror.example")
+    assert result.returncode == 1
+    assert "PANORAMA_MIRROR='mirror.example': must be a URL; https://mirror" in result.stderr
+    assert not [r for r in hub.requests if "resolve" in r.path]
+
+
+def test_a_file_of_a_server_that_is_no_hub_may_be_elsewhere_and_its_size_untold(
+    hub: Hub, folder: Path
+) -> None:
+    write_manifest(folder, '{ url = "https://files.invalid/models" }')
+    for name, content in FILES.items():
+        hub.plain[f"files.invalid/models/{name}"] = content
+    location = {"Location": f"{hub.other_url}/files.invalid/models/model.safetensors"}
+    hub.faults["model.safetensors"] = Fault(("HEAD",), status=302, headers=location)
+    result = fetch(hub, folder, PANORAMA_MIRROR=hub.url)
+    assert result.returncode == 0, result.stderr
+    assert stored(folder) == FILES
+
+
 def test_a_pickle_that_is_not_the_known_one_is_never_opened(hub: Hub, tmp_path: Path) -> None:
     opened = tmp_path / "opened"
     payload = f"cposix\nsystem\n(S'touch {opened}'\ntR.".encode()  # a pickle is a program
