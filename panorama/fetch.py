@@ -11,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -117,7 +117,8 @@ def fetch(family: str, modes: Sequence[str] | None = None, *, offline: bool = Fa
             lacks = missing(family, modes, thorough=True)
             copy_shipped(folder, lacks)
             fetch_all(folder, [lack for lack in lacks if lack.part.sources], offline)
-            shutil.rmtree(folder / STAGING, ignore_errors=True)
+            with suppress(OSError):  # parts of other modes' files are in it, for their own turn
+                (folder / STAGING).rmdir()
     except OSError as error:
         raise WeightsError(
             f"{folder}: {error}; make room there, or choose another folder"
@@ -226,9 +227,12 @@ def run_all(call: Callable[[Job], bool], jobs: Sequence[Job], stop: Event) -> li
 
 
 def report(jobs: Sequence[Job], failed: Sequence[Job]) -> None:
-    """Raises WeightsError with all that went wrong, if some jobs failed."""
-    if failed:
-        lines = [f"\n  {job.file.target}\n    " + "\n    ".join(job.failures) for job in failed]
+    """Raises WeightsError with all that went wrong, each thing once, if some jobs failed."""
+    groups: dict[str, list[str]] = {}
+    for job in failed:
+        groups.setdefault("\n    ".join(job.failures), []).append(f"\n  {job.file.target}")
+    if groups:
+        lines = (f"{''.join(targets)}\n    {failures}" for failures, targets in groups.items())
         raise WeightsError(f"{len(failed)} of {len(jobs)} files cannot be had:{''.join(lines)}")
 
 
@@ -256,7 +260,12 @@ def readable(size: int) -> str:
 def staged(folder: Path, job: Job, offer: Offer) -> Path:
     """Where a file comes in; what came in of other bytes has another name."""
     key = hashlib.sha256(f"{offer.etag} {offer.size}".encode()).hexdigest()[:16]
-    return folder / STAGING / f"{job.file.target.replace('/', '.')}.{key}.part"
+    return folder / STAGING / f"{staged_name(job)}.{key}.part"
+
+
+def staged_name(job: Job) -> str:
+    """What the names begin with under which a file comes in."""
+    return job.file.target.replace("/", ".")
 
 
 def fetch_one(folder: Path, job: Job, pins: Pins, progress: Progress) -> bool:
@@ -298,6 +307,9 @@ def bring(folder: Path, job: Job, offer: Offer, pins: Pins, progress: Progress) 
     pin = Pin(seen.size or 0, seen.sha256 or "", offer.source.place, offer.commit)
     pins.add(job.file.target, pin, offer.source)
     put(part, folder / job.file.target)
+    # A pickle that was converted, and what came in of a file that has changed meanwhile.
+    for left in (folder / STAGING).glob(f"{staged_name(job)}.{'[0-9a-f]' * 16}.part"):
+        left.unlink()
 
 
 def convert_vgg16(weights: Path) -> Path:

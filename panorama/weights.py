@@ -109,9 +109,9 @@ class Pins:
             if source.revision is None and first not in (None, pin.commit):
                 raise BadFileError(f"moved from commit {first} to {pin.commit} meanwhile")
             self._pins[target] = pin
-            text = json.dumps({name: asdict(self._pins[name]) for name in sorted(self._pins)})
+            pins = {name: asdict(self._pins[name]) for name in sorted(self._pins)}
             part = self.path.with_name(self.path.name + ".part")
-            part.write_text(text + "\n")
+            part.write_text(json.dumps(pins, indent=2) + "\n")
             put(part, self.path)
 
 

@@ -95,6 +95,7 @@ def test_setup_fetches_the_family_and_then_both_modes_run_without_a_network(
     assert result.returncode == 0, result.stderr
     assert f"fetching 36 files of full to {folder / 'full'}" in result.stdout
     assert "full is there, verified" in result.stdout
+    assert result.stderr == ""
     asked = len(hub.requests)
 
     commands = [

@@ -221,6 +221,24 @@ def test_a_broken_connection_is_resumed_where_it_broke(hub: Hub, folder: Path) -
     assert ranges == [None, "bytes=100000-", "bytes=200000-"]
 
 
+def test_what_came_of_one_mode_stays_while_another_is_fetched(hub: Hub, folder: Path) -> None:
+    path = folder / "manifest.toml"
+    text = path.read_text()
+    other = text.replace("small.part", "small.more").replace('"mode"', '"other"')
+    path.write_text(text + other.replace("mode/{}", "other/{}").replace("first/", "second/"))
+    hub.add("second/model", FILES, COMMIT)
+    large = f"large/second/model/resolve/{COMMIT}/model.safetensors"
+    hub.faults["/" + large] = Fault(times=1, cut=100_000)
+    hub.faults[large] = Fault(times=1, status=404)
+    assert fetch(hub, folder, "--mode", "other").returncode == 1
+    assert fetch(hub, folder, "--mode", "mode").returncode == 0
+    assert stored(folder) == FILES
+    assert fetch(hub, folder).returncode == 0
+    ranges = [r.headers.get("range") for r in hub.asked("GET", large)]
+    assert ranges == [None, "bytes=100000-", "bytes=100000-"]
+    assert not (folder / "small" / ".fetch").exists()
+
+
 def test_what_a_bad_mirror_left_does_not_spoil_a_good_one(
     hub: Hub, other: Hub, folder: Path
 ) -> None:
