@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from panorama.models import load
 from panorama.perceptual import LPIPS
+from panorama.weights import WeightsError
 from tests import small_full
 from tests.hub import Hub, running_hub
 
@@ -69,15 +71,19 @@ def run(hub: Hub, folder: Path, *command: str) -> "subprocess.CompletedProcess[s
     )
 
 
-def test_what_is_missing_is_said_with_the_command_that_brings_it(hub: Hub, folder: Path) -> None:
-    code = "from panorama import load; load('full', modes=['syncdiffusion'])"
-    result = run(hub, folder, "-c", code)
-    assert result.returncode == 1
-    assert (
-        "syncdiffusion/unet/diffusion_pytorch_model.safetensors of sd2, from sd2-community/"
-        in result.stderr
-    )
-    assert "script/fetch-weights --mode syncdiffusion fetches them" in result.stderr
+def test_what_is_missing_is_said_with_the_command_that_brings_it(
+    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PANORAMA_WEIGHTS", str(folder))
+    monkeypatch.setenv("PANORAMA_MIRROR", hub.url)
+    with pytest.raises(WeightsError) as caught:
+        load("full", modes=["syncdiffusion"])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == f"{folder / 'full'} lacks"
+    unet = "  syncdiffusion/unet/diffusion_pytorch_model.safetensors of sd2, from sd2-community/"
+    assert any(line.startswith(unet) for line in lines)
+    assert lines[-1] == "script/fetch-weights --mode syncdiffusion fetches them"
+    assert not any("sdxl" in line for line in lines)
     assert hub.requests == []
 
 
