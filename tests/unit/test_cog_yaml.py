@@ -42,7 +42,7 @@ BUILD_FIELDS = {
 }
 DEPRECATED = ("python_packages", "pre_install")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-DENIED = [
+DENIED = (
     "PATH",
     "LD_LIBRARY_PATH",
     "PYTHONPATH",
@@ -58,7 +58,7 @@ DENIED = [
     "HF_ENDPOINT",
     "HF_HUB_ENABLE_HF_TRANSFER",
     "KUBERNETES_*",
-]
+)
 
 
 def check(config: dict[str, Any], root: Path = ROOT) -> None:

@@ -1,0 +1,100 @@
+"""What goes into the container: all that predict.py needs, and little else."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LARGE = 100_000  # bytes; below it, a file that nobody needs does no harm
+NEEDED = ("predict.py", "cog.yaml", "requirements.txt", "LICENSE", ".cog/openapi_schema.json")
+FOLDERS = ("panorama", "weights/tiny")
+UNWANTED = (
+    ".git/config",
+    ".hypothesis/examples/a",
+    ".mypy_cache/3.11/a.json",
+    ".pytest_cache/v/cache",
+    ".ruff_cache/a",
+    ".venv/bin/python",
+    "docs/sunset.png",
+    "out.png",
+    "panorama/__pycache__/views.cpython-311.pyc",
+    "script/bench.py",
+    "tests/data/cases.json",
+    "weights/full/unet/model.safetensors.part",
+    "weights/train/judges/windows.safetensors",
+    "weights/train/work/scenes/0.png",
+)
+
+
+def expression(pattern: str) -> re.Pattern[str]:
+    """Docker's patterns: from the root, `*` within a name, `**` over any number of folders."""
+    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.strip("/"))
+    text = "".join(parts.get(piece, re.escape(piece)) for piece in pieces)
+    return re.compile(f"{text}(?:/.*)?")  # with a folder goes what is in it
+
+
+def ignored(path: str) -> bool:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    assert not any(pattern.startswith("!") for pattern in patterns), "teach this test exceptions"
+    return any(expression(pattern).fullmatch(path) for pattern in patterns)
+
+
+def context(root: Path = ROOT) -> Iterator[Path]:
+    """The files that Docker is given, relative to the root."""
+    for folder, folders, files in os.walk(root):
+        place = Path(folder).relative_to(root)
+        folders[:] = [name for name in folders if not ignored((place / name).as_posix())]
+        yield from (place / name for name in files if not ignored((place / name).as_posix()))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matching", "other"),
+    [
+        ("docs", "docs/a/b.png", "panorama/docs"),
+        ("*.png", "out.png", "weights/out.png"),
+        ("**/*.part", "weights/full/a.part", "a.parts"),
+        ("**/__pycache__", "__pycache__/a.pyc", "pycache"),
+        ("weights/train", "weights/train/work/a", "weights/training"),
+    ],
+)
+def test_the_matcher_is_docker_s(pattern, matching, other):
+    assert expression(pattern).fullmatch(matching)
+    assert not expression(pattern).fullmatch(other)
+
+
+@pytest.mark.parametrize("path", UNWANTED)
+def test_what_only_developers_need_is_left_out(path):
+    assert ignored(path)
+
+
+def test_what_is_large_is_a_weight_of_a_family():
+    for path in context():
+        if (ROOT / path).stat().st_size > LARGE:
+            assert path.suffix == ".safetensors" and path.parts[0] == "weights", path
+            assert path.parts[1] != "train", path
+
+
+def test_what_the_predictor_needs_is_in():
+    given = {path.as_posix() for path in context()}
+    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
+    needed = {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
+    assert given >= {*NEEDED, *needed}
+
+
+def test_what_is_in_is_enough_to_make_a_picture(tmp_path):
+    for path in context():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    inputs = ("prompt=night", "width=256", "height=256", "num_inference_steps=1", "sync_weight=0")
+    command = [sys.executable, "-m", "panorama", *(f"-i{pair}" for pair in inputs), "-o", "a.png"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    assert (tmp_path / "a.png").stat().st_size > 0
