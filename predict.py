@@ -128,6 +128,10 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             ge=0.0,
             le=2.0,
         ),
+        disable_safety_checker: bool = Input(
+            description="Return the picture unchecked. Otherwise a deployment that has a safety checker withholds a picture that it flags.",
+            default=False,
+        ),
     ) -> Path:
         """Makes one panorama and returns the path of its PNG."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
@@ -228,6 +232,7 @@ class Stopwatch:
 NOISE = {
     "transformers.utils.import_utils": "requires torchvision",
     "transformers.modeling_utils": "new embeddings will be initialized",
+    "diffusers.pipelines.stable_diffusion.safety_checker": "A black image will be returned",
 }
 """Loggers, and a part of what each says that users can do nothing about."""
 
@@ -241,7 +246,8 @@ def hush_libraries() -> None:
     """Keeps from a user's log what is not about their picture.
 
     That is how transformers advises to install torchvision, which nothing here uses, what it says
-    of new tokens, and the progress bars over files being loaded.
+    of new tokens, the progress bars over files being loaded, and what the safety checker
+    says of a black picture, which nobody gets either.
     """
     for name, noise in NOISE.items():
         logging.getLogger(name).addFilter(partial(is_wanted, noise))

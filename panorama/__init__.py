@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from panorama.models import Models, load
     from panorama.picture import read_metadata, save
     from panorama.request import ModeSettings, Request, ResolvedRequest
+    from panorama.safety import PictureWithheldError
     from panorama.sdxl import SDXL360
     from panorama.syncdiffusion import SyncDiffusionPipeline
 
@@ -27,6 +28,7 @@ __all__ = [
     "SDXL360",
     "ModeSettings",
     "Models",
+    "PictureWithheldError",
     "Request",
     "ResolvedRequest",
     "SyncDiffusionPipeline",
@@ -39,6 +41,7 @@ __all__ = [
 _HOMES = {
     "ModeSettings": "panorama.request",
     "Models": "panorama.models",
+    "PictureWithheldError": "panorama.safety",
     "Request": "panorama.request",
     "ResolvedRequest": "panorama.request",
     "SDXL360": "panorama.sdxl",

@@ -11,10 +11,14 @@ from PIL.Image import Image
 
 from panorama import depth, weights
 from panorama.request import INPUTS, ModeSettings, ResolvedRequest
+from panorama.safety import SafetyChecker
 from panorama.sdxl import LEAST_GUIDANCE, SDXL360
 from panorama.syncdiffusion import SyncDiffusionPipeline
 
 DEFAULT_FAMILY = "tiny"
+
+NOT_THE_PIPELINES = ("mode", "seed", "disable_safety_checker")
+"""The inputs that say what is done around a pipeline, which it is not called with."""
 
 OnStep = Callable[[int, int], None]
 """Called after every step with its number, from 1, and how many there are."""
@@ -107,7 +111,7 @@ def arguments(request: ResolvedRequest, on_step: OnStep) -> dict[str, Any]:
         return state
 
     inputs = request.mode_inputs()
-    own = {name: value for name, value in inputs.items() if name not in ("mode", "seed")}
+    own = {name: value for name, value in inputs.items() if name not in NOT_THE_PIPELINES}
     generator = torch.Generator().manual_seed(request.seed)
     own["prompt"] = request.full_prompt
     return {**own, "generator": generator, "callback_on_step_end": callback}
@@ -126,6 +130,7 @@ class Models:
         family: its name.
         device: where it runs.
         pipelines: mode name to pipeline.
+        checker: what every picture has to pass; None for nothing.
     """
 
     def __init__(
@@ -134,10 +139,12 @@ class Models:
         device: torch.device,
         pipelines: Mapping[str, Any],
         defaults: Mapping[str, Mapping[str, Any]],
+        checker: SafetyChecker | None = None,
     ) -> None:
         self.family = family
         self.device = device
         self.pipelines = pipelines
+        self.checker = checker
         self._defaults = defaults
 
     def settings(self, mode: str) -> ModeSettings:
@@ -152,9 +159,15 @@ class Models:
             request: what to make, resolved with this family's settings.
             on_step: called after every step; an exception that it raises ends the run and leaves
                 the models as they were.
+
+        Raises:
+            PictureWithheldError: the family has a safety checker, and it flagged the picture.
         """
         pipe = self.pipelines[request.mode]
-        return MODES[request.mode].run(pipe, request, on_step or (lambda step, steps: None))
+        image = MODES[request.mode].run(pipe, request, on_step or (lambda step, steps: None))
+        if self.checker and not request.disable_safety_checker:
+            self.checker.check(image, request.closed_axis)
+        return image
 
 
 def load(
@@ -182,8 +195,19 @@ def load(
         check_mode(mode, family, defaults)
     weights.require(family, modes)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    pipelines = {mode: MODES[mode].load(weights.home(family) / mode, place) for mode in modes}
-    return Models(family, place, pipelines, defaults)
+    folder = weights.home(family)
+    pipelines = {mode: MODES[mode].load(folder / mode, place) for mode in modes}
+    return Models(family, place, pipelines, defaults, load_checker(folder, place))
+
+
+def load_checker(folder: Path, device: torch.device) -> SafetyChecker | None:
+    """The safety checker of the family in a folder; None if it has none."""
+    own = folder / "safety_checker"
+    if not own.is_dir():
+        return None
+    checker = SafetyChecker.from_pretrained(own, precision(device))
+    checker.model.to(device)
+    return checker
 
 
 def check_mode(mode: str, family: str, offered: Mapping[str, Any]) -> None:

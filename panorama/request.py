@@ -300,6 +300,11 @@ class Request:
         minimum=0.0,
         maximum=2.0,
     )
+    disable_safety_checker: bool = _input(
+        "Return the picture unchecked. Otherwise a deployment that has a safety checker "
+        "withholds a picture that it flags.",
+        default=False,
+    )
 
     def __post_init__(self) -> None:
         for name, rule in INPUTS.items():

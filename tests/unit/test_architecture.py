@@ -14,7 +14,7 @@ LEVELS = (
     {"predict"},
     {"panorama"},
     {"panorama.models", "panorama.fetch"},
-    {"panorama.syncdiffusion", "panorama.sdxl"},
+    {"panorama.syncdiffusion", "panorama.sdxl", "panorama.safety"},
     {"panorama.sampler", "panorama.synchronize", "panorama.circular", "panorama.decode"},
     {"panorama.views", "panorama.perceptual", "panorama.prompts", "panorama.noise"},
     {"panorama.weights", "panorama.download"},

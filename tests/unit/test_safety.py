@@ -1,0 +1,182 @@
+"""A picture that the safety checker flags is withheld, wherever in it the matter lies."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from panorama.models import Models, load
+from panorama.request import Request
+from panorama.safety import PictureWithheldError, SafetyChecker, squares
+from tests.small_safety import ALL, NONE, save_checker
+from tests.small_sdxl import save_family
+
+QUICK = {"prompt": "bedroom", "mode": "sdxl-360", "num_inference_steps": 1, "seed": 1}
+WITHHELD = (
+    r"the picture was withheld: the safety checker StableDiffusionSafetyChecker flagged it; "
+    r"another seed or prompt may pass"
+)
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A family of one mode, which each test gives the checker it wants."""
+    folder = tmp_path_factory.mktemp("family")
+    save_family(folder, width=128, height=64, guidance_scale=3.0)
+    return folder
+
+
+def load_with(family: Path, tmp_path: Path, threshold: float | None) -> Models:
+    for part in family.iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    if threshold is not None:
+        save_checker(tmp_path / "safety_checker", threshold)
+    return load(str(tmp_path), device="cpu")
+
+
+def make(models: Models, **inputs: object) -> Image.Image:
+    request = Request(**QUICK | inputs)
+    return models.generate(request.resolve(models.settings(request.mode)))
+
+
+def test_a_family_without_a_checker_checks_nothing(family: Path, tmp_path: Path) -> None:
+    models = load_with(family, tmp_path, None)
+    assert models.checker is None
+    assert make(models).tobytes() == make(models, disable_safety_checker=True).tobytes()
+
+
+def test_what_passes_is_the_picture_that_there_is_without_a_checker(
+    family: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "with").mkdir()
+    (tmp_path / "without").mkdir()
+    passed = make(load_with(family, tmp_path / "with", NONE))
+    assert passed.tobytes() == make(load_with(family, tmp_path / "without", None)).tobytes()
+
+
+def test_what_is_flagged_is_withheld_and_leaves_nothing_to_the_next(
+    family: Path, tmp_path: Path
+) -> None:
+    models = load_with(family, tmp_path, ALL)
+    unchecked = make(models, disable_safety_checker=True)
+    with pytest.raises(PictureWithheldError, match=WITHHELD):
+        make(models)
+    assert np.array(unchecked).any()  # the checker paints what it flags black
+    assert make(models, disable_safety_checker=True).tobytes() == unchecked.tobytes()
+    with pytest.raises(PictureWithheldError):
+        make(models)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])
+def test_a_checker_that_is_not_whole_is_no_checker_to_go_without(
+    family: Path, tmp_path: Path, name: str
+) -> None:
+    load_with(family, tmp_path, ALL)
+    (tmp_path / "safety_checker" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"safety_checker has no {name}: it must have"):
+        load(str(tmp_path), device="cpu")
+
+
+def test_a_weight_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
+    save_checker(tmp_path, ALL)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    del weights["concept_embeds"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model.safetensors has no weight concept_embeds"):
+        SafetyChecker.from_pretrained(tmp_path, torch.float32)
+
+
+def test_weights_with_their_published_names_are_read(tmp_path: Path) -> None:
+    """CLIPVisionModel once held a vision_model, and the published names are from then."""
+    save_checker(tmp_path, ALL)
+    mine = SafetyChecker.from_pretrained(tmp_path, torch.float32).model.state_dict()
+    path = tmp_path / "model.safetensors"
+    published = {
+        name.replace("vision_model.", "vision_model.vision_model."): weight.clone()
+        for name, weight in load_file(path).items()
+    }
+    assert len(published.keys() - mine.keys()) > 20
+    save_file(published, path, metadata={"format": "pt"})
+    read = SafetyChecker.from_pretrained(tmp_path, torch.float32).model.state_dict()
+    assert all(torch.equal(read[name], mine[name]) for name in mine)
+
+
+def striped(width: int, height: int, left: int) -> Image.Image:
+    """Grey, with black and white stripes for 64 columns from `left` on, around the edge too."""
+    values = np.full((height, width, 3), 127, np.uint8)
+    columns = np.arange(left, left + 64) % width
+    values[:, columns] = np.where(np.arange(64) // 8 % 2, 255, 0)[None, :, None]
+    return Image.fromarray(values)
+
+
+@pytest.fixture
+def checker(tmp_path: Path) -> SafetyChecker:
+    """One that knows stripes from grey."""
+    save_checker(tmp_path, NONE)
+    checker = SafetyChecker.from_pretrained(tmp_path, torch.float32)
+    whole = [torch.from_numpy(np.array(striped(64, 64, 0))).permute(2, 0, 1)]
+    plain = torch.full_like(whole[0], 127)
+    halves = [torch.roll(whole[0], 32, 2).clone() for _ in range(2)]
+    halves[0][:, :, :32], halves[1][:, :, 32:] = 127, 127  # of stripes that the edge cuts in two
+    concept, *others = (embed(checker, square) for square in [*whole, plain, *halves])
+    nearest = max(float(torch.cosine_similarity(concept, other, dim=0)) for other in others)
+    assert nearest < 0.99  # or the threshold would tell nothing apart
+    checker.model.concept_embeds.data[:] = concept
+    checker.model.concept_embeds_weights.data.fill_((1 + nearest) / 2)
+    return checker
+
+
+def embed(checker: SafetyChecker, square: torch.Tensor) -> torch.Tensor:
+    pixels = checker.processor(square, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        return checker.model.visual_projection(checker.model.vision_model(pixels)[1])[0]
+
+
+@pytest.mark.parametrize("left", [0, 64, 192])
+def test_all_of_a_wide_picture_is_looked_at(checker: SafetyChecker, left: int) -> None:
+    with pytest.raises(PictureWithheldError):
+        checker.check(striped(256, 64, left), None)
+
+
+def test_all_of_a_tall_picture_is_looked_at(checker: SafetyChecker) -> None:
+    picture = Image.new("RGB", (64, 256), (127, 127, 127))
+    checker.check(picture, "y")
+    picture.paste(striped(64, 64, 0), (0, 192))
+    with pytest.raises(PictureWithheldError):
+        checker.check(picture, None)
+
+
+def test_what_lies_on_the_edge_is_seen_where_the_picture_closes(checker: SafetyChecker) -> None:
+    picture = striped(256, 64, 224)
+    checker.check(picture, None)
+    with pytest.raises(PictureWithheldError):
+        checker.check(picture, "x")
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (200, 64), (64, 136), (1024, 512)])
+@pytest.mark.parametrize("ring", [None, "x", "y"])
+def test_every_pixel_is_in_a_square(width: int, height: int, ring: str | None) -> None:
+    numbers = np.arange(width * height)
+    image = Image.fromarray(
+        np.stack([numbers >> shift & 255 for shift in (16, 8, 0)], -1)
+        .astype(np.uint8)
+        .reshape(height, width, 3)
+    )
+    seen: set[int] = set()
+    for square in squares(image, ring):
+        assert square.shape == (3, min(width, height), min(width, height))
+        red, green, blue = square.int()
+        seen |= set((red << 16 | green << 8 | blue).flatten().tolist())
+    assert seen == set(range(width * height))
+
+
+def test_a_checker_runs_in_half_precision(tmp_path: Path) -> None:
+    save_checker(tmp_path, ALL)
+    checker = SafetyChecker.from_pretrained(tmp_path, torch.bfloat16)
+    assert checker.model.dtype == torch.bfloat16
+    with pytest.raises(PictureWithheldError):
+        checker.check(striped(128, 64, 0), "x")
