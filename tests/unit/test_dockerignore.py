@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -92,7 +91,7 @@ def test_what_the_predictor_needs_is_in():
 def test_what_is_in_is_enough_to_make_a_picture(tmp_path):
     for path in context():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / path, tmp_path / path)
+        (tmp_path / path).symlink_to(ROOT / path)  # there may be gigabytes of other families
     inputs = ("prompt=night", "width=256", "height=256", "num_inference_steps=1", "sync_weight=0")
     command = [sys.executable, "-m", "panorama", *(f"-i{pair}" for pair in inputs), "-o", "a.png"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
