@@ -1,5 +1,6 @@
 """A picture that the safety checker flags is withheld, wherever in it the matter lies."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from panorama.models import Models, load
 from panorama.request import Request
 from panorama.safety import PictureWithheldError, SafetyChecker, squares
-from tests.small_safety import ALL, NONE, save_checker
+from tests.small_safety import ALL, NONE, SIDE, save_checker
 from tests.small_sdxl import save_family
 
 QUICK = {"prompt": "bedroom", "mode": "sdxl-360", "num_inference_steps": 1, "seed": 1}
@@ -103,6 +104,16 @@ def test_weights_with_their_published_names_are_read(tmp_path: Path) -> None:
     save_file(published, path, metadata={"format": "pt"})
     read = SafetyChecker.from_pretrained(tmp_path, torch.float32).model.state_dict()
     assert all(torch.equal(read[name], mine[name]) for name in mine)
+
+
+def test_sizes_as_they_were_published_are_read(tmp_path: Path) -> None:
+    """A number of pixels, where a table stands today."""
+    save_checker(tmp_path, NONE)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"size": SIDE, "crop_size": SIDE}))
+    checker = SafetyChecker.from_pretrained(tmp_path, torch.float32)
+    pixels = checker.processor(torch.zeros(3, 64, 64), return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, SIDE, SIDE)
 
 
 def striped(width: int, height: int, left: int) -> Image.Image:
