@@ -1,0 +1,83 @@
+"""Stable Diffusion 2 base with LPIPS on VGG16 at true size, with random weights: load and step.
+
+Activations are the most bytes of tensors alive at once beside the weights, each storage counted
+once: what the gradient step keeps for its way back, and what it works on.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from panorama.perceptual import LPIPS
+from panorama.syncdiffusion import SyncDiffusionPipeline
+from weights.train.diffusion import build_tokenizer
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "tests" / "data" / "sd2"
+HEIGHT, WIDTH = 512, 640  # pixels: two windows, one of which is the anchor
+PARAMETERS = {"unet": 865_910_724, "vae": 83_653_863, "text_encoder": 340_387_840}
+VGG16_CONVOLUTIONS, HEADS = 14_714_688, 1_472
+
+
+def published(name: str) -> dict[str, Any]:
+    return json.loads((PUBLISHED / f"{name}.json").read_text())
+
+
+def save_family(folder: Path) -> None:
+    """Writes the pipeline in single precision, the one that a CPU runs: nothing is converted."""
+    torch.manual_seed(0)
+    pipe = SyncDiffusionPipeline(
+        unet=UNet2DConditionModel.from_config(published("unet")),
+        vae=AutoencoderKL.from_config(published("vae")),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**published("text_encoder"))),
+        tokenizer=build_tokenizer(folder / "small"),
+        scheduler=DDIMScheduler.from_config(published("scheduler")),
+        perceptual=LPIPS(),
+    )
+    for name, parameters in PARAMETERS.items():
+        assert sum(p.numel() for p in getattr(pipe, name).parameters()) == parameters
+    assert sum(p.numel() for p in pipe.perceptual.parameters()) == VGG16_CONVOLUTIONS + HEADS
+    pipe.save_pretrained(folder)
+    publish_names(folder / "text_encoder" / "model.safetensors")
+
+
+def publish_names(path: Path) -> None:
+    """Gives the text encoder's weights the names that they were published under."""
+    weights = {f"text_model.{name}": weight for name, weight in load_file(path).items()}
+    part = path.with_suffix(".part")  # the weights are still mapped from the file
+    save_file(weights, part, metadata={"format": "pt"})
+    part.replace(path)
+
+
+def measure(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.measure", *arguments]
+    run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_it_loads_as_fast_as_the_disk_and_steps_in_little_more_memory() -> None:
+    with TemporaryDirectory() as folder:  # pytest would keep the 5 GB of a tmp_path
+        save_family(Path(folder))
+        figures = measure("loading", folder) | measure("steps", folder, str(HEIGHT), str(WIDTH))
+    gigabytes = {
+        name: round(figures[name] / 1e9, 2)
+        for name in ("weights", "load_peak", "activations", "step_peak")
+    }
+    print(f"\n{WIDTH} x {HEIGHT}, a sync step and a plain one: {figures['step_seconds']:.0f} s")
+    print(f"plain read {figures['read_seconds']:.1f} s, load {figures['load_seconds']:.1f} s")
+    print(f"GB: {gigabytes}")
+    assert figures["shape"] == [1, 3, HEIGHT, WIDTH] and figures["finite"]
+    assert figures["load_seconds"] <= 1.5 * figures["read_seconds"]
+    assert figures["load_peak"] <= 1.2 * figures["weights"]
+    assert figures["step_peak"] <= 1.2 * figures["weights"] + figures["activations"]
