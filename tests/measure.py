@@ -1,10 +1,11 @@
-"""What it takes to load SyncDiffusion from a folder, and to take a sync step and a plain step.
+"""What it takes to load a family's SyncDiffusion, and to take a sync step and a plain step.
 
 Each is measured in a process of its own, so that a peak is of this work alone:
-`python -m tests.measure loading FOLDER`, `python -m tests.measure steps FOLDER HEIGHT WIDTH`.
-Linux only.
+`python -m tests.measure loading FAMILY`, `python -m tests.measure steps FAMILY HEIGHT WIDTH`,
+where FAMILY is the path of its folder. Linux only.
 """
 
+import gc
 import json
 import os
 import sys
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from panorama.models import load_syncdiffusion
+from panorama import models
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # what the kernel takes for "forget how large this process has been"
@@ -29,6 +30,7 @@ ROUNDS = 3  # the fastest counts: what else the machine does can only slow one d
 
 def drop_caches(folder: Path) -> None:
     """Whoever reads the weights next has to go to the disk."""
+    gc.collect()  # of a file that is still mapped the pages would stay
     for path in folder.rglob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -46,7 +48,7 @@ def read(folder: Path) -> None:
 
 def load(folder: Path) -> Any:
     """The pipeline by the real path, and one value of every page: a mapped file is not yet read."""
-    pipe = load_syncdiffusion(folder, torch.device("cpu"))
+    pipe = models.load(str(folder), device="cpu").pipelines["syncdiffusion"]
     for weight in weights_of(pipe):
         weight.flatten()[:: PAGE // weight.element_size()].sum()
     return pipe
@@ -106,10 +108,15 @@ class Activations(TorchDispatchMode):
 
 
 def measure_loading(folder: Path) -> dict[str, Any]:
-    speeds = {"read_seconds": fastest(read, folder), "load_seconds": fastest(load, folder)}
-    CLEAR.write_text(RESET_PEAK)
-    weights = weights_of(load(folder))
-    return {**speeds, "load_peak": peak(), "weights": sum(weight.nbytes for weight in weights)}
+    CLEAR.write_text(RESET_PEAK)  # and before all else: what was freed may stay the process's
+    weights = sum(weight.nbytes for weight in weights_of(load(folder)))
+    return {
+        "load_peak": peak(),
+        "weights": weights,
+        "files": sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
+        "read_seconds": fastest(read, folder),
+        "load_seconds": fastest(load, folder),
+    }
 
 
 def measure_steps(folder: Path, height: int, width: int) -> dict[str, Any]:
