@@ -36,7 +36,7 @@ class Mode:
 def load_syncdiffusion(folder: Path, device: torch.device) -> SyncDiffusionPipeline:
     """Reads the pipeline from its folder."""
     pipe: SyncDiffusionPipeline = SyncDiffusionPipeline.from_pretrained(
-        folder, dtype=precision(device), local_files_only=True
+        folder, dtype=precision(device), local_files_only=True, use_safetensors=True
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)

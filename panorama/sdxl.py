@@ -72,9 +72,10 @@ class SDXL360:
             dtype={"default": dtype, "vae": torch.float32},
             add_watermarker=False,
             local_files_only=True,
+            use_safetensors=True,
         )
         controlnet = ControlNetModel.from_pretrained(
-            folder / "controlnet", dtype=dtype, local_files_only=True
+            folder / "controlnet", dtype=dtype, local_files_only=True, use_safetensors=True
         )
         pipe = cls(text, controlnet)
         if (folder / "lora.safetensors").is_file():
