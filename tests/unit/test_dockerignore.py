@@ -9,9 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from panorama import manifest
+
 ROOT = Path(__file__).parents[2]
 LARGE = 100_000  # bytes; below it, a file that nobody needs does no harm
-NEEDED = ("predict.py", "cog.yaml", "requirements.txt", "LICENSE", ".cog/openapi_schema.json")
+NEEDED = {
+    *("predict.py", "cog.yaml", "requirements.txt", "LICENSE", ".cog/openapi_schema.json"),
+    *("weights/manifest.toml", "weights/lpips_vgg_heads.safetensors"),
+    *("weights/lpips_vgg_heads.LICENSE", "weights/full/family.toml"),
+} | {
+    f"weights/{family}/{file.target}"
+    for family, parts in manifest.read(ROOT / "weights" / "manifest.toml").items()
+    for part in parts
+    for file in part.files
+    if not part.sources
+}
 FOLDERS = ("panorama", "weights/tiny")
 UNWANTED = (
     ".git/config",
@@ -85,7 +97,7 @@ def test_what_the_predictor_needs_is_in():
     given = {path.as_posix() for path in context()}
     files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     needed = {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
-    assert given >= {*NEEDED, *needed}
+    assert given >= NEEDED | needed
 
 
 def test_what_is_in_is_enough_to_make_a_picture(tmp_path):
