@@ -7,13 +7,15 @@ literal. They repeat the table in panorama/request.py; a test holds the two equa
 import logging
 import os
 import shutil
+import sys
 import time
 import traceback
 import warnings
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from contextvars import copy_context
 from functools import partial
 from tempfile import mkdtemp
@@ -35,16 +37,19 @@ warnings.filterwarnings("ignore", r"(BasePredictor|Predictor\.predict\(\)) is", 
 
 
 class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
-    """Makes panoramas with the model family that PANORAMA_FAMILY names."""
+    """Makes panoramas with the family and modes that PANORAMA_FAMILY and _MODES name."""
 
     def setup(self) -> None:
-        """Fetches what is missing of the family, and loads it, once."""
+        """Fetches what is missing of the family's modes, and loads them, once."""
         hush_libraries()
         from panorama import models  # not above: loading it is what has to be hushed
 
         family = os.environ.get("PANORAMA_FAMILY", models.DEFAULT_FAMILY)
-        bring(family)
-        self.models = models.load(family)
+        modes = asked_modes(family)
+        bring(family, modes)
+        self.models = models.load(family, modes=modes)
+        checker = self.models.checker
+        print(f"safety checker: {checker.name if checker else 'none'}", flush=True)
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="panorama")
         self.folder = Path(mkdtemp(prefix="panorama-"))
         weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
@@ -206,13 +211,46 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             cancelled.set()  # the next prediction waits in the queue of the one thread
 
 
-def bring(family: str) -> None:
-    """Fetches and verifies what is missing of a family; one that is whole needs no network."""
-    lacks = weights.missing(family)
+def asked_modes(family: str) -> tuple[str, ...]:
+    """The modes that PANORAMA_MODES names, or all that a family has.
+
+    Raises:
+        ValueError: The family has no such mode.
+    """
+    offered = tuple(weights.describe(family))
+    names = [name.strip() for name in os.environ.get("PANORAMA_MODES", "").split(",")]
+    asked = tuple(dict.fromkeys(name for name in names if name))
+    for mode in asked:
+        if mode not in offered:
+            raise ValueError(
+                f"PANORAMA_MODES: {mode!r} must be one that the family {family} offers, "
+                f"{', '.join(offered)}; {offered[0]} would do"
+            )
+    return asked or offered
+
+
+def bring(family: str, modes: Sequence[str]) -> None:
+    """Fetches and verifies what modes lack; a family that is whole needs no network."""
+    lacks = weights.missing(family, modes)
     if lacks:
         print(f"fetching {len(lacks)} files of {family} to {weights.home(family)}", flush=True)
-        fetch(family)
+        with logged():
+            fetch(family, modes)
         print(f"{family} is there, verified", flush=True)
+
+
+@contextmanager
+def logged() -> Iterator[None]:
+    """Lets a user see what this project does: Cog keeps what is printed at setup."""
+    logger, handler = logging.getLogger("panorama"), logging.StreamHandler(sys.stdout)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
 
 
 class Stopwatch:

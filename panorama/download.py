@@ -1,17 +1,17 @@
 """One file from one server: what the server offers, the transfer, and whether it is the file."""
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
+from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub import constants, get_hf_file_metadata, get_session, hf_hub_url
 from huggingface_hub.errors import FileMetadataError, HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+from huggingface_hub.utils import build_hf_headers, parse_ratelimit_headers
 from huggingface_hub.utils.sha import git_hash
 
 from panorama.files import BadFileError, Known, measure, size_of
@@ -21,9 +21,12 @@ logger = logging.getLogger(__name__)
 
 BUSY = (408, 429, 500, 502, 503, 504)
 PAUSES = (1.0, 2.0)
-"""Seconds to wait, attempt by attempt, for a busy server that does not say how long."""
-LONGEST_PAUSE = 60
-"""Seconds; a server that asks for more than that is given up."""
+"""Seconds to wait, attempt by attempt, for a server that does not say how long."""
+LONGEST_PAUSE = 300
+"""Seconds; a server that asks for more is given up. The hub counts requests in such windows."""
+CONNECTIONS = 5
+"""How many may break before a transfer is given up, each having brought something."""
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LARGEST_BLOB = 16 * 2**20
 """Bytes; the hub keeps larger files outside of git, and names them by their SHA-256."""
 
@@ -71,7 +74,7 @@ def ask(source: Source, name: str, revision: str | None, mirror: str | None, kno
         BadFileError: It offers something else.
         httpx2.HTTPError: It does not offer the file.
     """
-    token = None if source.repository or mirror else False  # None is that of HF_TOKEN
+    token = token_for(source, mirror)
     url = locate(source, name, revision, mirror)
     seen = patiently(
         lambda: get_hf_file_metadata(url, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
@@ -84,13 +87,25 @@ def ask(source: Source, name: str, revision: str | None, mirror: str | None, kno
         url = locate(source, name, seen.commit_hash, mirror)
     etag = seen.etag or ""
     for field, offered, wanted in (
-        ("size", seen.size, known.size),
+        ("size", seen.size or None, known.size),
         ("sha256", etag if is_sha256(etag) else None, known.sha256),
     ):
         if None not in (offered, wanted) and offered != wanted:
             raise BadFileError(f"offers {field} {offered}, but {known.by} says {wanted}")
     headers = build_hf_headers(token=token) | {"Accept-Encoding": "identity"}
-    return Offer(source, url, headers, seen.size, etag, seen.commit_hash)
+    # A server that says 0 does not know: no file is empty.
+    return Offer(source, url, headers, seen.size or known.size, etag, seen.commit_hash)
+
+
+def token_for(source: Source, mirror: str | None) -> Literal[False] | None:
+    """Whether a server gets the hub's token: None for yes, False for no, as the hub's client says.
+
+    It is for the hub and for a private mirror, but goes in clear text no further than loopback.
+    """
+    if mirror is None:
+        return None if source.repository else False
+    parts = urlsplit(mirror)
+    return None if parts.scheme == "https" or parts.hostname in LOOPBACK else False
 
 
 def locate(source: Source, name: str, revision: str | None, mirror: str | None) -> str:
@@ -107,22 +122,33 @@ def is_sha256(etag: str) -> bool:
 
 
 def patiently(call: Callable[[], Result]) -> Result:
-    """Calls a server, again after a pause if it is busy.
+    """Calls a server, again after a pause if it is busy or the connection breaks.
 
     Raises:
-        HfHubHTTPError: It is still busy, or wants a pause longer than `LONGEST_PAUSE`.
+        httpx2.HTTPError: It still is, or does, or wants a pause longer than `LONGEST_PAUSE`.
     """
     for pause in PAUSES:
         try:
             return call()
-        except HfHubHTTPError as error:
-            asked = error.response.headers.get("Retry-After", "")
-            seconds = float(asked) if asked.isdecimal() else pause
+        except (httpx2.HTTPStatusError, HfHubHTTPError) as error:
+            seconds = max(pause, asked_pause(error.response.headers))
             if error.response.status_code not in BUSY or seconds > LONGEST_PAUSE:
                 raise
-            logger.info("%s; waiting for %g s", summary(error), seconds)
-            time.sleep(seconds)
+            problem: Exception = error
+        except httpx2.TransportError as error:
+            seconds, problem = pause, error
+        logger.info("%s; waiting for %g s", summary(problem), seconds)
+        time.sleep(seconds)
     return call()
+
+
+def asked_pause(headers: Mapping[str, str]) -> float:
+    """The seconds for which a busy server asks to be left alone; 0 if it does not."""
+    limit = parse_ratelimit_headers(headers)
+    if limit and limit.remaining == 0:
+        return limit.reset_in_seconds
+    asked = headers.get("Retry-After", "")
+    return float(asked) if asked.isdecimal() else 0
 
 
 def summary(error: Exception) -> str:
@@ -134,50 +160,53 @@ def summary(error: Exception) -> str:
 def transfer(offer: Offer, path: Path, on_bytes: OnBytes) -> None:
     """Fetches a file, from where an earlier transfer ended.
 
-    A connection that breaks is made anew as long as each brings something.
-
     Args:
         offer: What to fetch.
         path: Of what an earlier transfer of these bytes left, if there was one.
         on_bytes: Told of every piece.
 
     Raises:
-        BadFileError: The server sent more than it offered, or no more although some is missing.
+        BadFileError: The server sent more than it offered, or less in `CONNECTIONS` connections.
         httpx2.HTTPError: The transfer failed.
     """
-    while offer.size is None or size_of(path) != offer.size:
-        before = size_of(path)
-        try:
+    for _ in range(CONNECTIONS):
+        if offer.size is None or size_of(path) != offer.size:
             patiently(lambda: receive(offer, path, on_bytes))
-        except httpx2.TransportError as error:
-            if size_of(path) <= before:
-                raise
-            logger.info("%s: %s; resuming at %d bytes", offer.url, summary(error), size_of(path))
-            continue
-        if offer.size is None:
+        if offer.size in (None, size_of(path)):
             return
-        if size_of(path) <= before:
-            raise BadFileError(f"ended after {size_of(path)} of {offer.size} bytes")
+    raise BadFileError(f"ended after {size_of(path)} of {offer.size} bytes, {CONNECTIONS} times")
 
 
 def receive(offer: Offer, path: Path, on_bytes: OnBytes) -> None:
-    """Adds to a file what one connection brings."""
-    start = size_of(path) if offer.size is not None else 0
+    """Adds to a file what one connection brings, which is less than all of it if it breaks.
+
+    Raises:
+        BadFileError: The server sent what it did not offer.
+        httpx2.HTTPError: It sent nothing.
+    """
+    # Without a size and an ETag nobody knows whether what is there belongs to what comes.
+    start = size_of(path) if offer.size is not None and offer.etag else 0
     headers = {**offer.headers, **({"Range": f"bytes={start}-"} if start else {})}
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     with get_session().stream("GET", offer.url, headers=headers, timeout=timeout) as response:
-        hf_raise_for_status(response)
+        response.raise_for_status()  # the hub's own reads the body, which may be anything
         if response.status_code != 206:
             start = 0
         elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
             raise BadFileError(f"sent another range than bytes {start}-")
+        end = start
         with path.open("ab" if start else "wb") as file:
-            for piece in response.iter_bytes():
-                start += len(piece)
-                if offer.size is not None and start > offer.size:
-                    raise BadFileError(f"sent more than the {offer.size} bytes that it offered")
-                file.write(piece)
-                on_bytes(len(piece))
+            try:
+                for piece in response.iter_bytes():
+                    end += len(piece)
+                    if offer.size is not None and end > offer.size:
+                        raise BadFileError(f"sent more than the {offer.size} bytes that it offered")
+                    file.write(piece)
+                    on_bytes(len(piece))
+            except httpx2.TransportError as error:
+                if end == start or offer.size is None:
+                    raise
+                logger.info("%s: %s; it broke at %d bytes", offer.url, summary(error), end)
 
 
 def verify(path: Path, offer: Offer, known: Known) -> Known:
@@ -196,8 +225,7 @@ def verify(path: Path, offer: Offer, known: Known) -> Known:
             raise BadFileError(f"sent {seen.size} bytes, but {claim.by} says {claim.size}")
         if claim.sha256 not in (None, seen.sha256):
             raise BadFileError(f"sent sha256 {seen.sha256}, but {claim.by} says {claim.sha256}")
-    if offer.commit and len(offer.etag) == 40 and size_of(path) <= LARGEST_BLOB:
-        data = path.read_bytes()  # git's name for it, or in front of some mirrors its plain SHA-1
-        if offer.etag not in (git_hash(data), hashlib.sha1(data).hexdigest()):
-            raise BadFileError(f"sent another file than its ETag {offer.etag} names")
+    is_blob = offer.commit and len(offer.etag) == 40 and size_of(path) <= LARGEST_BLOB
+    if is_blob and offer.etag != git_hash(path.read_bytes()):
+        raise BadFileError(f"sent another file than its ETag {offer.etag} names")
     return seen

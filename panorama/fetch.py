@@ -4,12 +4,13 @@
 """
 
 import argparse
+import errno
 import hashlib
 import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 from threading import Event
 from typing import Self
+from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 from huggingface_hub import constants
@@ -32,12 +34,12 @@ from panorama.weights import (
     Pin,
     Pins,
     WeightsError,
-    arriving,
     home,
     listed,
     manifest,
     missing,
     parts,
+    require,
 )
 
 logger = logging.getLogger("panorama.fetch")  # also when it runs as the command
@@ -94,7 +96,7 @@ class Progress:
         self._bar.update(count)
 
 
-def fetch(family: str, modes: Sequence[str] | None = None, *, offline: bool = False) -> None:
+def fetch(family: str, modes: Sequence[str] | None = None) -> None:
     """Brings all that a family's modes need; what is there already is read and verified.
 
     Every file is verified before it gets its name, so a file in its place is never a bad one,
@@ -103,7 +105,6 @@ def fetch(family: str, modes: Sequence[str] | None = None, *, offline: bool = Fa
     Args:
         family: Its name.
         modes: None for all.
-        offline: Makes no request, as with HF_HUB_OFFLINE.
 
     Raises:
         WeightsError: A file could not be had; the message says from where and why.
@@ -116,19 +117,25 @@ def fetch(family: str, modes: Sequence[str] | None = None, *, offline: bool = Fa
         with locked(folder):
             lacks = missing(family, modes, thorough=True)
             copy_shipped(folder, lacks)
-            fetch_all(folder, [lack for lack in lacks if lack.part.sources], offline)
+            fetch_all(folder, [lack for lack in lacks if lack.part.sources])
             with suppress(OSError):  # parts of other modes' files are in it, for their own turn
                 (folder / STAGING).rmdir()
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        room = "make room there, or choose" if full else "choose"
         raise WeightsError(
-            f"{folder}: {error}; make room there, or choose another folder"
+            f"{folder}: {error}; {room} another folder with --dir or PANORAMA_WEIGHTS"
         ) from error
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from fetching into a folder. A process that is killed lets go."""
-    lock = FileLock(folder / ".fetch.lock")
+    """Keeps other processes from fetching into a folder. A process that is killed lets go.
+
+    Raises:
+        OSError: The file system has no such locks; others would outlive a process.
+    """
+    lock = FileLock(folder / ".fetch.lock", fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -150,15 +157,15 @@ def copy_shipped(folder: Path, lacks: Iterable[Lack]) -> None:
             put(part, folder / lack.file.target)
 
 
-def fetch_all(folder: Path, lacks: Sequence[Lack], offline: bool) -> None:
+def fetch_all(folder: Path, lacks: Sequence[Lack]) -> None:
     """Fetches files side by side.
 
     Raises:
-        WeightsError: Some could not be had; those that could are there.
+        WeightsError: Some are offered by nobody, or their transfers failed while others went on.
     """
     if not lacks:
         return
-    if offline or constants.is_offline_mode():
+    if constants.is_offline_mode():
         raise WeightsError(f"offline, and {folder} lacks{listed(lacks)}")
     pins = Pins(folder)
     jobs = plan(lacks, pins)
@@ -166,6 +173,7 @@ def fetch_all(folder: Path, lacks: Sequence[Lack], offline: bool) -> None:
     (folder / STAGING).mkdir(exist_ok=True)
     total, already = count_bytes(folder, jobs)
     check_space(folder, total - already)
+    logger.info("%d files are to be fetched, %s", len(jobs), readable(total - already))
     with Progress(total, already) as progress:
         failed = run_all(lambda job: fetch_one(folder, job, pins, progress), jobs, progress.stop)
     report(jobs, failed)
@@ -191,7 +199,8 @@ def offers(job: Job, pins: Pins) -> Iterator[Offer]:
         for source in job.part.sources:
             revision = source.revision or pins.commit(source)
             try:
-                offer = ask(source, job.file.name, revision, base, arriving(job.file, pins))
+                known = pins.arriving(job.part, job.file)
+                offer = ask(source, job.file.name, revision, base, known)
             except FAILURES as error:
                 job.fail(f"{base}, {source}" if base else str(source), error)
             else:
@@ -202,11 +211,17 @@ def private_mirror() -> str:
     """The server that PANORAMA_MIRROR names; "" if it names none.
 
     Raises:
-        WeightsError: It is no URL.
+        WeightsError: It is no URL, or holds a password.
     """
     url = os.environ.get("PANORAMA_MIRROR", "").rstrip("/")
     if url and not url.startswith(("http://", "https://")):
         raise WeightsError(f"PANORAMA_MIRROR={url!r}: must be a URL; https://{url} might do")
+    if "@" in urlsplit(url).netloc:
+        host = urlsplit(url).netloc.rpartition("@")[2]
+        raise WeightsError(
+            "PANORAMA_MIRROR: must have no user and no password, which logs would show; "
+            f"https://{host} might do"
+        )
     return url
 
 
@@ -294,9 +309,11 @@ def bring(folder: Path, job: Job, offer: Offer, pins: Pins, progress: Progress) 
     resumed = part.exists()
     transfer(offer, part, progress)
     try:
-        seen = verify(part, offer, arriving(job.file, pins))
+        seen = verify(part, offer, pins.arriving(job.part, job.file))
+        made_from = None
         if job.part.convert:
-            part = CONVERSIONS[job.part.convert](part)
+            made_from = seen.sha256
+            part = convert_vgg16(part)  # the only conversion there is
             seen = measure(part)
         check_readable(part, Path(job.file.target).suffix)
     except BadFileError:
@@ -304,7 +321,7 @@ def bring(folder: Path, job: Job, offer: Offer, pins: Pins, progress: Progress) 
         if resumed:  # what was there before may have been wrong, not what came now
             return bring(folder, job, offer, pins, progress)
         raise
-    pin = Pin(seen.size or 0, seen.sha256 or "", offer.source.place, offer.commit)
+    pin = Pin(seen.size or 0, seen.sha256 or "", offer.source.place, offer.commit, made_from)
     pins.add(job.file.target, pin, offer.source)
     put(part, folder / job.file.target)
     # A pickle that was converted, and what came in of a file that has changed meanwhile.
@@ -321,24 +338,21 @@ def convert_vgg16(weights: Path) -> Path:
     return path
 
 
-CONVERSIONS: Mapping[str, Callable[[Path], Path]] = {"lpips": convert_vgg16}
-
-
 def listing(family: str, modes: Sequence[str] | None, offline: bool) -> Iterator[str]:
     """Lines that say what comes from where, how large, under which licence, or is here."""
-    yield f"{family}, in {home(family)}:"
+    folder = home(family)
+    yield f"{family}, in {folder}:"
     lacks = missing(family, modes)
-    pins = Pins(home(family))
+    pins = Pins(folder)
     fetched = [lack for lack in lacks if lack.part.sources]
     jobs = [Job(lack.part, lack.file) for lack in fetched] if offline else plan(fetched, pins)
     by_target = {job.file.target: job for job in jobs}
     for part in parts(family, modes):
-        sources = ", or ".join(map(str, part.sources)) or "this repository"
-        yield f"{part.name} ({', '.join(part.modes)}): {part.licence}, from {sources}"
+        yield f"{part.name} ({', '.join(part.modes)}): {part.licence}, from {part.origin}"
         for file in part.files:
             job = by_target.get(file.target)
             offer = job.offer if job else None
-            size = offer.size if offer else size_of(home(family) / file.target) or file.size
+            size = offer.size if offer else size_of(folder / file.target) or file.size
             state = f"from {offer.url}" if offer else "to fetch" if job else "here"
             yield f"  {readable(size) if size else '?':>9}  {file.target}  {state}"
     known = sum(job.offer.size or 0 for job in jobs if job.offer)
@@ -357,7 +371,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="fetch-weights", description=__doc__)
     parser.add_argument("--mode", action="append", dest="modes", help="only what this mode needs")
     parser.add_argument("--dir", type=Path, help="the weights folder; default: PANORAMA_WEIGHTS")
-    parser.add_argument("--offline", action="store_true", help="make no request, only verify")
+    parser.add_argument(
+        "--offline", action="store_true", help="only verify: no request, nothing written"
+    )
     parser.add_argument("--list", action="store_true", help="say what would be fetched")
     options = parser.parse_args(arguments)
     if options.dir:
@@ -373,7 +389,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 if options.list:
                     print(*listing(family, options.modes, options.offline), sep="\n")
                 else:
-                    fetch(family, options.modes, offline=options.offline)
+                    if options.offline:
+                        require(family, options.modes, thorough=True)
+                    else:
+                        fetch(family, options.modes)
                     print(f"{home(family)} has all of {family} that was asked for, verified")
     except (WeightsError, ValueError) as error:
         print(f"fetch-weights: {error}", file=sys.stderr)

@@ -7,12 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-LICENCES = (
-    "BSD-3-Clause",
-    "CreativeML Open RAIL++-M",
-    "CreativeML Open RAIL-M",
-    "MIT",
-)
 SUFFIXES = (".json", ".safetensors", ".txt")
 """What a stored file may be: nothing that runs code when it is opened."""
 CONVERSIONS = ("lpips",)
@@ -88,7 +82,7 @@ class Part:
     Attributes:
         name: Of the part.
         modes: Those that need it.
-        licence: Of its files.
+        licence: Of its files, or where it stands.
         files: At least one.
         sources: In the order in which they are tried; () if the files are in this repository.
         convert: What the files are turned into on arrival, one of `CONVERSIONS`, or None.
@@ -104,8 +98,8 @@ class Part:
     def __post_init__(self) -> None:
         if not self.modes or not self.files:
             raise ValueError(f"{self.name}: must have modes and files")
-        if self.licence not in LICENCES:
-            raise ValueError(f"{self.name}: licence must be one of {', '.join(LICENCES)}")
+        if not self.licence:
+            raise ValueError(f"{self.name}: licence must say something; MIT is one")
         if self.convert not in (None, *CONVERSIONS):
             raise ValueError(f"{self.name}: convert must be one of {', '.join(CONVERSIONS)}")
         for file in self.files:
@@ -115,6 +109,11 @@ class Part:
                     f"{self.name}: {file.name}: a .pth, and nothing else, must be converted, and "
                     "have a sha256 that it is held to before it is opened"
                 )
+
+    @property
+    def origin(self) -> str:
+        """Where its files come from."""
+        return ", or ".join(map(str, self.sources)) or "this repository"
 
 
 def read(path: Path) -> Mapping[str, tuple[Part, ...]]:

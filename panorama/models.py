@@ -1,6 +1,5 @@
 """The model families and their modes: what is loaded, and how a request runs on it."""
 
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,6 +177,9 @@ def load(
 ) -> Models:
     """Loads a family from its folder, without a network.
 
+    Modes are loaded one after the other: while transformers and diffusers build a model they set
+    torch's default dtype, which is that of all threads.
+
     Args:
         family: the name of a folder in the weights folder, `weights/` or PANORAMA_WEIGHTS.
         modes: those to load; None for all that the family offers: those its file has a section
@@ -189,7 +191,7 @@ def load(
         ValueError: the family offers no such mode.
         WeightsError: a file of its weights is missing.
     """
-    defaults = tomllib.loads(weights.family_file(family).read_text())
+    defaults = weights.describe(family)
     modes = tuple(defaults) if modes is None else modes
     for mode in modes:
         check_mode(mode, family, defaults)
@@ -197,15 +199,15 @@ def load(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = weights.home(family)
     pipelines = {mode: MODES[mode].load(folder / mode, place) for mode in modes}
-    return Models(family, place, pipelines, defaults, load_checker(folder, place))
+    return Models(family, place, pipelines, defaults, load_checker(family, place))
 
 
-def load_checker(folder: Path, device: torch.device) -> SafetyChecker | None:
-    """The safety checker of the family in a folder; None if it has none."""
-    own = folder / "safety_checker"
-    if not own.is_dir():
+def load_checker(family: str, device: torch.device) -> SafetyChecker | None:
+    """The safety checker of a family; None if it has none, here or in this repository."""
+    folder = weights.find(f"{family}/safety_checker")
+    if folder is None:
         return None
-    checker = SafetyChecker.from_pretrained(own, precision(device))
+    checker = SafetyChecker.from_pretrained(folder, precision(device))
     checker.model.to(device)
     return checker
 

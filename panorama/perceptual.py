@@ -105,7 +105,7 @@ def save_lpips(vgg16: Path, heads: Path, path: Path) -> None:
 
     Args:
         vgg16: the weights of torchvision's VGG16, a pickle of tensors; no other is opened.
-        heads: safetensors with the weights (C,) of the five heads, in their order.
+        heads: safetensors with the weights (C,) of the five heads, `lin0` to `lin4`.
         path: of the safetensors that are written.
     """
     weights = torch.load(vgg16, map_location="cpu", weights_only=True)
@@ -113,6 +113,7 @@ def save_lpips(vgg16: Path, heads: Path, path: Path) -> None:
     model = LPIPS()
     names = model.stages.state_dict(prefix="stages.")
     state = dict(zip(names, features, strict=True))
-    state |= {f"heads.{k}": head for k, head in enumerate(load_file(heads).values())}
+    published = load_file(heads)
+    state |= {f"heads.{k}": published[f"lin{k}"] for k in range(len(VGG16))}
     model.load_state_dict(state)
     save_file(model.state_dict(), path, metadata={"format": "pt"})

@@ -35,6 +35,11 @@ class SafetyChecker:
     model: Any
     processor: Any
 
+    @property
+    def name(self) -> str:
+        """Of the model's class."""
+        return type(self.model).__name__
+
     @classmethod
     def from_pretrained(cls, folder: Path, dtype: torch.dtype) -> "SafetyChecker":
         """Reads a checker that is whole: transformers would fill up what is missing at random.
@@ -73,8 +78,8 @@ class SafetyChecker:
         """
         if any(self.flags(square) for square in squares(image, ring)):
             raise PictureWithheldError(
-                f"the picture was withheld: the safety checker {type(self.model).__name__} "
-                "flagged it; another seed or prompt may pass"
+                f"the picture was withheld: the safety checker {self.name} flagged it; "
+                "another seed or prompt may pass"
             )
 
     def flags(self, square: Tensor) -> bool:

@@ -3,12 +3,15 @@
 import filecmp
 import json
 import os
+import shlex
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
-from panorama.files import BadFileError, Known, check_readable, put, sha256_of, size_of
+from panorama.files import BadFileError, Known, put, sha256_of, size_of
 from panorama.manifest import File, Part, Source, read
 
 SHIPPED = Path(__file__).parent.parent / "weights"
@@ -24,9 +27,9 @@ def root() -> Path:
 
 
 def find(name: str) -> Path | None:
-    """A file of the weights folder, or else of this repository's."""
+    """A file or folder of the weights folder, or else of this repository's."""
     places = (folder / name for folder in (root(), SHIPPED))
-    return next((path for path in places if path.is_file()), None)
+    return next((path for path in places if path.exists()), None)
 
 
 def manifest() -> Mapping[str, tuple[Part, ...]]:
@@ -46,6 +49,15 @@ def family_file(family: str) -> Path:
         families = ", ".join(sorted({path.parent.name for path in found}))
         raise FileNotFoundError(f"no model family {family!r} in {root()}; there is {families}")
     return path
+
+
+def describe(family: str) -> Mapping[str, Mapping[str, Any]]:
+    """What a family's file says of each mode that the family has.
+
+    Raises:
+        FileNotFoundError: There is no such family.
+    """
+    return tomllib.loads(family_file(family).read_text())
 
 
 def home(family: str) -> Path:
@@ -68,12 +80,23 @@ class Pin:
         sha256: As it is stored.
         source: The repository or URL that it came from.
         commit: Of the repository.
+        made_from: The SHA-256 of what it was converted from; None if it is stored as it came.
     """
 
     size: int
     sha256: str
     source: str
     commit: str | None
+    made_from: str | None = None
+
+    def is_of(self, part: Part, file: File) -> bool:
+        """Whether the manifest still asks for what was seen then."""
+        if file.sha256:
+            return file.sha256 == (self.made_from or self.sha256)
+        return any(
+            source.place == self.source and source.revision in (None, self.commit)
+            for source in part.sources
+        )
 
 
 class Pins:
@@ -88,10 +111,19 @@ class Pins:
         except (ValueError, TypeError, AttributeError) as error:
             raise WeightsError(f"{self.path}: {error}; restore it, or delete it") from error
 
-    def known(self, target: str) -> Known:
-        """What was first seen of a file, if it was."""
-        pin = self._pins.get(target)
-        return Known(self.path.name, pin.size, pin.sha256) if pin else Known(self.path.name)
+    def stored(self, part: Part, file: File) -> Known:
+        """What a file has to be in its place: as first seen, if it still comes from there."""
+        pin = self._pins.get(file.target)
+        if pin is None or not pin.is_of(part, file):
+            return Known(self.path.name)
+        return Known(self.path.name, pin.size, pin.sha256)
+
+    def arriving(self, part: Part, file: File) -> Known:
+        """What a file has to be as it arrives: what the manifest says, or else as first seen."""
+        # A hash of the manifest is the only one that is known of what will be converted.
+        pinned = Known(self.path.name) if file.sha256 else self.stored(part, file)
+        by = pinned.by if pinned.sha256 else "the manifest"
+        return Known(by, file.size or pinned.size, file.sha256 or pinned.sha256)
 
     def commit(self, source: Source) -> str | None:
         """The commit that a repository's files were first taken from, if any were."""
@@ -123,8 +155,7 @@ class Lack:
     file: File
 
     def __str__(self) -> str:
-        sources = ", or ".join(map(str, self.part.sources)) or "this repository"
-        return f"{self.file.target} of {self.part.name}, from {sources}"
+        return f"{self.file.target} of {self.part.name}, from {self.part.origin}"
 
 
 def missing(
@@ -135,8 +166,8 @@ def missing(
     Args:
         family: Its name.
         modes: None for all.
-        thorough: Reads every file to its end; else names and sizes have to do, since a file has
-            its name only after it was verified.
+        thorough: Reads every file to its end; else names, sizes and pins have to do, since a
+            file has its name only after it was verified.
     """
     needed = parts(family, modes)
     if not needed:
@@ -151,16 +182,20 @@ def missing(
     ]
 
 
-def require(family: str, modes: Sequence[str]) -> None:
-    """Checks that all that modes need is there.
+def require(family: str, modes: Sequence[str] | None = None, *, thorough: bool = False) -> None:
+    """Checks that all that modes need is there; see `missing`.
 
     Raises:
         WeightsError: Something is missing.
     """
-    lacks = missing(family, modes)
+    lacks = missing(family, modes, thorough=thorough)
     if lacks:
-        command = " ".join(["script/fetch-weights", *(f"--mode {mode}" for mode in modes)])
-        raise WeightsError(f"{home(family)} lacks{listed(lacks)}\n{command} fetches them")
+        options = ["--dir", str(root()), *(f"--mode={mode}" for mode in modes or ())]
+        raise WeightsError(
+            f"{home(family)} has no verified copy of{listed(lacks)}\n"
+            f"script/fetch-weights {shlex.join(options)} fetches them; "
+            "in a container it is python -m panorama.fetch, with the same options"
+        )
 
 
 def listed(lacks: Iterable[Lack]) -> str:
@@ -169,29 +204,14 @@ def listed(lacks: Iterable[Lack]) -> str:
 
 
 def is_whole(folder: Path, part: Part, file: File, pins: Pins, thorough: bool) -> bool:
-    """Whether a file is in its place, as far as is known of it."""
+    """Whether a file is in its place; one of which no hash is known never is."""
     path = folder / file.target
     if not path.is_file():
         return False
     if not part.sources:
         return filecmp.cmp(path, SHIPPED / folder.name / file.target, shallow=False)
     # What arrives is stored as it is, unless it is converted.
-    known = pins.known(file.target) if part.convert else arriving(file, pins)
-    if known.size not in (None, size_of(path)):
+    known = pins.stored(part, file) if part.convert else pins.arriving(part, file)
+    if known.sha256 is None or known.size not in (None, size_of(path)):
         return False
-    if not thorough:
-        return True
-    if known.sha256:
-        return sha256_of(path) == known.sha256
-    try:
-        check_readable(path, path.suffix)
-    except BadFileError:
-        return False
-    return True
-
-
-def arriving(file: File, pins: Pins) -> Known:
-    """What a file has to be as it arrives: what the manifest says, or else as first seen."""
-    if file.sha256:
-        return Known("the manifest", file.size, file.sha256)
-    return pins.known(file.target)
+    return not thorough or sha256_of(path) == known.sha256

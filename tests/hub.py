@@ -35,7 +35,11 @@ class Fault:
         change: Of the content.
         honest: Whether size and ETag stay those of the unchanged content.
         cut: Bytes after which the connection breaks.
+        hang_up: Whether there is no answer but the end of the connection.
+        hold: Waited for before the answer.
+        stall: Seconds for which it is silent before it breaks.
         delay: Seconds before the answer.
+        body: Of an answer with `status`.
     """
 
     methods: tuple[str, ...] = ("GET",)
@@ -45,7 +49,11 @@ class Fault:
     change: Callable[[bytes], bytes] = lambda content: content
     honest: bool = True
     cut: int | None = None
+    hang_up: bool = False
+    hold: threading.Event | None = None
+    stall: float = 0
     delay: float = 0
+    body: bytes = b""
 
 
 @dataclass
@@ -105,8 +113,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
         fault = self.hub.fault(self.command, self.path)
         time.sleep(fault.delay)
+        if fault.hold:
+            fault.hold.wait(60)
+        if fault.hang_up:
+            self.close_connection = True
+            return None
         if fault.status is not None:
-            return self.reply(fault.status, fault.headers)
+            return self.reply(fault.status, fault.headers, fault.body)
         path = self.path.removeprefix(LARGE_PATH).removeprefix(SMALL_PATH)
         repository, resolve, rest = path.strip("/").partition("/resolve/")
         if not resolve:
@@ -148,10 +161,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 **headers,
                 "Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}",
             }
-        self.reply(status, headers, content[begin:], fault.cut)
+        self.reply(status, headers, content[begin:], fault.cut, fault.stall)
 
     def reply(
-        self, status: int, headers: Mapping[str, str], body: bytes = b"", cut: int | None = None
+        self,
+        status: int,
+        headers: Mapping[str, str],
+        body: bytes = b"",
+        cut: int | None = None,
+        stall: float = 0,
     ) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
@@ -159,6 +177,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.send_slowly(body[:cut])
+            time.sleep(stall)
         if cut is not None:
             self.close_connection = True
 

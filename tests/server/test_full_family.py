@@ -44,17 +44,11 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def folder(hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A weights folder with the manifest of this repository, but for the hash of VGG16."""
-    folder = tmp_path_factory.mktemp("weights")
-    text = (SHIPPED / "manifest.toml").read_text()
-    assert text.count(small_full.VGG16_SHA256) == 1
-    own = hashlib.sha256(hub.plain[small_full.VGG16_URL]).hexdigest()
-    (folder / "manifest.toml").write_text(text.replace(small_full.VGG16_SHA256, own))
-    return folder
+    return own_manifest(hub, tmp_path_factory.mktemp("weights"))
 
 
-def run(hub: Hub, folder: Path, *command: str) -> "subprocess.CompletedProcess[str]":
-    more = {
+def run(hub: Hub, folder: Path, *command: str, **more: str) -> "subprocess.CompletedProcess[str]":
+    own = {
         "HF_ENDPOINT": hub.url,
         "PANORAMA_MIRROR": hub.url,
         "PANORAMA_WEIGHTS": str(folder),
@@ -64,7 +58,7 @@ def run(hub: Hub, folder: Path, *command: str) -> "subprocess.CompletedProcess[s
     }
     return subprocess.run(
         [sys.executable, *command],
-        env={**os.environ, **more},
+        env={**os.environ, **own, **more},
         capture_output=True,
         text=True,
         timeout=240,
@@ -72,19 +66,40 @@ def run(hub: Hub, folder: Path, *command: str) -> "subprocess.CompletedProcess[s
 
 
 def test_what_is_missing_is_said_with_the_command_that_brings_it(
-    hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PANORAMA_WEIGHTS", str(folder))
+    asked = len(hub.requests)
+    monkeypatch.setenv("PANORAMA_WEIGHTS", str(tmp_path))
     monkeypatch.setenv("PANORAMA_MIRROR", hub.url)
     with pytest.raises(WeightsError) as caught:
         load("full", modes=["syncdiffusion"])
     lines = str(caught.value).splitlines()
-    assert lines[0] == f"{folder / 'full'} lacks"
+    assert lines[0] == f"{tmp_path / 'full'} has no verified copy of"
     unet = "  syncdiffusion/unet/diffusion_pytorch_model.safetensors of sd2, from sd2-community/"
     assert any(line.startswith(unet) for line in lines)
-    assert lines[-1] == "script/fetch-weights --mode syncdiffusion fetches them"
+    command = f"script/fetch-weights --dir {tmp_path} --mode=syncdiffusion fetches them; in a cont"
+    assert lines[-1].startswith(command)
     assert not any("sdxl" in line for line in lines)
-    assert hub.requests == []
+    assert len(hub.requests) == asked
+
+
+def own_manifest(hub: Hub, folder: Path) -> Path:
+    """A weights folder with the manifest of this repository, but for the hash of VGG16."""
+    text = (SHIPPED / "manifest.toml").read_text()
+    assert text.count(small_full.VGG16_SHA256) == 1
+    own = hashlib.sha256(hub.plain[small_full.VGG16_URL]).hexdigest()
+    (folder / "manifest.toml").write_text(text.replace(small_full.VGG16_SHA256, own))
+    return folder
+
+
+def test_a_container_may_have_one_mode(hub: Hub, tmp_path: Path) -> None:
+    folder = own_manifest(hub, tmp_path)
+    code = "from predict import Predictor; p = Predictor(); p.setup(); print(*p.models.pipelines)"
+    result = run(hub, folder, "-c", code, PANORAMA_MODES=" syncdiffusion")
+    assert result.returncode == 0, result.stderr
+    assert "fetching 14 files of full" in result.stdout
+    assert result.stdout.splitlines()[-1] == "syncdiffusion"
+    assert not (folder / "full" / "sdxl-360").exists()
 
 
 def test_setup_fetches_the_family_and_then_both_modes_run_without_a_network(
@@ -100,7 +115,10 @@ def test_setup_fetches_the_family_and_then_both_modes_run_without_a_network(
     result = run(hub, folder, "-m", "panorama", *inputs["sync"], "-o", str(first))
     assert result.returncode == 0, result.stderr
     assert f"fetching 36 files of full to {folder / 'full'}" in result.stdout
+    assert "33 files are to be fetched, " in result.stdout
+    assert "syncdiffusion/unet/config.json came from http" in result.stdout
     assert "full is there, verified" in result.stdout
+    assert "safety checker: none" in result.stdout
     assert result.stderr == ""
     asked = len(hub.requests)
 
@@ -120,9 +138,10 @@ def test_setup_fetches_the_family_and_then_both_modes_run_without_a_network(
 
     lpips = folder / "full" / "syncdiffusion" / "perceptual"
     model = LPIPS.from_pretrained(lpips)
-    heads = load_file(SHIPPED / "lpips_vgg_heads.safetensors").values()
-    for mine, published in zip(model.heads, heads, strict=True):
-        torch.testing.assert_close(mine.data, published.flatten())
+    heads = load_file(SHIPPED / "lpips_vgg_heads.safetensors")
+    assert len(heads) == len(model.heads)
+    for k, mine in enumerate(model.heads):
+        torch.testing.assert_close(mine.data, heads[f"lin{k}"].flatten())
     assert not list((folder / "full").rglob("*.pth"))
     assert {
         path.dtype for path in load_file(lpips / "diffusion_pytorch_model.safetensors").values()

@@ -40,6 +40,7 @@ def test_a_flagged_picture_is_withheld_unless_the_request_says_otherwise(server:
 def test_its_log_speaks_of_no_black_picture(server: Server) -> None:
     _, withheld = server.predict(QUICK)
     assert withheld["status"] == "failed"
+    assert "safety checker: StableDiffusionSafetyChecker" in server.log()
     assert "PictureWithheldError: the picture was withheld" in server.log()
     assert "black image" not in server.log()
     assert "Warning:" not in server.log()

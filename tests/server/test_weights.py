@@ -9,13 +9,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 from safetensors.numpy import save
 
+from panorama.download import token_for
+from panorama.manifest import File, Part, Source
+from panorama.weights import Pin
 from tests.hub import Fault, Hub, running_hub
+
+from .conftest import wait_until
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "c" * 40
@@ -24,7 +31,6 @@ FILES = {
     "model.safetensors": save({"w": np.arange(60_000, dtype=np.float32)}),
     "merges.txt": b"a b\nc d\n",
 }
-STORED = {"config.json": "config.json", "model.safetensors": "model.safetensors"}
 MODEL = "small/mode/model.safetensors"
 
 
@@ -32,11 +38,14 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def write_manifest(folder: Path, *sources: str, pinned: bool = True) -> None:
-    """A family `small` of three files, their hashes known or not."""
+def write_manifest(
+    folder: Path, *sources: str, pinned: bool = True, sized: bool | None = None
+) -> None:
+    """A family `small` of three files, their hashes and sizes known or not."""
     entries = []
     for name, content in FILES.items():
-        known = f', size = {len(content)}, sha256 = "{sha256(content)}"' if pinned else ""
+        known = f', sha256 = "{sha256(content)}"' if pinned else ""
+        known += f", size = {len(content)}" if (pinned if sized is None else sized) else ""
         entries.append(f'{{ name = "{name}"{known} }}')
     folder.mkdir(exist_ok=True)
     (folder / "manifest.toml").write_text(
@@ -113,6 +122,7 @@ def test_every_file_comes_verified_and_is_not_fetched_again(hub: Hub, folder: Pa
     pins = json.loads((folder / "small" / "weights.lock").read_text())
     assert pins["mode/model.safetensors"] == {
         "commit": COMMIT,
+        "made_from": None,
         "sha256": sha256(FILES["model.safetensors"]),
         "size": len(FILES["model.safetensors"]),
         "source": "first/model",
@@ -143,7 +153,11 @@ FAULTS = {
         "offers sha256",
     ),
     "a connection that breaks": (Fault(cut=0), "RemoteProtocolError"),
-    "a truncated file": (Fault(change=lambda content: content[:-5]), "bytes"),
+    "a truncated file": (Fault(change=lambda content: content[:-5]), "416"),
+    "a connection that stalls again and again": (
+        Fault(cut=20_000, stall=1.5),
+        "ended after 100000 of",
+    ),
     "a truncated file, and a size to match": (
         Fault(("HEAD", "GET"), change=lambda content: content[:-5], honest=False),
         f"offers size {len(FILES['model.safetensors']) - 5}, but the manifest says",
@@ -157,6 +171,7 @@ FAULTS = {
     "404": (Fault(("HEAD", "GET"), status=404), "404"),
     "404 after all": (Fault(("GET",), status=404), "404"),
     "500": (Fault(("HEAD", "GET"), status=500), "500"),
+    "an error that is no object": (Fault(status=400, body=b'["no", "such"]'), "400"),
     "403": (Fault(("HEAD", "GET"), status=403), "403"),
     "429 for a day": (
         Fault(("HEAD", "GET"), status=429, headers={"Retry-After": "86400"}),
@@ -201,15 +216,28 @@ def test_what_every_server_does_wrong_is_a_clear_error_and_leaves_no_bad_file(
     assert stored(folder) == FILES
 
 
-def test_a_busy_server_is_waited_for_as_long_as_it_asks(hub: Hub, folder: Path) -> None:
-    busy = Fault(("HEAD",), times=1, status=429, headers={"Retry-After": "2"})
-    hub.faults["model.safetensors"] = busy
+@pytest.mark.parametrize(
+    "headers", [{"Retry-After": "2"}, {"RateLimit": '"resolvers";r=0;t=2', "Retry-After": "900"}]
+)
+def test_a_busy_server_is_waited_for_as_long_as_it_asks(
+    hub: Hub, folder: Path, headers: dict[str, str]
+) -> None:
+    hub.faults["model.safetensors"] = Fault(("HEAD",), times=1, status=429, headers=headers)
     begin = time.monotonic()
     result = fetch(hub, folder)
     assert result.returncode == 0, result.stderr
     assert time.monotonic() - begin > 2
     assert "waiting for 2 s" in result.stderr
     assert len(hub.asked("HEAD", "model.safetensors")) == 2
+
+
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+def test_a_connection_that_breaks_once_is_made_anew(hub: Hub, folder: Path, method: str) -> None:
+    hub.faults["model.safetensors"] = Fault((method,), times=1, hang_up=True)
+    result = fetch(hub, folder)
+    assert result.returncode == 0, result.stderr
+    assert "waiting for 1 s" in result.stderr
+    assert stored(folder) == FILES
 
 
 def test_a_broken_connection_is_resumed_where_it_broke(hub: Hub, folder: Path) -> None:
@@ -261,7 +289,7 @@ def test_a_file_that_spoils_in_its_place_is_found_and_fetched_again(hub: Hub, fo
     path.write_bytes(content)
     result = fetch(hub, folder, "--offline")
     assert result.returncode == 1
-    assert "offline" in result.stderr and "mode/model.safetensors" in result.stderr
+    assert "has no verified copy of\n  mode/model.safetensors of part" in result.stderr
     assert fetch(hub, folder).returncode == 0
     assert stored(folder) == FILES
 
@@ -289,7 +317,7 @@ def test_a_disk_that_fills_up_meanwhile_is_an_error_and_leaves_no_bad_file(
         [sys.executable, "-c", code], env=environment(hub, folder), capture_output=True, text=True
     )
     assert result.returncode == 1
-    assert "File too large; make room there, or choose another folder" in result.stderr
+    assert "File too large; choose another folder with --dir or PANORAMA_WEIGHTS" in result.stderr
     assert_no_bad_file(folder)
     assert fetch(hub, folder).returncode == 0
     assert stored(folder) == FILES
@@ -315,6 +343,59 @@ def test_what_was_first_seen_is_pinned(hub: Hub, tmp_path: Path) -> None:
     assert result.returncode == 1
     assert f"sha256 {sha256(changed)}, but weights.lock says" in result.stderr
     assert "model.safetensors" not in stored(folder)
+
+
+def test_what_has_changed_is_accepted_once_its_pins_are_deleted(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    write_manifest(folder, SECOND, pinned=False)
+    hub.add("second/model", FILES, "1" * 40)
+    assert fetch(hub, folder).returncode == 0
+
+    changed = {**FILES, "merges.txt": b"e f\n"}
+    hub.add("second/model", changed, "2" * 40)
+    lock = folder / "small" / "weights.lock"
+    pins = json.loads(lock.read_text())
+    kept = {target: pin for target, pin in pins.items() if pin["source"] != "second/model"}
+    lock.write_text(json.dumps(kept))
+    assert fetch(hub, folder).returncode == 0
+    assert stored(folder) == changed
+    assert {pin["commit"] for pin in json.loads(lock.read_text()).values()} == {"2" * 40}
+
+
+def test_another_revision_in_the_manifest_is_another_file(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    write_manifest(folder, FIRST, pinned=False)
+    assert fetch(hub, folder).returncode == 0
+
+    changed = {**FILES, "merges.txt": b"e f\n"}
+    hub.add("first/model", changed, "d" * 40)
+    write_manifest(folder, FIRST.replace(COMMIT, "d" * 40), pinned=False)
+    result = fetch(hub, folder, "--offline")
+    assert result.returncode == 1
+    assert f"mode/merges.txt of part, from first/model at {'d' * 40}" in result.stderr
+    assert fetch(hub, folder).returncode == 0
+    assert stored(folder) == changed
+
+
+def test_what_nothing_is_known_of_is_not_whole(hub: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    write_manifest(folder, FIRST, pinned=False)
+    assert fetch(hub, folder).returncode == 0
+    (folder / "small" / "weights.lock").unlink()
+    assert fetch(hub, folder, "--offline").returncode == 1
+    assert fetch(hub, folder).returncode == 0
+    assert fetch(hub, folder, "--offline").returncode == 0
+
+
+def test_a_size_is_held_to_where_no_hash_is_known(hub: Hub, other: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    write_manifest(folder, FIRST, pinned=False, sized=True)
+    longer = save({"w": np.arange(70_000, dtype=np.float32)})
+    other.add("first/model", {**FILES, "model.safetensors": longer}, COMMIT)
+    result = fetch(hub, folder, PANORAMA_MIRROR=other.url)
+    assert result.returncode == 0, result.stderr
+    assert f"offers size {len(longer)}, but the manifest says" in result.stderr
+    assert stored(folder) == FILES
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -343,18 +424,28 @@ def test_what_is_no_safetensors_file_does_not_pass(hub: Hub, tmp_path: Path) -> 
 
 
 def test_two_fetches_at_once_share(hub: Hub, folder: Path) -> None:
-    hub.pause = 0.05
-    command = [sys.executable, "-m", "panorama.fetch"]
-    both = [
-        subprocess.Popen(
-            command, env=environment(hub, folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    large = f"/large/first/model/resolve/{COMMIT}/model.safetensors"
+    hub.faults[large] = Fault(hold=Event())
+
+    def start() -> "subprocess.Popen[bytes]":
+        return subprocess.Popen(
+            [sys.executable, "-m", "panorama.fetch"],
+            env=environment(hub, folder, HF_HUB_DOWNLOAD_TIMEOUT="60"),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
         )
-        for _ in range(2)
-    ]
+
+    both = [start()]
+    wait_until(lambda: hub.asked("GET", large))
+    both.append(start())
+    assert both[1].stderr
+    waiting = both[1].stderr.readline().decode()
+    assert "waiting for it" in waiting
+    hub.faults[large].hold.set()
     errors = [process.communicate(timeout=60)[1].decode() for process in both]
     assert [process.returncode for process in both] == [0, 0], errors
     assert stored(folder) == FILES
-    assert sum("waiting for it" in error for error in errors) == 1
+    assert "waiting for it" not in errors[0]
     assert len([r for r in hub.asked("GET", "model.safetensors") if "large" in r.path]) == 1
 
 
@@ -419,9 +510,71 @@ def test_offline_makes_no_request(hub: Hub, folder: Path) -> None:
     by_variable = fetch(hub, folder, HF_HUB_OFFLINE="1")
     for result in (by_option, by_variable):
         assert result.returncode == 1
-        assert f"offline, and {folder / 'small'} lacks" in result.stderr
         assert f"mode/model.safetensors of part, from first/model at {COMMIT}" in result.stderr
+    assert f"{folder / 'small'} has no verified copy of" in by_option.stderr
+    assert f"script/fetch-weights --dir {folder} fetches them" in by_option.stderr
+    assert f"offline, and {folder / 'small'} lacks" in by_variable.stderr
     assert hub.requests == []
+
+
+def test_offline_writes_nothing(hub: Hub, folder: Path) -> None:
+    assert fetch(hub, folder, "--offline").returncode == 1
+    assert not (folder / "small").exists()
+    assert fetch(hub, folder).returncode == 0
+    (folder / "small" / ".fetch.lock").unlink()
+    before = {path: path.stat().st_mtime_ns for path in (folder / "small").rglob("*")}
+    result = fetch(hub, folder, "--offline")
+    assert result.returncode == 0, result.stderr
+    assert {path: path.stat().st_mtime_ns for path in (folder / "small").rglob("*")} == before
+
+
+def test_a_file_system_without_locks_is_an_error(hub: Hub, folder: Path) -> None:
+    code = """
+import errno, fcntl, sys
+def flock(*_): raise OSError(errno.ENOSYS, "Function not implemented")
+fcntl.flock = flock
+from panorama.fetch import main
+sys.exit(main([]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment(hub, folder), capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert "Function not implemented; choose another folder" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert stored(folder) == {}
+
+
+def test_room_is_asked_for_where_there_is_none(hub: Hub, folder: Path) -> None:
+    (folder / "small").mkdir()
+    (folder / "small" / "weights.lock.part").symlink_to("/dev/full")
+    result = fetch(hub, folder)
+    assert result.returncode == 1
+    assert "No space left on device; make room there, or choose another folder" in result.stderr
+    assert stored(folder) == {}
+
+
+PIN = Pin(3, "1" * 64, "first/model", COMMIT)
+
+
+@pytest.mark.parametrize(
+    ("pin", "source", "known", "same"),
+    [
+        (PIN, Source("first/model", COMMIT), {}, True),
+        (PIN, Source("first/model"), {}, True),
+        (PIN, Source("first/model", "d" * 40), {}, False),
+        (PIN, Source("second/model", COMMIT), {}, False),
+        (PIN, Source("second/model"), {"sha256": "1" * 64}, True),
+        (PIN, Source("first/model", COMMIT), {"sha256": "2" * 64}, False),
+        (replace(PIN, made_from="2" * 64), Source(url="https://a/b"), {"sha256": "2" * 64}, True),
+        (replace(PIN, made_from="2" * 64), Source(url="https://a/b"), {"sha256": "1" * 64}, False),
+    ],
+)
+def test_a_pin_counts_as_long_as_the_manifest_asks_for_what_was_seen(
+    pin: Pin, source: Source, known: dict[str, str], same: bool
+) -> None:
+    file = File("a.safetensors", "a.safetensors", **known)
+    assert pin.is_of(Part("part", ("mode",), "MIT", (file,), (source,)), file) is same
 
 
 def test_list_says_what_comes_from_where_how_large_under_which_licence(
@@ -448,10 +601,24 @@ def test_a_mode_that_is_not_there_is_refused(hub: Hub, folder: Path) -> None:
     assert "--mode flat: must be one of mode" in result.stderr
 
 
-def test_a_mirror_that_is_no_url_is_refused(hub: Hub, folder: Path) -> None:
-    result = fetch(hub, folder, PANORAMA_MIRROR="mirror.example")
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("mirror.example", "PANORAMA_MIRROR='mirror.example': must be a URL; https://mirror"),
+        (
+            "https://me:secret@mirror.example/hub",
+            "PANORAMA_MIRROR: must have no user and no password, which logs would show; "
+            "https://mirror.example might do",
+        ),
+    ],
+)
+def test_a_mirror_that_is_no_url_or_has_a_password_is_refused(
+    hub: Hub, folder: Path, url: str, message: str
+) -> None:
+    result = fetch(hub, folder, PANORAMA_MIRROR=url)
     assert result.returncode == 1
-    assert "PANORAMA_MIRROR='mirror.example': must be a URL; https://mirror" in result.stderr
+    assert message in result.stderr
+    assert "secret" not in result.stderr
     assert not [r for r in hub.requests if "resolve" in r.path]
 
 
@@ -466,6 +633,53 @@ def test_a_file_of_a_server_that_is_no_hub_may_be_elsewhere_and_its_size_untold(
     result = fetch(hub, folder, PANORAMA_MIRROR=hub.url)
     assert result.returncode == 0, result.stderr
     assert stored(folder) == FILES
+
+
+def test_a_plain_server_that_says_0_is_bounded_by_what_is_known(hub: Hub, folder: Path) -> None:
+    """It tells no size, and would send without end."""
+    write_manifest(folder, '{ url = "https://files.invalid/models" }')
+    for name, content in FILES.items():
+        hub.plain[f"files.invalid/models/{name}"] = content
+    hub.faults["model.safetensors"] = Fault(("HEAD",), status=200)
+    result = fetch(hub, folder, PANORAMA_MIRROR=hub.url)
+    assert result.returncode == 0, result.stderr
+    assert stored(folder) == FILES
+    (folder / MODEL).unlink()
+    hub.plain["files.invalid/models/model.safetensors"] += b"more"
+    result = fetch(hub, folder, PANORAMA_MIRROR=hub.url)
+    assert result.returncode == 1
+    assert f"sent more than the {len(FILES['model.safetensors'])} bytes" in result.stderr
+
+
+def test_without_an_etag_nothing_is_joined_to_what_came_before(hub: Hub, folder: Path) -> None:
+    """Nobody could say whether both halves are of the same file."""
+    write_manifest(folder, '{ url = "https://files.invalid/models" }', pinned=False)
+    for name, content in FILES.items():
+        hub.plain[f"files.invalid/models/{name}"] = content
+    path = "/files.invalid/models/model.safetensors"
+    hub.faults[path] = Fault(times=1, cut=100_000)
+    result = fetch(hub, folder, PANORAMA_MIRROR=hub.url)
+    assert result.returncode == 0, result.stderr
+    assert [r.headers.get("range") for r in hub.asked("GET", path)] == [None, None]
+    assert stored(folder) == FILES
+
+
+@pytest.mark.parametrize(
+    ("source", "mirror", "token"),
+    [
+        (Source("a/b"), None, None),
+        (Source(url="https://a/b"), None, False),
+        (Source("a/b"), "https://mirror.example", None),
+        (Source(url="https://a/b"), "https://mirror.example", None),
+        (Source("a/b"), "http://127.0.0.1:5000", None),
+        (Source("a/b"), "http://mirror.example", False),
+        (Source("a/b"), "http://localhost.example", False),
+    ],
+)
+def test_the_token_goes_to_the_hub_and_to_a_mirror_that_nobody_listens_to(
+    source: Source, mirror: str | None, token: bool | None
+) -> None:
+    assert token_for(source, mirror) is token
 
 
 def test_a_pickle_that_is_not_the_known_one_is_never_opened(hub: Hub, tmp_path: Path) -> None:

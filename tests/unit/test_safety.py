@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from panorama import weights
 from panorama.models import Models, load
 from panorama.request import Request
 from panorama.safety import PictureWithheldError, SafetyChecker, squares
@@ -71,6 +72,25 @@ def test_what_is_flagged_is_withheld_and_leaves_nothing_to_the_next(
         make(models)
 
 
+def test_a_checker_in_this_repository_is_found_wherever_the_weights_are(
+    family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it is baked into an image, and the weights lie on a volume."""
+    shipped, volume = tmp_path / "shipped", tmp_path / "volume"
+    for folder in (shipped, volume):
+        (folder / "some").mkdir(parents=True)
+    for part in family.iterdir():
+        (volume / "some" / part.name).symlink_to(part)
+    save_checker(shipped / "some" / "safety_checker", ALL)
+    monkeypatch.setattr(weights, "SHIPPED", shipped)
+    monkeypatch.setenv("PANORAMA_WEIGHTS", str(volume))
+    (shipped / "manifest.toml").touch()
+    models = load("some", device="cpu")
+    assert models.checker and models.checker.name == "StableDiffusionSafetyChecker"
+    with pytest.raises(PictureWithheldError):
+        make(models)
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json"])
 def test_a_checker_that_is_not_whole_is_no_checker_to_go_without(
     family: Path, tmp_path: Path, name: str
@@ -83,10 +103,10 @@ def test_a_checker_that_is_not_whole_is_no_checker_to_go_without(
 
 def test_a_weight_that_is_missing_is_not_made_up(tmp_path: Path) -> None:
     save_checker(tmp_path, ALL)
-    weights = load_file(tmp_path / "model.safetensors")
+    state = load_file(tmp_path / "model.safetensors")
     (tmp_path / "model.safetensors").unlink()
-    del weights["concept_embeds"]
-    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    del state["concept_embeds"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model.safetensors has no weight concept_embeds"):
         SafetyChecker.from_pretrained(tmp_path, torch.float32)
 
