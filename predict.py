@@ -37,7 +37,7 @@ warnings.filterwarnings("ignore", r"(BasePredictor|Predictor\.predict\(\)) is", 
 
 
 class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
-    """Makes panoramas with the family and modes that PANORAMA_FAMILY and _MODES name."""
+    """Makes panoramas with what PANORAMA_FAMILY and PANORAMA_MODES name."""
 
     def setup(self) -> None:
         """Fetches what is missing of the family's modes, and loads them, once."""
