@@ -16,7 +16,7 @@ from weights.train.diffusion import build_scheduler, denoising_loss
 from weights.train.fit import Plan, fit
 from weights.train.sdxl import FACTOR, SUBJECTS, Spheres, TextToSphere, encode_kinds, subjects
 
-PLAN = Plan("controlnet", steps=1000, learning_rate=5e-4, average=0.99, warmup=100)
+PLAN = Plan("controlnet", steps=2500, learning_rate=5e-4, average=0.99, warmup=100)
 DROPPED = 0.5  # share of captions left out, so that shapes are read off the depth (2302.05543)
 SCALES = (0.5, 1.0)
 """Between these lies controlnet_conditioning_scale in training: each of them is followed."""

@@ -34,7 +34,7 @@ from weights.train.diffusion import (
 from weights.train.diffusion import PLAN as FIRST_FAMILY
 from weights.train.fit import Plan, fit
 
-PLAN = Plan("sdxl-360", steps=3400, learning_rate=1e-3, average=0.999)
+PLAN = Plan("sdxl-360", steps=7400, learning_rate=1e-3, average=0.999)
 BATCH = 8
 HIDDEN = 128  # of either text encoder
 SIZE_CHANNELS = 16  # for each of the six numbers of a picture's sizes
