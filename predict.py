@@ -233,7 +233,7 @@ def bring(family: str, modes: Sequence[str]) -> None:
     """Fetches and verifies what modes lack; a family that is whole needs no network."""
     lacks = weights.missing(family, modes)
     if lacks:
-        print(f"fetching {len(lacks)} files of {family} to {weights.home(family)}", flush=True)
+        print(f"{weights.home(family)} lacks {len(lacks)} files of {family}", flush=True)
         with logged():
             fetch(family, modes)
         print(f"{family} is there, verified", flush=True)

@@ -35,8 +35,16 @@ OnBytes = Callable[[int], None]
 """Called with how many bytes came in; an exception that it raises ends the transfer."""
 
 
-FAILURES = (httpx2.HTTPError, FileMetadataError, OfflineModeIsEnabled, BadFileError)
+FAILURES = (
+    httpx2.HTTPError,
+    FileMetadataError,
+    OfflineModeIsEnabled,
+    BadFileError,
+    ConnectionError,
+)
 """What one server can do wrong while another may serve the file yet."""
+UNREACHABLE = (httpx2.ConnectError, httpx2.ConnectTimeout)
+"""Of these, what does not depend on the file."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def ask(source: Source, name: str, revision: str | None, mirror: str | None, kno
     token = token_for(source, mirror)
     url = locate(source, name, revision, mirror)
     seen = patiently(
-        lambda: get_hf_file_metadata(url, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        url, lambda: get_hf_file_metadata(url, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     )
     if source.repository:
         if seen.commit_hash is None:
@@ -121,8 +129,12 @@ def is_sha256(etag: str) -> bool:
     return len(etag) == 64 and set(etag) <= set("0123456789abcdef")
 
 
-def patiently(call: Callable[[], Result]) -> Result:
+def patiently(url: str, call: Callable[[], Result]) -> Result:
     """Calls a server, again after a pause if it is busy or the connection breaks.
+
+    Args:
+        url: what is asked for, to be told of.
+        call: what asks.
 
     Raises:
         httpx2.HTTPError: It still is, or does, or wants a pause longer than `LONGEST_PAUSE`.
@@ -137,7 +149,7 @@ def patiently(call: Callable[[], Result]) -> Result:
             problem: Exception = error
         except httpx2.TransportError as error:
             seconds, problem = pause, error
-        logger.info("%s; waiting for %g s", summary(problem), seconds)
+        logger.info("%s: %s; waiting for %g s", url, summary(problem), seconds)
         time.sleep(seconds)
     return call()
 
@@ -171,7 +183,7 @@ def transfer(offer: Offer, path: Path, on_bytes: OnBytes) -> None:
     """
     for _ in range(CONNECTIONS):
         if offer.size is None or size_of(path) != offer.size:
-            patiently(lambda: receive(offer, path, on_bytes))
+            patiently(offer.url, lambda: receive(offer, path, on_bytes))
         if offer.size in (None, size_of(path)):
             return
     raise BadFileError(f"ended after {size_of(path)} of {offer.size} bytes, {CONNECTIONS} times")

@@ -25,7 +25,7 @@ from huggingface_hub import constants
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from panorama.download import FAILURES, Offer, ask, summary, transfer, verify
+from panorama.download import FAILURES, UNREACHABLE, Offer, ask, summary, transfer, verify
 from panorama.files import BadFileError, check_readable, measure, put, size_of
 from panorama.manifest import File, Part
 from panorama.weights import (
@@ -182,9 +182,10 @@ def fetch_all(folder: Path, lacks: Sequence[Lack]) -> None:
 def plan(lacks: Sequence[Lack], pins: Pins) -> list[Job]:
     """Finds the first server of each file."""
     jobs = [Job(lack.part, lack.file) for lack in lacks]
+    unreachable: set[str] = set()
 
     def find(job: Job) -> bool:
-        job.offers = offers(job, pins)
+        job.offers = offers(job, pins, unreachable)
         job.offer = next(job.offers, None)
         return job.offer is not None
 
@@ -192,16 +193,27 @@ def plan(lacks: Sequence[Lack], pins: Pins) -> list[Job]:
     return jobs
 
 
-def offers(job: Job, pins: Pins) -> Iterator[Offer]:
-    """What servers offer, in their order: a private mirror comes before all others."""
+def offers(job: Job, pins: Pins, unreachable: set[str]) -> Iterator[Offer]:
+    """What servers offer, in their order: a private mirror comes before all others.
+
+    Args:
+        job: a file.
+        pins: what was first seen.
+        unreachable: servers that no file need ask any more; those found so are added.
+    """
     mirror = private_mirror()
     for base in (mirror, None) if mirror else (None,):
         for source in job.part.sources:
             revision = source.revision or pins.commit(source)
+            server = base or source.url or constants.ENDPOINT
             try:
+                if server in unreachable:
+                    raise ConnectionError(f"{server} could not be reached before")
                 known = pins.arriving(job.part, job.file)
                 offer = ask(source, job.file.name, revision, base, known)
             except FAILURES as error:
+                if isinstance(error, UNREACHABLE):
+                    unreachable.add(server)
                 job.fail(f"{base}, {source}" if base else str(source), error)
             else:
                 yield offer
@@ -345,15 +357,19 @@ def listing(family: str, modes: Sequence[str] | None, offline: bool) -> Iterator
     lacks = missing(family, modes)
     pins = Pins(folder)
     fetched = [lack for lack in lacks if lack.part.sources]
+    offline = offline or constants.is_offline_mode()
     jobs = [Job(lack.part, lack.file) for lack in fetched] if offline else plan(fetched, pins)
     by_target = {job.file.target: job for job in jobs}
+    lacking = {lack.file.target for lack in lacks}
     for part in parts(family, modes):
         yield f"{part.name} ({', '.join(part.modes)}): {part.licence}, from {part.origin}"
         for file in part.files:
             job = by_target.get(file.target)
             offer = job.offer if job else None
-            size = offer.size if offer else size_of(folder / file.target) or file.size
-            state = f"from {offer.url}" if offer else "to fetch" if job else "here"
+            here = file.target not in lacking
+            size = offer.size if offer else size_of(folder / file.target) if here else file.size
+            source = f"from {offer.url}" if offer else "to fetch" if job else "to copy"
+            state = "here" if here else source
             yield f"  {readable(size) if size else '?':>9}  {file.target}  {state}"
     known = sum(job.offer.size or 0 for job in jobs if job.offer)
     yield f"{len(jobs)} files to fetch" + (f", {readable(known)}" if known else "")

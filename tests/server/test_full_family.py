@@ -97,7 +97,7 @@ def test_a_container_may_have_one_mode(hub: Hub, tmp_path: Path) -> None:
     code = "from predict import Predictor; p = Predictor(); p.setup(); print(*p.models.pipelines)"
     result = run(hub, folder, "-c", code, PANORAMA_MODES=" syncdiffusion")
     assert result.returncode == 0, result.stderr
-    assert "fetching 14 files of full" in result.stdout
+    assert "lacks 14 files of full" in result.stdout
     assert result.stdout.splitlines()[-1] == "syncdiffusion"
     assert not (folder / "full" / "sdxl-360").exists()
 
@@ -114,7 +114,7 @@ def test_setup_fetches_the_family_and_then_both_modes_run_without_a_network(
     }
     result = run(hub, folder, "-m", "panorama", *inputs["sync"], "-o", str(first))
     assert result.returncode == 0, result.stderr
-    assert f"fetching 36 files of full to {folder / 'full'}" in result.stdout
+    assert f"{folder / 'full'} lacks 36 files of full" in result.stdout
     assert "33 files are to be fetched, " in result.stdout
     assert "syncdiffusion/unet/config.json came from http" in result.stdout
     assert "full is there, verified" in result.stdout
@@ -128,7 +128,7 @@ def test_setup_fetches_the_family_and_then_both_modes_run_without_a_network(
     ]
     result = run(hub, folder, "-c", NO_NETWORK.format(commands=commands))
     assert result.returncode == 0, result.stderr
-    assert "fetching" not in result.stdout
+    assert "lacks" not in result.stdout
     assert len(hub.requests) == asked
     assert first.read_bytes() == second.read_bytes()
     for path in (second, third):

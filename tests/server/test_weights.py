@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,8 +19,9 @@ import pytest
 from safetensors.numpy import save
 
 from panorama.download import token_for
+from panorama.fetch import Job, offers
 from panorama.manifest import File, Part, Source
-from panorama.weights import Pin
+from panorama.weights import Pin, Pins
 from tests.hub import Fault, Hub, running_hub
 
 from .conftest import wait_until
@@ -593,6 +595,25 @@ def test_list_says_what_comes_from_where_how_large_under_which_licence(
     listed = fetch(hub, folder, "--list").stdout.splitlines()
     assert listed[-1] == "0 files to fetch"
     assert [line.split()[-1] for line in listed[2:-1]] == ["here"] * 3
+
+
+def test_a_server_that_cannot_be_reached_is_not_asked_for_every_file(
+    hub: Hub, folder: Path, tmp_path: Path
+) -> None:
+    with socket.socket() as taken:  # a port at which nobody listens
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        result = fetch(hub, folder, PANORAMA_MIRROR=url)
+    assert result.returncode == 0, result.stderr
+    assert f"{url}/first/model/resolve" in result.stderr  # the log says whom it waits for
+    file = File("a.txt", "a.txt")
+    source = Source(url=url.replace("http", "https") + "/folder")
+    down: set[str] = set()
+    jobs = [Job(Part("part", ("mode",), "MIT", (file,), (source,)), file) for _ in range(2)]
+    for job in jobs:
+        assert list(offers(job, Pins(tmp_path), down)) == []
+    assert "could not be reached before" not in jobs[0].failures[0]
+    assert "could not be reached before" in jobs[1].failures[0]
 
 
 def test_a_mode_that_is_not_there_is_refused(hub: Hub, folder: Path) -> None:
