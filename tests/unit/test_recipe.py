@@ -5,15 +5,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import ControlNetModel
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn import functional as F
 
 from panorama.models import load
 from panorama.request import Request
 from panorama.sdxl import SDXL360, TOKENS, load_lora, load_tokens, lora_applied
 from tests.small_sdxl import build, save_family
-from weights.train import dataset, diffusion, export, measure, recognise, rooms, scenes, sdxl, style
+from weights.train import (
+    controlnet,
+    dataset,
+    diffusion,
+    export,
+    measure,
+    recognise,
+    rooms,
+    scenes,
+    sdxl,
+    style,
+)
 from weights.train.controlnet import depth_images
 from weights.train.depths import CELL, DepthReader, around, cells, correlation, depth_image
 from weights.train.sdxl import Captions, Spheres, TextToSphere, time_ids, warm_start
@@ -166,13 +177,36 @@ def test_all_of_the_unet_starts_warm_but_what_reads_the_words() -> None:
     }
 
 
-def test_a_controlnet_reads_a_depth_image_of_the_pictures_size() -> None:
-    unet = sdxl.build_unet()
-    controlnet = ControlNetModel.from_unet(
-        unet, conditioning_embedding_out_channels=(8, 16, 32, 64)
-    )
-    latents = controlnet.controlnet_cond_embedding(torch.zeros(1, 3, 64, 128))
-    assert latents.shape[-2:] == (8, 16)
+def test_a_controlnet_begins_with_all_of_the_depth_image_and_changes_nothing() -> None:
+    torch.manual_seed(0)
+    base = TextToSphere(nn.Identity(), nn.Identity(), sdxl.build_unet())
+    built = controlnet.build(base)
+    depth = torch.rand(1, 1, 8, 16).expand(-1, 3, -1, -1)
+    with torch.no_grad():
+        seen = built.controlnet_cond_embedding(F.interpolate(depth, scale_factor=8))
+        latents = built.conv_in(torch.randn(1, 4, 8, 16))
+    assert seen.shape == latents.shape
+    varied = (seen - seen.mean((2, 3), keepdim=True)).std()
+    assert 0.2 < varied / latents.std() < 5
+    outputs = (*built.controlnet_down_blocks, built.controlnet_mid_block)
+    assert not any(p.any() for module in outputs for p in module.parameters())
+
+
+def test_a_lesson_has_noise_that_gives_the_latents_back_and_costs_nothing_if_it_is_found() -> None:
+    x0 = torch.randn(3, 4, 8, 16, generator=torch.Generator().manual_seed(0))
+    noisy = diffusion.add_noise(x0, diffusion.build_scheduler(), torch.Generator().manual_seed(1))
+    torch.testing.assert_close(noisy.x0(noisy.noise), x0, rtol=1e-3, atol=1e-3)
+    assert noisy.error(noisy.noise) == 0
+    assert noisy.error(noisy.noise + 0.1) > 0
+
+
+def test_the_reader_that_teaches_sees_every_cell() -> None:
+    reader = controlnet.LatentReader()
+    latents = torch.randn(1, 4, 32, 64, requires_grad=True)
+    depth = reader(latents)
+    assert depth.shape == (1, 32, 64) and 0 <= depth.min() <= depth.max() <= 1
+    depth.sum().backward()
+    assert latents.grad is not None and latents.grad.abs().amin() > 0
 
 
 def test_warm_light_takes_blue_away_and_keeps_black() -> None:

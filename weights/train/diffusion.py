@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from panorama.synchronize import predict_x0
 from weights.train import dataset, rooms, scenes
 from weights.train.autoencoder import to_tensor
 from weights.train.fit import Plan, fit
@@ -174,16 +176,42 @@ def uneven_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return noise
 
 
-def loss_weight(t: Tensor, alphas_cumprod: Tensor, low: float = 0.2, high: float = 5.0) -> Tensor:
-    """The loss's weight at timesteps (N,): SNR clamped to [low, high], as a weight of x0's error.
+def loss_weight(alpha_bar: Tensor, low: float = 0.2, high: float = 5.0) -> Tensor:
+    """The loss's weight at alpha_bar (N,): SNR clamped to [low, high], as a weight of x0's error.
 
     The upper bound is that of Min-SNR (arXiv 2303.09556). The lower one makes up for how little
     the error of the noise says of x0 where there is next to nothing but noise, which is where the
     colours of large areas are decided.
     """
-    alpha_bar = alphas_cumprod[t]
     snr = alpha_bar / (1 - alpha_bar)
     return snr.clamp(low, high) / snr
+
+
+@dataclass(frozen=True)
+class Noisy:
+    """Latents with noise."""
+
+    latents: Tensor  # (N, C, h, w)
+    noise: Tensor  # (N, C, h, w), what is in them
+    t: Tensor  # (N,)
+    alpha_bar: Tensor  # (N, 1, 1, 1)
+
+    def error(self, noise_pred: Tensor) -> Tensor:
+        """The weighted error of the noise that a model found."""
+        error = F.mse_loss(noise_pred, self.noise, reduction="none").mean((1, 2, 3))
+        return (error * loss_weight(self.alpha_bar.flatten())).mean()
+
+    def x0(self, noise_pred: Tensor) -> Tensor:
+        """The latents (N, C, h, w) that the noise found leaves."""
+        return predict_x0(self.latents, noise_pred, self.alpha_bar)
+
+
+def add_noise(x0: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) -> Noisy:
+    """Draws timesteps and noise for latents x0 (N, C, h, w)."""
+    t = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), generator=generator)
+    noise = uneven_noise(x0.shape, generator)
+    alpha_bar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    return Noisy(scheduler.add_noise(x0, noise, t), noise, t, alpha_bar)
 
 
 def denoising_loss(
@@ -200,12 +228,10 @@ def denoising_loss(
         scheduler: whose schedule.
         generator: draws timesteps and noise.
     """
-    t = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), generator=generator)
-    noise = uneven_noise(x0.shape, generator)
+    noisy = add_noise(x0, scheduler, generator)
     with torch.autocast("cpu", torch.bfloat16):
-        noise_pred = predict(scheduler.add_noise(x0, noise, t), t)
-    error = F.mse_loss(noise_pred.float(), noise, reduction="none").mean((1, 2, 3))
-    return (error * loss_weight(t, scheduler.alphas_cumprod)).mean()
+        noise_pred = predict(noisy.latents, noisy.t)
+    return noisy.error(noise_pred.float())
 
 
 def draw_rng(generator: torch.Generator) -> np.random.Generator:
