@@ -13,7 +13,7 @@ from weights.train.autoencoder import to_tensor
 from weights.train.fit import Plan, fit
 from weights.train.recognise import Block, disturb, draw, draw_windows
 
-PLAN = Plan("depth-360", steps=700, learning_rate=2e-3, average=0.99, warmup=100)
+PLAN = Plan("depth-360", steps=2000, learning_rate=2e-3, average=0.99, warmup=100)
 BATCH = 10
 FINEST = 3  # blocks, after which features are fine enough to read depth from
 CELL = 2**FINEST  # pixels
