@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from weights.train import dataset
-from weights.train.depths import cells, depth_image
+from weights.train.depths import at_finest, build_head, cells, depth_image
 from weights.train.diffusion import Noisy, add_noise, build_scheduler
 from weights.train.fit import Plan, fit
 from weights.train.recognise import Block
@@ -26,8 +26,6 @@ READER_PLAN = Plan("latent-depth", steps=2500, learning_rate=2e-3, average=0.99,
 DROPPED = 0.5  # share of captions left out, so that shapes are read off the depth (2302.05543)
 SCALES = (0.5, 1.0)
 """Between these lies controlnet_conditioning_scale in training: each of them is followed."""
-DEPTH_WEIGHT = 1.0
-"""Of the error of the depth that is read off what the ControlNet makes the base see."""
 
 
 def build(base: TextToSphere) -> ControlNetModel:
@@ -58,17 +56,14 @@ class LatentReader(nn.Module):
         super().__init__()
         self.stem = nn.Conv2d(4, channels[0], 3, padding=1)
         self.blocks = nn.ModuleList(Block(a, b) for a, b in pairwise(channels))
-        self.head = nn.Sequential(
-            nn.Conv2d(sum(channels), 64, 3, padding=1), nn.GELU(), nn.Conv2d(64, 1, 1)
-        )
+        self.head = build_head(sum(channels))
 
     def forward(self, latents: Tensor) -> Tensor:
         """Latents (N, 4, h, w) to depth (N, h, w) in [0, 1]."""
         features = [self.stem(latents)]
         for block in self.blocks:
             features.append(block(F.gelu(features[-1])))
-        seen = [F.interpolate(f, latents.shape[-2:], mode="bilinear") for f in features]
-        return self.head(F.gelu(torch.cat(seen, 1))).sigmoid()[:, 0]
+        return self.head(F.gelu(at_finest(features))).sigmoid()[:, 0]
 
 
 def depth_images(
@@ -127,7 +122,7 @@ def train(
     """Trains on the rendered distances.
 
     The error of the noise alone says little of the depth: after a thousand steps no depth was
-    followed. A reader of depth says more (ControlNet++, arXiv 2404.07987, equation 6).
+    followed. A reader of depth says more (ControlNet++, arXiv 2404.07987).
     """
     torch.manual_seed(5)
     base.requires_grad_(False)
@@ -158,7 +153,7 @@ def train(
             ).sample.float()
             seen = reader(noisy.x0(noise_pred))
         error = F.l1_loss(seen.float(), cells(depth[:, 0]))
-        return noisy.error(noise_pred) + DEPTH_WEIGHT * error
+        return noisy.error(noise_pred) + error
 
     trained = fit(controlnet, loss, PLAN, work)
     assert isinstance(trained, ControlNetModel)

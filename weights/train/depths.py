@@ -1,5 +1,6 @@
 """Depth images, and the network that reads depth off pictures to see whether they followed one."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,9 +43,7 @@ class DepthReader(nn.Module):
         super().__init__()
         pairs = zip((3, *channels[:-1]), channels, strict=True)
         self.blocks = nn.ModuleList(Block(a, b) for a, b in pairs)
-        self.head = nn.Sequential(
-            nn.Conv2d(sum(channels[FINEST - 1 :]), 64, 3, padding=1), nn.GELU(), nn.Conv2d(64, 1, 1)
-        )
+        self.head = build_head(sum(channels[FINEST - 1 :]))
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (N, 3, H, W) in [-1, 1] to depth (N, H / 8, W / 8) in [0, 1]."""
@@ -53,9 +52,18 @@ class DepthReader(nn.Module):
         for block in self.blocks:
             x = block(x)
             features.append(x)
-        size = features[FINEST - 1].shape[-2:]
-        seen = [F.interpolate(f, size, mode="bilinear") for f in features[FINEST - 1 :]]
-        return self.head(torch.cat(seen, 1)).sigmoid()[:, 0]
+        return self.head(at_finest(features[FINEST - 1 :])).sigmoid()[:, 0]
+
+
+def build_head(channels: int) -> nn.Sequential:
+    """From features to a score of depth."""
+    return nn.Sequential(nn.Conv2d(channels, 64, 3, padding=1), nn.GELU(), nn.Conv2d(64, 1, 1))
+
+
+def at_finest(features: Sequence[Tensor]) -> Tensor:
+    """Features (N, C, h, w) of several sizes at the first one's, one after the other."""
+    size = features[0].shape[-2:]
+    return torch.cat([F.interpolate(f, size, mode="bilinear") for f in features], 1)
 
 
 def train(work: Path) -> nn.Module:
