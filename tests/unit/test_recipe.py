@@ -240,37 +240,31 @@ def test_a_style_loads_as_it_was_trained(pipe: SDXL360, tmp_path: Path) -> None:
 def test_the_export_loads_and_shares_the_autoencoder(
     pipe: SDXL360, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    folder = tmp_path / "sdxl-360"
     monkeypatch.setattr(export, "TINY", tmp_path)
-    base, styled = text_to_sphere(pipe), style.build(text_to_sphere(pipe))
+    monkeypatch.setattr(export, "SPHERES", folder)
     pipe.text.vae.save_pretrained(tmp_path / "syncdiffusion" / "vae")
     weights = (
         tmp_path / "syncdiffusion" / "vae" / "diffusion_pytorch_model.safetensors"
     ).read_bytes()
+    base = text_to_sphere(pipe)
     for _ in range(2):  # the second time the link is there already
-        export.export_sdxl_360(
-            pipe.text.vae, base, pipe.text.tokenizer, pipe.depth.controlnet, styled
-        )
-    folder = tmp_path / "sdxl-360"
+        export.export_base(base, pipe.text.tokenizer)
+    _, tokenizer, loaded_base = export.load_base()
+    words = captions(pipe, PROMPTS, [True, True])
+    assert torch.equal(diffusion.tokenize(tokenizer, PROMPTS), words.ids)
+    latents, t = torch.randn(2, 4, 8, 16), torch.tensor([500, 20])
+    with torch.no_grad():
+        written = base.float()  # saved in half precision
+        assert torch.equal(loaded_base(latents, t, words), written(latents, t, words))
+    export.export_style(style.build(loaded_base))
+    export.export_controlnet(pipe.depth.controlnet)
     assert (folder / "vae").readlink() == Path("../syncdiffusion/vae")
     shared = (folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert shared == weights
     loaded = SDXL360.from_pretrained(folder, torch.float32)
     assert loaded.tokens == TOKENS
     assert loaded.text.config.force_zeros_for_empty_prompt
-
-
-def test_an_autoencoder_that_the_first_family_does_not_have_is_not_exported(
-    pipe: SDXL360, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export, "TINY", tmp_path)
-    pipe.text.vae.save_pretrained(tmp_path / "syncdiffusion" / "vae")
-    nn.init.normal_(pipe.text.vae.decoder.conv_out.bias)
-    base = text_to_sphere(pipe)
-    with pytest.raises(ValueError, match=r"must be the autoencoder in .*syncdiffusion/vae"):
-        export.export_sdxl_360(
-            pipe.text.vae, base, pipe.text.tokenizer, pipe.depth.controlnet, base
-        )
-    assert not (tmp_path / "sdxl-360").exists()
 
 
 def pictures(kind: str, count: int) -> dataset.Pictures:

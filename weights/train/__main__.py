@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
 from weights.train import (
@@ -49,13 +49,22 @@ def train_sphere_judges(work: Path) -> None:
 
 
 def train_sdxl_360(work: Path) -> None:
-    """Trains the text encoders and the UNet, the ControlNet and the style: the second family."""
-    vae = AutoencoderKL.from_pretrained(work / "autoencoder")
+    """Trains and writes the second family's base, which begins from the files of the first."""
+    first = export.TINY / "syncdiffusion"
+    vae = AutoencoderKL.from_pretrained(first / "vae")
     tokenizer: CLIPTokenizer = diffusion.build_tokenizer(work / "tokenizer")
-    model = sdxl.train(work, vae, tokenizer)
-    follower = controlnet.train(work, vae, tokenizer, model)
-    styled = style.train(work, vae, tokenizer, model)
-    export.export_sdxl_360(vae, model, tokenizer, follower, styled)
+    unet = UNet2DConditionModel.from_pretrained(first / "unet")
+    export.export_base(sdxl.train(work, vae, tokenizer, unet), tokenizer)
+
+
+def train_style(work: Path) -> None:
+    """Trains and writes a style of the second family, on the files of its base."""
+    export.export_style(style.train(work, *export.load_base()))
+
+
+def train_controlnet(work: Path) -> None:
+    """Trains and writes the second family's ControlNet, on the files of its base."""
+    export.export_controlnet(controlnet.train(work, *export.load_base()))
 
 
 STAGES: Mapping[str, Callable[[Path], None]] = {
@@ -65,6 +74,8 @@ STAGES: Mapping[str, Callable[[Path], None]] = {
     "syncdiffusion": train_syncdiffusion,
     "judges-360": train_sphere_judges,
     "sdxl-360": train_sdxl_360,
+    "style": train_style,
+    "controlnet": train_controlnet,
 }
 
 

@@ -6,10 +6,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from panorama.perceptual import LPIPS
 from panorama.syncdiffusion import SyncDiffusionPipeline
@@ -20,6 +25,7 @@ from weights.train.style import lora_weights, token_embeddings
 Network = TypeVar("Network", bound=nn.Module)
 
 TINY = Path(__file__).parent.parent / "tiny"
+SPHERES = TINY / "sdxl-360"
 JUDGES = Path(__file__).parent / "judges"
 DISTANCE_SCALE = 0.5
 """How strong a sync_weight of 20 is; of 0.3, 0.5 and 1.7, tried on the first seeds of
@@ -43,52 +49,52 @@ def export_syncdiffusion(
     pipe.to(torch.float16).save_pretrained(TINY / "syncdiffusion")
 
 
-def export_sdxl_360(
-    vae: AutoencoderKL,
-    model: TextToSphere,
-    tokenizer: CLIPTokenizer,
-    controlnet: ControlNetModel,
-    style: TextToSphere,
-) -> None:
-    """Writes the second family's models; its autoencoder is a link to the first family's.
-
-    Raises:
-        ValueError: the first family has been written with another autoencoder.
-    """
-    shared = TINY / "syncdiffusion" / "vae"
-    if not same_half(vae, AutoencoderKL.from_pretrained(shared)):
-        raise ValueError(
-            f"vae: must be the autoencoder in {shared.relative_to(TINY.parent)}, which both "
-            "families share; that of the stage syncdiffusion, exported first, would do"
-        )
-    folder = TINY / "sdxl-360"
-    link = folder / "vae"
+def export_base(base: TextToSphere, tokenizer: CLIPTokenizer) -> None:
+    """Writes the second family's base; its autoencoder is a link to the first family's."""
+    link = SPHERES / "vae"
     if link.is_symlink():
         link.unlink()  # or saving would write through it
     pipe = StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=model.text_encoder,
-        text_encoder_2=model.text_encoder_2,
+        vae=AutoencoderKL.from_pretrained(TINY / "syncdiffusion" / "vae"),
+        text_encoder=base.text_encoder,
+        text_encoder_2=base.text_encoder_2,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        unet=model.unet,
+        unet=base.unet,
         scheduler=build_inference_scheduler(),
         add_watermarker=False,
     )
-    pipe.to(torch.float16).save_pretrained(folder)
+    pipe.to(torch.float16).save_pretrained(SPHERES)
     shutil.rmtree(link)
     link.symlink_to(Path("..") / "syncdiffusion" / "vae")
-    controlnet.half().save_pretrained(folder / "controlnet")
-    save_half(lora_weights(style.unet), folder / "lora.safetensors")
-    save_half(token_embeddings(style), folder / "embeddings.safetensors")
 
 
-def same_half(network: nn.Module, other: nn.Module) -> bool:
-    """Whether networks have the same weights in half precision."""
-    weights, others = network.state_dict(), other.state_dict()
-    return weights.keys() == others.keys() and all(
-        torch.equal(weight.half(), others[name].half()) for name, weight in weights.items()
+def load_base() -> tuple[AutoencoderKL, CLIPTokenizer, TextToSphere]:
+    """What `export_base` has written, in single precision: what a style or a ControlNet is
+    trained on is what it is used with.
+    """
+
+    def encoder(kind: type[nn.Module], name: str) -> nn.Module:
+        return kind.from_pretrained(SPHERES / name, dtype=torch.float32)
+
+    base = TextToSphere(
+        encoder(CLIPTextModel, "text_encoder"),
+        encoder(CLIPTextModelWithProjection, "text_encoder_2"),
+        UNet2DConditionModel.from_pretrained(SPHERES / "unet"),
     )
+    tokenizer = CLIPTokenizer.from_pretrained(SPHERES / "tokenizer")
+    return AutoencoderKL.from_pretrained(SPHERES / "vae"), tokenizer, base
+
+
+def export_style(style: TextToSphere) -> None:
+    """Writes a LoRA of the second family and the embeddings of its tokens."""
+    save_half(lora_weights(style.unet), SPHERES / "lora.safetensors")
+    save_half(token_embeddings(style), SPHERES / "embeddings.safetensors")
+
+
+def export_controlnet(controlnet: ControlNetModel) -> None:
+    """Writes the second family's ControlNet."""
+    controlnet.half().save_pretrained(SPHERES / "controlnet")
 
 
 def export_judge(judge: nn.Module, name: str) -> None:

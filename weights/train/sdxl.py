@@ -31,10 +31,9 @@ from weights.train.diffusion import (
     encode,
     tokenize,
 )
-from weights.train.diffusion import PLAN as FIRST_FAMILY
 from weights.train.fit import Plan, fit
 
-PLAN = Plan("sdxl-360", steps=7400, learning_rate=1e-3, average=0.999)
+PLAN = Plan("sdxl-360", steps=4800, learning_rate=1e-3, average=0.999)
 BATCH = 8
 HIDDEN = 128  # of either text encoder
 SIZE_CHANNELS = 16  # for each of the six numbers of a picture's sizes
@@ -99,13 +98,6 @@ def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     same = {k: w for k, w in state.items() if k in own and own[k].shape == w.shape}
     model.load_state_dict(own | same)
-
-
-def first_unet(work: Path) -> dict[str, Tensor]:
-    """The weights of the first family's UNet, averaged, from its last checkpoint."""
-    path = work / "checkpoints" / f"{FIRST_FAMILY.name}.pt"
-    state = torch.load(path, map_location="cpu", weights_only=True)["average"]
-    return {k.removeprefix("unet."): w for k, w in state.items() if k.startswith("unet.")}
 
 
 @dataclass(frozen=True)
@@ -229,7 +221,9 @@ def time_ids(sizes: Tensor) -> Tensor:
     return torch.cat([sizes, torch.zeros_like(sizes), sizes], 1).float()
 
 
-def train(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToSphere:
+def train(
+    work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, first: UNet2DConditionModel
+) -> TextToSphere:
     """Trains on whole spheres, rolled at random.
 
     The UNet starts from the first family's, but for its attention to words: that read another
@@ -241,7 +235,7 @@ def train(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToSph
         build_text_encoder(CLIPTextModelWithProjection, tokenizer),
         build_unet(),
     )
-    warm_start(model.unet, first_unet(work))
+    warm_start(model.unet, first.state_dict())
     spheres = Spheres(encode_kinds(work, vae), subjects(work), tokenizer)
     trained = fit(model, text_loss(model, spheres), PLAN, work)
     assert isinstance(trained, TextToSphere)
