@@ -1,17 +1,25 @@
 """Joint denoising of one canvas through overlapping windows."""
 
 import copy
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from panorama.share import ALONE, Share
 from panorama.synchronize import PredictNoise, Synchronizer, SyncSchedule
 from panorama.views import Fusion, View, crop
 
+Result = TypeVar("Result")
+Update = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From windows (N, C, s, s) to the windows to go on with and the noise predicted in them."""
 OnStep = Callable[[int, Tensor, Tensor], Tensor]
 """From step index, timestep and latents to the latents to go on with."""
+
+logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -24,6 +32,7 @@ def sample(
     synchronizer: Synchronizer | None = None,
     schedule: SyncSchedule | None = None,
     view_batch_size: int = 4,
+    share: Share = ALONE,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """Denoises a canvas: SyncDiffusion (arXiv 2306.05178, algorithm 1) on MultiDiffusion.
@@ -41,41 +50,83 @@ def sample(
         synchronizer: the gradient step; None, or a weight of 0, makes no gradient, no decode
             and no anchor pass.
         schedule: its weight at each step.
-        view_batch_size: windows that go through the networks at once.
+        view_batch_size: windows that go through the networks at once; halved where the device has
+            not enough memory for them.
+        share: this process's share of the windows; all processes have the same canvas.
         on_step: called after each step; may raise to stop.
 
     Returns:
         The denoised latents (1, C, H, W).
     """
+    batches = Batches(view_batch_size)
+
+    def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return x, predict_noise(x, t)
+
     for step, t in enumerate(scheduler.timesteps):
         windows = views[step % len(views)]
-        anchor = windows[len(windows) // 2]
-        others = [view for view in windows if view is not anchor]
-        noise_pred, moved = Fusion(latents), Fusion(latents)
-        weight = schedule(step) if schedule and others else 0.0
-        synchronising = synchronizer if weight else None
-        if synchronising:
-            x = crop(latents, [anchor])  # (1, C, s, s)
-            noise = predict_noise(x, t)
-            features = synchronising.embed(x, noise, t)
-            moved.add(x, [anchor])
-            noise_pred.add(noise, [anchor])
-        for batch in batched(others if synchronising else windows, view_batch_size):
-            x = crop(latents, batch)  # (n, C, s, s)
-            if synchronising:
-                x = synchronising.step(x, t, features, weight)
-            moved.add(x, batch)
-            noise_pred.add(predict_noise(x, t), batch)
-        latents = scheduler.step(noise_pred.mean(), t, moved.mean()).prev_sample
+        weight = schedule(step) if schedule and len(windows) > 1 else 0.0
+        fusion = Fusion(torch.cat([latents, latents], 1), windows)  # of windows and their noise
+        if synchronizer and weight:
+            anchor = windows[len(windows) // 2]
+            pair = predict(crop(latents, [anchor]), t)  # (1, C, s, s) both
+            features = synchronizer.embed(*pair, t)
+            if share.first:
+                fusion.add(torch.cat(pair, 1), [anchor])
+            windows = [view for view in windows if view is not anchor]
+            update: Update = partial(synchronizer.step, t=t, anchor=features, weight=weight)
+        else:
+            update = partial(predict, t=t)
+        for batch, pair in batches.map(partial(updated, latents, update), share.of(windows)):
+            fusion.add(torch.cat(pair, 1), batch)
+        share.sum(fusion.total)
+        moved, noise_pred = fusion.mean().chunk(2, 1)  # (1, C, H, W) both
+        latents = scheduler.step(noise_pred, t, moved).prev_sample
         if on_step is not None:
             latents = on_step(step, t, latents)
     return latents
 
 
-def batched(views: Sequence[View], size: int) -> Iterator[Sequence[View]]:
-    """Runs of `size` views, the last one maybe shorter."""
-    for start in range(0, len(views), size):
-        yield views[start : start + size]
+def updated(latents: Tensor, update: Update, views: Sequence[View]) -> tuple[Tensor, Tensor]:
+    """Windows of a canvas (1, C, H, W) after an update, and their noise, (N, C, s, s) both."""
+    return update(crop(latents, views))
+
+
+class Batches:
+    """Goes through views some at a time, and fewer at a time once there was not enough memory.
+
+    Attributes:
+        size: how many at a time.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def map(
+        self, work: Callable[[Sequence[View]], Result], views: Sequence[View]
+    ) -> Iterator[tuple[Sequence[View], Result]]:
+        """Each run of views with what `work` makes of it.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough memory for one view.
+        """
+        done = 0
+        while done < len(views):
+            batch = views[done : done + self.size]
+            try:
+                result = work(batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                self.size = len(batch) // 2
+                logger.warning(
+                    "not enough memory for %d windows at once: going on with %d",
+                    len(batch),
+                    self.size,
+                )
+                continue
+            yield batch, result
+            done += len(batch)
 
 
 def require_fusable(scheduler: Any) -> None:

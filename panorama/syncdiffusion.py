@@ -11,12 +11,14 @@ from torch import Tensor
 
 import panorama.perceptual  # noqa: F401  from_pretrained takes no class from elsewhere
 from panorama.decode import decode, decode_canvas
+from panorama.gradient import checkpointed, frozen
 from panorama.noise import initial_noise
 from panorama.prompts import token_ids
 from panorama.request import check_size
 from panorama.sampler import require_fusable, sample
-from panorama.synchronize import PredictNoise, Synchronizer, SyncSchedule, frozen
-from panorama.views import View, step_views
+from panorama.share import ALONE, Share
+from panorama.synchronize import DirectSynchronizer, PredictNoise, Synchronizer, SyncSchedule
+from panorama.views import View, disjoint_views, step_views
 
 OUTPUT_TYPES = ("pil", "pt", "latent")
 
@@ -82,7 +84,13 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         sync_threshold: int = 5,
         stride: int = 16,
         loop_closure: bool = False,
+        disjoint: bool = False,
+        sync_on_x0: bool = False,
+        sync_pooling: int = 1,
+        scheduler: Any = None,
         view_batch_size: int = 4,
+        checkpointing: bool = False,
+        share: Share = ALONE,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
@@ -105,8 +113,16 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             sync_threshold: only among the first so many steps.
             stride: widest gap between windows' starts, latent cells, at most a window.
             loop_closure: close the longer side into a ring.
+            disjoint: as few windows as cover the canvas, elsewhere at each step, see
+                `disjoint_views`; `stride` has no say then.
+            sync_on_x0: take the gradient with respect to what windows are predicted to end in, see
+                `DirectSynchronizer`.
+            sync_pooling: how many latent cells the distance sees as one, along either axis.
+            scheduler: instead of the pipeline's own, which it takes no part of.
             view_batch_size: windows that go through the networks at once; trades memory for time
                 and changes nothing else.
+            checkpointing: compute more again in the gradient step, for less memory.
+            share: this process's share of the windows, where several make one panorama.
             generator: of the initial noise; on the CPU it gives the same noise on every device.
             latents: the initial noise itself, (1, C, height / f, width / f).
             prompt_embeds: (1, L, D) instead of `prompt`.
@@ -134,32 +150,40 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             sync_decay_rate=(sync_decay_rate, 0),
             sync_freq=(sync_freq, 1),
             sync_threshold=(sync_threshold, 0),
+            sync_pooling=(sync_pooling, 1),
             view_batch_size=(view_batch_size, 1),
         )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
                 f"output_type={output_type!r}: must be one of {', '.join(OUTPUT_TYPES)}"
             )
-        require_fusable(self.scheduler)
+        if self.window % sync_pooling:
+            raise ValueError(
+                f"sync_pooling={sync_pooling}: must divide the window's {self.window} latent "
+                f"cells; 2 would do"
+            )
+        scheduler = copy.deepcopy(self.scheduler if scheduler is None else scheduler)
+        require_fusable(scheduler)
 
         # Prepare.
         ring = ("x" if width >= height else "y") if loop_closure else ""
-        views = self._views(height, width, stride, ring)
+        views = self._views(height, width, None if disjoint else stride, ring)
         embeds = self._embeds(*texts)
         latents = self._latents(height, width, generator, latents)
-        scheduler = copy.deepcopy(self.scheduler)  # with a history of its own
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
         predict_noise = self._guided(*embeds, guidance_scale)
-        synchronizer = Synchronizer(
+        synchronizer = (DirectSynchronizer if sync_on_x0 else Synchronizer)(
             predict_noise,
             lambda x: decode(self.vae, x),
             self.perceptual,
             scheduler.alphas_cumprod.to(latents.device),
+            sync_pooling,
         )
 
         # Denoise.
         with (
             frozen(self.unet, self.vae, self.perceptual),
+            checkpointed(*(self.unet, self.vae) if checkpointing else ()),
             self.progress_bar(total=len(scheduler.timesteps)) as bar,
         ):
 
@@ -178,6 +202,7 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 synchronizer=synchronizer,
                 schedule=SyncSchedule(sync_weight, sync_decay_rate, sync_freq, sync_threshold),
                 view_batch_size=view_batch_size,
+                share=share,
                 on_step=on_step,
             )
 
@@ -247,18 +272,15 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         return predict_noise
 
     def _views(
-        self, height: int, width: int, stride: int, ring: str
+        self, height: int, width: int, stride: int | None, ring: str
     ) -> tuple[tuple[View, ...], ...]:
-        """The windows of each step on a canvas given in pixels."""
+        """The windows of each step on a canvas given in pixels; disjoint ones without a stride."""
         factor = self.vae_scale_factor
-        return step_views(
-            height // factor,
-            width // factor,
-            self.window,
-            stride,
-            ring_x=ring == "x",
-            ring_y=ring == "y",
-        )
+        canvas = (height // factor, width // factor, self.window)
+        rings = {"ring_x": ring == "x", "ring_y": ring == "y"}
+        if stride is None:
+            return disjoint_views(*canvas, **rings)
+        return step_views(*canvas, stride, **rings)
 
     def _latents(
         self, height: int, width: int, generator: torch.Generator | None, latents: Tensor | None

@@ -1,17 +1,20 @@
 """SyncDiffusion's gradient step (arXiv 2306.05178, section 4.2, algorithm 1)."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 GRADIENT_SCALE = 2.0**10
 """Keeps gradients above half precision's smallest number; a power of two, so that single precision
 does not notice.
 """
+
+DIRECT_SCALE = 12.0
+"""How far a `DirectSynchronizer` moves x0 where `Synchronizer` would move x by its gradient."""
 
 Features = list[Tensor]
 PredictNoise = Callable[[Tensor, Tensor], Tensor]
@@ -59,44 +62,72 @@ class Synchronizer:
         decode: from latents (N, C, s, s) to images (N, 3, H, W), about [-1, 1].
         perceptual: the distance.
         alphas_cumprod: alpha_bar of every timestep.
+        pooling: how many cells' mean the distance sees as one, along either axis; 1 for each cell.
     """
 
     predict_noise: PredictNoise
     decode: Callable[[Tensor], Tensor]
     perceptual: Perceptual
     alphas_cumprod: Tensor
+    pooling: int = 1
 
     def embed(self, x: Tensor, noise_pred: Tensor, t: Tensor) -> Features:
         """The features of the image that latents x (N, C, s, s) are predicted to end in."""
-        return self.perceptual.embed(self.preview(x, noise_pred, t))
+        return self.perceptual.embed(self.preview(self.predict_x0(x, noise_pred, t)))
 
-    def step(self, x: Tensor, t: Tensor, anchor: Features, weight: float) -> Tensor:
-        """X - weight * grad_x distance(decode(x0(x)), anchor), for windows x (N, C, s, s)."""
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            images = self.preview(x, self.predict_noise(x, t), t)
-            distance = self.perceptual.distance(images, anchor).sum()
-            (gradient,) = torch.autograd.grad(GRADIENT_SCALE * distance, x)
-        return x.detach() - weight / GRADIENT_SCALE * gradient
+    def step(self, x: Tensor, t: Tensor, anchor: Features, weight: float) -> tuple[Tensor, Tensor]:
+        """X - weight * grad_x distance(decode(x0(x)), anchor), and the noise predicted there.
 
-    def preview(self, x: Tensor, noise_pred: Tensor, t: Tensor) -> Tensor:
+        Args:
+            x: windows (N, C, s, s).
+            t: the timestep.
+            anchor: the features that they should come near to.
+            weight: how far they go.
+        """
+
+        def distance(x: Tensor) -> Tensor:
+            return self.distance(self.predict_x0(x, self.predict_noise(x, t), t), anchor)
+
+        x = x - weight * gradient(distance, x)
+        return x, self.predict_noise(x, t)
+
+    def distance(self, x0: Tensor, anchor: Features) -> Tensor:
+        """The distances (N,) of clean latents x0 (N, C, s, s) to the anchor."""
+        return self.perceptual.distance(self.preview(x0), anchor)
+
+    def preview(self, x0: Tensor) -> Tensor:
         """decode(x0) in [-1, 1], (N, 3, H, W)."""
-        return self.decode(predict_x0(x, noise_pred, self.alphas_cumprod[t.long()])).clamp(-1, 1)
+        return self.decode(avg_pool2d(x0, self.pooling)).clamp(-1, 1)
+
+    def predict_x0(self, x: Tensor, noise_pred: Tensor, t: Tensor) -> Tensor:
+        """The clean latents (N, C, s, s) that x and its noise mean."""
+        return predict_x0(x, noise_pred, self.alphas_cumprod[t.long()])
+
+
+@dataclass(frozen=True)
+class DirectSynchronizer(Synchronizer):
+    """Moves what windows are predicted to end in, and not the windows themselves.
+
+    No gradient goes through the UNet, whose one prediction serves both (manifold-preserving
+    guidance, arXiv 2311.16424).
+    """
+
+    def step(self, x: Tensor, t: Tensor, anchor: Features, weight: float) -> tuple[Tensor, Tensor]:
+        """X with x0 - DIRECT_SCALE * weight * grad_x0 distance(decode(x0), anchor), same noise."""
+        noise_pred = self.predict_noise(x, t)
+        x0 = self.predict_x0(x, noise_pred, t)
+        move = DIRECT_SCALE * weight * gradient(lambda x0: self.distance(x0, anchor), x0)
+        return x - self.alphas_cumprod[t.long()].sqrt() * move, noise_pred
+
+
+def gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """grad_x function(x) for each of x (N, ...) and its value (N,)."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        (scaled,) = torch.autograd.grad(GRADIENT_SCALE * function(x).sum(), x)
+    return scaled / GRADIENT_SCALE
 
 
 def predict_x0(x: Tensor, noise_pred: Tensor, alpha_bar: Tensor) -> Tensor:
     """The clean latents that x and its noise mean (DDIM, arXiv 2010.02502, equation 9)."""
     return (x - (1 - alpha_bar).sqrt() * noise_pred) / alpha_bar.sqrt()
-
-
-@contextmanager
-def frozen(*modules: nn.Module) -> Iterator[None]:
-    """Keeps the gradient step from saving anything for the gradients of weights."""
-    trainable = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in trainable:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trainable:
-            parameter.requires_grad_(True)

@@ -79,6 +79,52 @@ def step_views(
     )
 
 
+def disjoint_views(
+    height: int, width: int, size: int, *, ring_x: bool = False, ring_y: bool = False
+) -> tuple[tuple[View, ...], ...]:
+    """Lays as few windows as cover a canvas, elsewhere at each step.
+
+    SpotDiffusion (arXiv 2407.15507), but for two things. Windows are moved by golden sections of a
+    window and not at random, so that edges of steps near to one another are apart. And on a flat
+    canvas no window goes beyond an edge: one that ends there covers what is left, and overlaps the
+    one before.
+
+    Args:
+        height: of the canvas, latent cells, at least `size`.
+        width: of the canvas, latent cells, at least `size`.
+        size: of a window, latent cells.
+        ring_x: whether the canvas wraps from right to left.
+        ring_y: whether it wraps from bottom to top.
+
+    Returns:
+        One list for each step, to begin again with when they are used up.
+
+    Raises:
+        ValueError: a window does not fit.
+    """
+    tops, lefts = moved_starts(height, size, ring_y), moved_starts(width, size, ring_x)
+    return tuple(
+        tuple(
+            View(top, left, size)
+            for top in tops[step % len(tops)]
+            for left in lefts[step % len(lefts)]
+        )
+        for step in range(max(len(tops), len(lefts)))
+    )
+
+
+def moved_starts(length: int, size: int, ring: bool) -> tuple[tuple[int, ...], ...]:
+    """For each step where windows start that cover a length and overlap as little as they can."""
+    check_fit(length, size, size)
+    if ring:
+        starts = even_starts(length, ceil(length / size))
+        gap = ceil(length / len(starts))
+        return tuple(tuple(start + turn for start in starts) for turn in turns(gap))
+    last = length - size
+    moves = turns(size) if last else (0,)
+    return tuple(tuple(sorted({0, *range(move, last, size), last})) for move in moves)
+
+
 def turns(gap: int) -> tuple[int, ...]:
     """Every offset below `gap` once, each about a golden section of it after the one before.
 
@@ -154,17 +200,22 @@ class Fusion:
     MultiDiffusion (arXiv 2302.08113), equation 5, with equal weights.
     """
 
-    def __init__(self, canvas: Tensor) -> None:
-        """Begins with nothing; `canvas` (1, C, H, W) gives shape, device and dtype."""
+    def __init__(self, canvas: Tensor, views: Sequence[View]) -> None:
+        """Begins with nothing.
+
+        Args:
+            canvas: (1, C, H, W), which gives shape, device and dtype.
+            views: all that are going to be added, by whomever.
+        """
         self.total = torch.zeros_like(canvas)
         self.count = torch.zeros_like(canvas[:, :1])
+        for view in views:
+            self.count[(..., *cells(view, canvas))] += 1
 
     def add(self, windows: Tensor, views: Sequence[View]) -> None:
         """Adds windows (N, C, s, s) at their views."""
         for window, view in zip(windows, views, strict=True):
-            place = cells(view, self.total)
-            self.total[(..., *place)] += window
-            self.count[(..., *place)] += 1
+            self.total[(..., *cells(view, self.total))] += window
 
     def mean(self) -> Tensor:
         """The average (1, C, H, W) of what was added; every cell must be covered."""
@@ -173,7 +224,7 @@ class Fusion:
 
 def fuse(windows: Tensor, views: Sequence[View], canvas: Tensor) -> Tensor:
     """Averages windows (N, C, s, s) over a canvas of the shape of `canvas` (1, C, H, W)."""
-    fusion = Fusion(canvas)
+    fusion = Fusion(canvas, views)
     fusion.add(windows, views)
     return fusion.mean()
 

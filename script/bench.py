@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from panorama.decode import decode
+from panorama.gradient import frozen
 from panorama.models import Models, load
 from panorama.sampler import sample
 from panorama.syncdiffusion import SyncDiffusionPipeline
-from panorama.synchronize import Synchronizer, SyncSchedule, frozen
+from panorama.synchronize import Synchronizer, SyncSchedule
 from tests.plain_loop import plain_loop
 
 

@@ -12,6 +12,7 @@ from panorama.synchronize import Synchronizer, SyncSchedule
 from panorama.views import (
     Fusion,
     crop,
+    disjoint_views,
     flat_starts,
     fuse,
     make_views,
@@ -43,9 +44,7 @@ def layouts(draw: st.DrawFn) -> dict[str, int | bool]:
 def test_every_cell_is_covered_and_fuse_undoes_crop(layout: dict[str, int]) -> None:
     views = make_views(**layout)
     canvas = torch.randn(1, 2, layout["height"], layout["width"], dtype=torch.float64)
-    fusion = Fusion(canvas)
-    fusion.add(crop(canvas, views), views)
-    assert fusion.count.min() >= 1
+    assert Fusion(canvas, views).count.min() >= 1
     torch.testing.assert_close(fuse(crop(canvas, views), views, canvas), canvas)
 
 
@@ -60,6 +59,38 @@ def test_windows_turn_on_a_ring_and_nowhere_else(layout: dict[str, int]) -> None
         ((down, right),) = moves
         assert down == 0 or layout["ring_y"]
         assert right == 0 or layout["ring_x"]
+
+
+@given(layouts())
+@settings(deadline=None)
+def test_disjoint_windows_cover_every_cell_at_every_step_and_are_few(
+    layout: dict[str, int],
+) -> None:
+    stride = layout.pop("stride")
+    assert stride <= layout["size"]
+    size = layout["size"]
+    canvas = torch.zeros(1, 1, layout["height"], layout["width"])
+    sides = [(layout["height"], layout["ring_y"]), (layout["width"], layout["ring_x"])]
+    # On a flat canvas one more than would fit: both ends have a window that goes no further.
+    most = [ceil(side / size) + (not ring and side > size) for side, ring in sides]
+    for views in disjoint_views(**layout):
+        assert Fusion(canvas, views).count.min() >= 1
+        assert len(views) <= most[0] * most[1]
+
+
+@given(blocks=st.integers(2, 6), size=sizes, ring=st.booleans())
+def test_disjoint_windows_share_no_cell_but_at_the_ends_of_a_flat_canvas(
+    blocks: int, size: int, ring: bool
+) -> None:
+    steps = disjoint_views(size, blocks * size, size, ring_x=ring)
+    assert len(steps) == size
+    edges = set()
+    for views in steps:
+        inner = views if ring else [v for v in views if v.left not in (0, (blocks - 1) * size)]
+        covered = [cell % (blocks * size) for v in inner for cell in range(v.left, v.left + size)]
+        assert len(covered) == len(set(covered))
+        edges |= {view.left % size for view in views}
+    assert edges == set(range(size))  # no edge stays
 
 
 @given(st.integers(1, 200))

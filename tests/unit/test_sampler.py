@@ -16,7 +16,12 @@ from diffusers import (
 from torch import Tensor
 
 from panorama.sampler import require_fusable, sample
-from panorama.synchronize import Synchronizer, SyncSchedule
+from panorama.synchronize import (
+    DIRECT_SCALE,
+    DirectSynchronizer,
+    Synchronizer,
+    SyncSchedule,
+)
 from panorama.views import make_views
 from tests.numeric.test_plain_loop import Networks, make_scheduler
 
@@ -60,6 +65,54 @@ def test_others_are_refused_by_name(scheduler: Any, reason: str) -> None:
     assert "DDIMScheduler with clip_sample=False" in str(caught.value)
 
 
+class Memory(Networks):
+    """Has room for some windows at once."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self.batches: list[int] = []
+
+    def predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
+        self.batches.append(len(x))
+        if len(x) > self.room:
+            raise torch.OutOfMemoryError(f"no memory for {len(x)} windows")
+        return super().predict_noise(x, t)
+
+
+def run_with_room(networks: Memory) -> Tensor:
+    solver = make_scheduler("unipc")
+    return sample(
+        torch.randn(1, 4, 16, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0)),
+        [make_views(16, 80, 16, 8)],
+        networks.predict_noise,
+        solver,
+        synchronizer=Synchronizer(
+            networks.predict_noise, networks.decode, networks, solver.alphas_cumprod
+        ),
+        schedule=SyncSchedule(300.0, threshold=2),
+        view_batch_size=7,
+    )
+
+
+def test_too_little_memory_halves_the_batch_and_changes_nothing(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    short = Memory(room=2)
+    latents = run_with_room(short)
+    torch.testing.assert_close(latents, run_with_room(Memory(room=9)), rtol=1e-9, atol=1e-9)
+    assert [n for n in short.batches if n > 2] == [7, 3]  # and never again so many
+    assert [record.getMessage() for record in caplog.records] == [
+        "not enough memory for 7 windows at once: going on with 3",
+        "not enough memory for 3 windows at once: going on with 1",
+    ]
+
+
+def test_too_little_memory_for_one_window_is_an_error() -> None:
+    with pytest.raises(torch.OutOfMemoryError, match="1 windows"):
+        run_with_room(Memory(room=0))
+
+
 class Counting(Networks):
     """Counts the pictures that go through each network."""
 
@@ -98,3 +151,47 @@ def test_nothing_is_computed_twice(weight: float, threshold: int, sync_steps: in
     assert networks.calls["gradients"] == moved
     assert networks.calls["predict_noise"] == len(views) * len(solver.timesteps) + moved
     assert networks.calls["decode"] == len(views) * sync_steps
+
+
+def test_a_direct_step_moves_x0_and_keeps_the_noise() -> None:
+    networks, solver = Networks(), make_scheduler("ddim")
+    parts = (networks.predict_noise, networks.decode, networks, solver.alphas_cumprod, 2)
+    synchronizer = DirectSynchronizer(*parts)
+    x = torch.randn(2, 4, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    t = solver.timesteps[2]
+    alpha_bar = solver.alphas_cumprod[t]
+    with torch.no_grad():
+        noise = networks.predict_noise(x, t)
+        x0 = (x - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+        anchor = synchronizer.embed(x[:1] + 1, noise[:1], t)
+        moved, kept = synchronizer.step(x, t, anchor, 20.0)
+
+    def distance(x0: Tensor) -> Tensor:
+        coarse = x0.unflatten(-1, (8, 2)).mean(-1).unflatten(-2, (8, 2)).mean(-2)
+        return networks.distance(networks.decode(coarse).clamp(-1, 1), anchor)
+
+    assert torch.equal(kept, noise)
+    x0.requires_grad_()
+    (expected,) = torch.autograd.grad(distance(x0).sum(), x0)
+    after = (moved - (1 - alpha_bar).sqrt() * noise) / alpha_bar.sqrt()
+    torch.testing.assert_close(x0 - after, DIRECT_SCALE * 20.0 * expected, rtol=1e-4, atol=1e-6)
+    assert (distance(after) < distance(x0)).all()
+
+
+def test_a_direct_step_sends_nothing_twice_or_with_a_gradient_through_the_unet() -> None:
+    views = make_views(16, 48, 16, 8)
+    networks, solver = Counting(), make_scheduler("ddim")
+    synchronizer = DirectSynchronizer(
+        networks.predict_noise, networks.decode, networks, solver.alphas_cumprod
+    )
+    sample(
+        torch.randn(1, 4, 16, 48, dtype=torch.float64),
+        [views],
+        networks.predict_noise,
+        solver,
+        synchronizer=synchronizer,
+        schedule=SyncSchedule(20.0, threshold=2),
+    )
+    assert networks.calls["gradients"] == 0
+    assert networks.calls["predict_noise"] == len(views) * len(solver.timesteps)
+    assert networks.calls["decode"] == 2 * len(views)

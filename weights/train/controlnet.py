@@ -21,8 +21,8 @@ from weights.train.fit import Plan, fit
 from weights.train.recognise import Block
 from weights.train.sdxl import FACTOR, SUBJECTS, Spheres, TextToSphere, encode_kinds, subjects
 
-PLAN = Plan("controlnet", steps=3000, learning_rate=1e-3, average=0.99, warmup=50)
-READER_PLAN = Plan("latent-depth", steps=2500, learning_rate=2e-3, average=0.99, warmup=50)
+PLAN = Plan("controlnet", steps=2600, learning_rate=1e-3, average=0.99, warmup=50)
+READER_PLAN = Plan("latent-depth", steps=2000, learning_rate=2e-3, average=0.99, warmup=50)
 DROPPED = 0.5  # share of captions left out, so that shapes are read off the depth (2302.05543)
 SCALES = (0.5, 1.0)
 """Between these lies controlnet_conditioning_scale in training: each of them is followed."""
