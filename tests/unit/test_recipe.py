@@ -211,7 +211,7 @@ def test_the_reader_that_teaches_sees_every_cell() -> None:
 
 def test_warm_light_takes_blue_away_and_keeps_black() -> None:
     picture = np.array([[[0, 0, 0], [100, 100, 100], [255, 255, 255]]], np.uint8)
-    expected = [[[0, 0, 0], [110, 97, 74], [255, 247, 189]]]
+    expected = [[[0, 0, 0], [105, 98, 86], [255, 250, 219]]]
     assert np.array_equal(style.warm_light(picture), expected)
 
 
