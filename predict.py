@@ -100,11 +100,14 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             ge=0,
             le=200,
         ),
-        num_inference_steps: int = Input(
-            description="Number of denoising steps.", default=50, ge=1, le=200
+        num_inference_steps: Optional[int] = Input(
+            description="Number of denoising steps. If left out, 50, or 20 with speed=fast.",
+            default=None,
+            ge=1,
+            le=200,
         ),
         stride: int = Input(
-            description="Distance between neighbouring windows in latent cells (of 8 pixels), at most the side of a window. Smaller is smoother and slower.",
+            description="Distance between neighbouring windows in latent cells (of 8 pixels), at most the side of a window. Smaller is smoother and slower. With speed=fast nothing overlaps, and it has to be left out.",
             default=16,
             ge=8,
         ),
@@ -116,6 +119,16 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
         ),
         loop_closure: bool = Input(
             description="Close the panorama into a ring, along its longer side.", default=False
+        ),
+        speed: str = Input(
+            description="exact: as the paper describes it. fast: several times cheaper, by fewer windows, fewer steps and cheaper synchronising.",
+            default="exact",
+            choices=["exact", "fast"],
+        ),
+        scheduler: Optional[str] = Input(
+            description="Solver of the denoising steps: DDIM, DPM-Solver++ 2M or UniPC. If left out, the model's own, or dpm++ with speed=fast.",
+            default=None,
+            choices=["ddim", "dpm++", "unipc"],
         ),
         depth_image: Optional[Path] = Input(
             description="A depth image to follow, brighter is nearer. Its left and right edges should match. If left out, the picture follows the prompt alone.",

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from PIL.Image import Image
 
 from panorama import depth, weights
-from panorama.request import INPUTS, ModeSettings, ResolvedRequest
+from panorama.request import INPUTS, SPEEDS, ModeSettings, ResolvedRequest
 from panorama.safety import SafetyChecker
 from panorama.sdxl import LEAST_GUIDANCE, SDXL360
 from panorama.syncdiffusion import SyncDiffusionPipeline
@@ -46,8 +47,29 @@ def run_syncdiffusion(
     pipe: SyncDiffusionPipeline, request: ResolvedRequest, on_step: OnStep
 ) -> Image:
     """Makes the panorama that is asked for."""
-    image: Image = pipe(**arguments(request, on_step)).images[0]
+    inputs = arguments(request, on_step)
+    speed, name = SPEEDS[inputs.pop("speed")], inputs.pop("scheduler")
+    image: Image = pipe(
+        **inputs,
+        scheduler=build_scheduler(name, pipe.scheduler) if name else None,
+        disjoint=speed.disjoint,
+        sync_on_x0=speed.sync_on_x0,
+        sync_pooling=speed.sync_pooling,
+    ).images[0]
     return image
+
+
+SCHEDULERS: Mapping[str, Any] = {
+    "ddim": DDIMScheduler,
+    "dpm++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}
+"""The solvers that the input `scheduler` names, see `sampler.require_fusable`."""
+
+
+def build_scheduler(name: str, own: Any) -> Any:
+    """A solver by its name, for what a model's own one is configured for."""
+    return SCHEDULERS[name].from_config(own.config)
 
 
 def settings_syncdiffusion(

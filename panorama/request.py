@@ -26,6 +26,8 @@ OWN_INPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "sync_threshold",
             "stride",
             "loop_closure",
+            "speed",
+            "scheduler",
         ),
         "sdxl-360": ("depth_image", "controlnet_conditioning_scale", "lora_scale"),
     }
@@ -34,6 +36,37 @@ OWN_INPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 NEEDS: Mapping[str, str] = MappingProxyType({"controlnet_conditioning_scale": "depth_image"})
 """The inputs that say how another one is used, and which: they mean nothing without it."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How mode syncdiffusion saves time.
+
+    Attributes:
+        num_inference_steps: Where a request leaves it open.
+        scheduler: Likewise; None for the model's own.
+        disjoint: Whether windows lie next to one another, elsewhere at each step, rather than
+            every `stride` cells.
+        sync_on_x0: Whether synchronising leaves the UNet out of its gradient.
+        sync_pooling: How many latent cells it sees as one, along either axis.
+    """
+
+    num_inference_steps: int
+    scheduler: str | None = None
+    disjoint: bool = False
+    sync_on_x0: bool = False
+    sync_pooling: int = 1
+
+
+SPEEDS: Mapping[str, Speed] = MappingProxyType(
+    {
+        "exact": Speed(num_inference_steps=50),
+        "fast": Speed(20, "dpm++", disjoint=True, sync_on_x0=True, sync_pooling=2),
+    }
+)
+"""What the values of the input `speed` stand for."""
+
+SCHEDULERS = ("ddim", "dpm++", "unipc")
 
 ALWAYS_CLOSED = ("sdxl-360",)
 """The modes whose pictures close left to right without being asked to."""
@@ -264,12 +297,16 @@ class Request:
         minimum=0,
         maximum=200,
     )
-    num_inference_steps: int = _input(
-        "Number of denoising steps.", default=50, minimum=1, maximum=200
+    num_inference_steps: int | None = _input(
+        "Number of denoising steps. If left out, 50, or 20 with speed=fast.",
+        default=None,
+        minimum=1,
+        maximum=200,
     )
     stride: int = _input(
         "Distance between neighbouring windows in latent cells (of 8 pixels), at most the "
-        "side of a window. Smaller is smoother and slower.",
+        "side of a window. Smaller is smoother and slower. With speed=fast nothing overlaps, and "
+        "it has to be left out.",
         default=16,
         minimum=8,
     )
@@ -281,6 +318,18 @@ class Request:
     )
     loop_closure: bool = _input(
         "Close the panorama into a ring, along its longer side.", default=False
+    )
+    speed: str = _input(
+        "exact: as the paper describes it. fast: several times cheaper, by fewer windows, fewer "
+        "steps and cheaper synchronising.",
+        default="exact",
+        choices=tuple(SPEEDS),
+    )
+    scheduler: str | None = _input(
+        "Solver of the denoising steps: DDIM, DPM-Solver++ 2M or UniPC. If left out, the model's "
+        "own, or dpm++ with speed=fast.",
+        default=None,
+        choices=SCHEDULERS,
     )
     depth_image: Path | None = _input(
         "A depth image to follow, brighter is nearer. Its left and right edges should match. "
@@ -315,6 +364,7 @@ class Request:
         for name, rule in INPUTS.items():
             rule.check_mode(getattr(self, name), self.mode)
             rule.check_need(getattr(self, name), self.inputs())
+        _check_speed(self)
 
     def resolve(self, settings: ModeSettings) -> "ResolvedRequest":
         """Fills in what was left open, then checks what depends on the family.
@@ -330,6 +380,8 @@ class Request:
             "width": settings.width,
             "height": settings.height,
             "guidance_scale": settings.guidance_scale,
+            "num_inference_steps": SPEEDS[self.speed].num_inference_steps,
+            "scheduler": SPEEDS[self.speed].scheduler,
             "seed": secrets.randbits(SEED_BITS),
         }
         given = {name: value for name, value in self.inputs().items() if value is not None}
@@ -365,6 +417,7 @@ class ResolvedRequest(Request):
     width: int
     height: int
     guidance_scale: float
+    num_inference_steps: int
     seed: int
     tokens: str = ""
 
@@ -438,6 +491,14 @@ def check_guidance(guidance_scale: float, negative_prompt: str, least: float) ->
     if negative_prompt and guidance_scale == 1:
         rule = f"be empty with guidance_scale={guidance_scale}, at which nothing reads it"
         raise INPUTS["negative_prompt"].refuse(negative_prompt, rule, "")
+
+
+def _check_speed(request: Request) -> None:
+    """A stride is of windows that overlap."""
+    rule = INPUTS["stride"]
+    if SPEEDS[request.speed].disjoint and request.stride != rule.default:
+        reason = f"be left out with speed={request.speed!r}, whose windows do not overlap"
+        raise rule.refuse(request.stride, reason, rule.default)
 
 
 def _tokens(request: Request, settings: ModeSettings) -> str:
@@ -516,7 +577,7 @@ def _check_sizes(request: ResolvedRequest, settings: ModeSettings) -> None:
 
 def _check_stride(request: ResolvedRequest, settings: ModeSettings) -> None:
     """Beyond a window's side there would be gaps between the windows."""
-    if request.stride > settings.window:
+    if not SPEEDS[request.speed].disjoint and request.stride > settings.window:
         rule = f"be at most {settings.window}, the side of a window in latent cells"
         raise INPUTS["stride"].refuse(request.stride, rule, settings.window)
 
@@ -528,7 +589,8 @@ def _check_ring(request: ResolvedRequest, settings: ModeSettings) -> None:
     would touch and not overlap. Any ring of at least one window will do: a ring of just one is
     laid at least twice, and each window covers the other's joint.
     """
-    if request.loop_closure and request.stride >= settings.window:
+    overlapping = not SPEEDS[request.speed].disjoint
+    if overlapping and request.loop_closure and request.stride >= settings.window:
         rule = f"be less than {settings.window} on a ring: it would have too few windows to close"
         raise INPUTS["stride"].refuse(request.stride, rule, settings.window // 2)
 

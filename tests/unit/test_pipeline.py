@@ -186,3 +186,39 @@ def test_a_scheduler_that_cannot_be_fused_is_refused(pipe: SyncDiffusionPipeline
             run(pipe)
     finally:
         pipe.scheduler = kept
+
+
+def test_every_lever_changes_the_picture_and_all_go_together(pipe: SyncDiffusionPipeline) -> None:
+    levers: list[dict[str, Any]] = [
+        {},
+        {"disjoint": True},
+        {"sync_on_x0": True},
+        {"sync_pooling": 2},
+        {"scheduler": UniPCMultistepScheduler.from_config(pipe.scheduler.config)},
+    ]
+    levers.append({name: value for lever in levers for name, value in lever.items()})
+    pictures = [run(pipe, width=192, **lever) for lever in levers]
+    for index, picture in enumerate(pictures):
+        assert picture.isfinite().all()
+        assert not any(torch.equal(picture, other) for other in pictures[:index])
+
+
+def test_checkpointing_changes_nothing_and_leaves_nothing(pipe: SyncDiffusionPipeline) -> None:
+    plain = run(pipe, sync_weight=30.0)
+    torch.testing.assert_close(run(pipe, sync_weight=30.0, checkpointing=True), plain)
+    assert not pipe.unet.is_gradient_checkpointing and not pipe.vae.is_gradient_checkpointing
+
+
+def test_a_scheduler_for_one_call_is_neither_kept_nor_changed(pipe: SyncDiffusionPipeline) -> None:
+    own, before = pipe.scheduler, run(pipe)
+    solver = UniPCMultistepScheduler.from_config(own.config)
+    solver.set_timesteps(3)
+    first = run(pipe, scheduler=solver)
+    assert torch.equal(run(pipe, scheduler=solver), first)
+    assert pipe.scheduler is own and torch.equal(run(pipe), before)
+    assert not any(output is not None for output in solver.model_outputs)
+
+
+def test_pooling_has_to_divide_a_window(pipe: SyncDiffusionPipeline) -> None:
+    with pytest.raises(ValueError, match="sync_pooling=3: must divide the window's 16 latent"):
+        run(pipe, sync_pooling=3)

@@ -155,6 +155,8 @@ NOT_DEFAULT = {
     "sync_threshold": 6,
     "stride": 32,
     "loop_closure": True,
+    "speed": "fast",
+    "scheduler": "unipc",
     "depth_image": Path("depth.png"),
     "controlnet_conditioning_scale": 0.0,
     "lora_scale": 0.0,
@@ -327,3 +329,23 @@ def test_a_depth_image_that_cannot_be_read_is_refused_before_any_work(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"depth_image='depth.png': depth_image must be a whole"):
         resolve(SDXL, mode="sdxl-360", depth_image=path, width=512, height=256)
+
+
+def test_fast_takes_fewer_steps_with_a_solver_made_for_them():
+    exact, fast = resolve(), resolve(speed="fast")
+    assert (exact.num_inference_steps, exact.scheduler) == (50, None)
+    assert (fast.num_inference_steps, fast.scheduler) == (20, "dpm++")
+    asked = resolve(speed="fast", num_inference_steps=9, scheduler="ddim")
+    assert (asked.num_inference_steps, asked.scheduler) == (9, "ddim")
+
+
+def test_a_stride_is_refused_where_windows_do_not_overlap():
+    assert resolve(speed="fast", stride=16).stride == 16  # the default, which clients may send
+    with pytest.raises(ValueError, match="stride=8: stride must be left out with speed='fast'"):
+        resolve(speed="fast", stride=8)
+
+
+@pytest.mark.parametrize(("name", "value"), [("speed", "warp"), ("scheduler", "euler")])
+def test_unknown_speeds_and_schedulers_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name}='{value}': {name} must be one of"):
+        resolve(**{name: value})
