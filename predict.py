@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import copy_context
-from functools import partial
 from tempfile import mkdtemp
 from threading import Event
 from typing import TYPE_CHECKING, Any, Optional
@@ -27,6 +26,7 @@ from cog import BasePredictor, Input, Path
 
 from panorama import picture, weights
 from panorama.fetch import fetch
+from panorama.quiet import hush_libraries
 from panorama.request import Request, ResolvedRequest
 
 if TYPE_CHECKING:
@@ -278,33 +278,3 @@ class Stopwatch:
         now = time.perf_counter()
         self.seconds[stage] += now - self._last
         self._last = now
-
-
-NOISE = {
-    "transformers.utils.import_utils": "requires torchvision",
-    "transformers.modeling_utils": "new embeddings will be initialized",
-    "diffusers.pipelines.stable_diffusion.safety_checker": "A black image will be returned",
-}
-"""Loggers, and a part of what each says that users can do nothing about."""
-
-
-def is_wanted(noise: str, record: logging.LogRecord) -> bool:
-    """Whether a record is not about `noise`."""
-    return noise not in record.getMessage()
-
-
-def hush_libraries() -> None:
-    """Keeps from a user's log what is not about their picture.
-
-    That is how transformers advises to install torchvision, which nothing here uses, what it says
-    of new tokens, the progress bars over files being loaded, and what the safety checker
-    says of a black picture, which nobody gets either.
-    """
-    for name, noise in NOISE.items():
-        logging.getLogger(name).addFilter(partial(is_wanted, noise))
-
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()

@@ -46,7 +46,7 @@ def decode_canvas(
             return decode(vae, latents).clamp(-1, 1)
     axis, dim, across = ("x", -1, height) if width >= height else ("y", -2, width)
     with circular(vae, axes="" if ring == axis else ring):
-        return decode_slices(vae, latents, dim, ring == axis, max_cells // across).clamp(-1, 1)
+        return decode_slices(vae, latents, dim, ring == axis, max_cells // across).clamp_(-1, 1)
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def decode_slices(vae: Any, latents: Tensor, dim: int, ring: bool, size: int) ->
             place = pixels % (length * factor)
             total.index_add_(dim, place, decode(vae, cut(start)) * weight)
             weights.index_add_(0, place, weight)
-    return total / weights
+    return total.div_(weights)
 
 
 def slice_weight(size: int, device: torch.device) -> Tensor:

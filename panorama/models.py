@@ -13,6 +13,7 @@ from panorama import depth, weights
 from panorama.request import INPUTS, SPEEDS, ModeSettings, ResolvedRequest
 from panorama.safety import SafetyChecker
 from panorama.sdxl import LEAST_GUIDANCE, SDXL360
+from panorama.share import ALONE, Share
 from panorama.syncdiffusion import SyncDiffusionPipeline
 
 DEFAULT_FAMILY = "tiny"
@@ -29,7 +30,7 @@ class Mode:
     """A way to make a panorama."""
 
     load: Callable[[Path, torch.device], Any]
-    run: Callable[[Any, ResolvedRequest, OnStep], Image]
+    run: Callable[[Any, ResolvedRequest, OnStep, Share], Image]
     settings: Callable[[Any, Mapping[str, Any]], ModeSettings]
 
 
@@ -44,9 +45,9 @@ def load_syncdiffusion(folder: Path, device: torch.device) -> SyncDiffusionPipel
 
 
 def run_syncdiffusion(
-    pipe: SyncDiffusionPipeline, request: ResolvedRequest, on_step: OnStep
+    pipe: SyncDiffusionPipeline, request: ResolvedRequest, on_step: OnStep, share: Share
 ) -> Image:
-    """Makes the panorama that is asked for."""
+    """Makes the panorama that is asked for, or a share of it."""
     inputs = arguments(request, on_step)
     speed, name = SPEEDS[inputs.pop("speed")], inputs.pop("scheduler")
     image: Image = pipe(
@@ -55,6 +56,7 @@ def run_syncdiffusion(
         disjoint=speed.disjoint,
         sync_on_x0=speed.sync_on_x0,
         sync_pooling=speed.sync_pooling,
+        share=share,
     ).images[0]
     return image
 
@@ -89,8 +91,9 @@ def load_sdxl_360(folder: Path, device: torch.device) -> SDXL360:
     return pipe
 
 
-def run_sdxl_360(pipe: SDXL360, request: ResolvedRequest, on_step: OnStep) -> Image:
-    """Makes the picture that is asked for."""
+def run_sdxl_360(pipe: SDXL360, request: ResolvedRequest, on_step: OnStep, share: Share) -> Image:
+    """Makes the picture that is asked for, all of it: it has no windows to share."""
+    assert share.ranks == 1
     inputs = arguments(request, on_step)
     path = inputs.pop("depth_image")
     followed = path is not None and request.controlnet_conditioning_scale > 0
@@ -173,19 +176,22 @@ class Models:
         check_mode(mode, self.family, self.pipelines)
         return MODES[mode].settings(self.pipelines[mode], self._defaults[mode])
 
-    def generate(self, request: ResolvedRequest, on_step: OnStep | None = None) -> Image:
+    def generate(
+        self, request: ResolvedRequest, on_step: OnStep | None = None, share: Share = ALONE
+    ) -> Image:
         """Makes a picture.
 
         Args:
             request: what to make, resolved with this family's settings.
             on_step: called after every step; an exception that it raises ends the run and leaves
                 the models as they were.
+            share: this process's share of the windows, in mode syncdiffusion.
 
         Raises:
             PictureWithheldError: the family has a safety checker, and it flagged the picture.
         """
         pipe = self.pipelines[request.mode]
-        image = MODES[request.mode].run(pipe, request, on_step or (lambda step, steps: None))
+        image = MODES[request.mode].run(pipe, request, on_step or (lambda step, steps: None), share)
         if self.checker and not request.disable_safety_checker:
             self.checker.check(image, request.closed_axis)
         return image

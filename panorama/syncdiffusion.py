@@ -10,7 +10,7 @@ from diffusers.image_processor import VaeImageProcessor
 from torch import Tensor
 
 import panorama.perceptual  # noqa: F401  from_pretrained takes no class from elsewhere
-from panorama.decode import decode, decode_canvas
+from panorama.decode import MAX_CELLS, decode, decode_canvas
 from panorama.gradient import checkpointed, frozen
 from panorama.noise import initial_noise
 from panorama.prompts import token_ids
@@ -90,6 +90,7 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         scheduler: Any = None,
         view_batch_size: int = 4,
         checkpointing: bool = False,
+        max_cells: int = MAX_CELLS,
         share: Share = ALONE,
         generator: torch.Generator | None = None,
         latents: Tensor | None = None,
@@ -122,6 +123,8 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             view_batch_size: windows that go through the networks at once; trades memory for time
                 and changes nothing else.
             checkpointing: compute more again in the gradient step, for less memory.
+            max_cells: largest canvas, in latent cells, that is decoded whole and so exactly; a
+                larger one is decoded in slices of so many, see `decode_canvas`.
             share: this process's share of the windows, where several make one panorama.
             generator: of the initial noise; on the CPU it gives the same noise on every device.
             latents: the initial noise itself, (1, C, height / f, width / f).
@@ -152,6 +155,7 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             sync_threshold=(sync_threshold, 0),
             sync_pooling=(sync_pooling, 1),
             view_batch_size=(view_batch_size, 1),
+            max_cells=(max_cells, 1),
         )
         if output_type not in OUTPUT_TYPES:
             raise ValueError(
@@ -209,7 +213,7 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         # Decode.
         if output_type == "latent":
             return ImagePipelineOutput(images=latents)
-        picture = decode_canvas(self.vae, latents, ring=ring)
+        picture = decode_canvas(self.vae, latents, ring=ring, max_cells=max_cells)
         images = self.image_processor.postprocess(picture, output_type=output_type)
         return ImagePipelineOutput(images=images)
 

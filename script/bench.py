@@ -1,59 +1,79 @@
-"""Speed of the sampler on the embedded family, as ratios within one run.
+"""What a panorama costs, against the published loop: operations, time, memory, as ratios.
 
-overhead: the share of `sample()` spent outside the UNet, the VAE, the perceptual network and
-their gradients. speed-up: the plain per-window loop's time over `sample()`'s, same picture.
+operations: counted at the published configurations. time: on the embedded family, best of a few
+alternating runs; a fifth of the steps of the defaults, and of their sync steps. diffusers: its
+pipeline on the same windows. scale: canvases of 4, 16 and 64 windows' width, each in a process of
+its own. true-size: one sync step of two windows on the published configurations, random weights.
 """
 
 import argparse
 import copy
+import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import StableDiffusionPanoramaPipeline as Diffusers
 from torch import Tensor
 
-from panorama.decode import decode
-from panorama.gradient import frozen
-from panorama.models import Models, load
+from panorama.decode import decode, decode_canvas
+from panorama.gradient import checkpointed, frozen
+from panorama.models import Models, build_scheduler, load
+from panorama.perceptual import LPIPS
+from panorama.request import SPEEDS, Speed
 from panorama.sampler import sample
 from panorama.syncdiffusion import SyncDiffusionPipeline
-from panorama.synchronize import Synchronizer, SyncSchedule
+from panorama.synchronize import DirectSynchronizer, Synchronizer, SyncSchedule
+from panorama.views import View, disjoint_views
+from script.operations import Networks, Setting, operations, published
+from tests.measure import Activations
 from tests.plain_loop import plain_loop
 
+Table = dict[str, Any]
 
-@dataclass(frozen=True)
-class Setting:
-    """A canvas one window high."""
-
-    width: int  # pixels
-    stride: int
-    sync_steps: int  # of all the steps, the first so many
-
-
-SETTINGS = {
-    "512 x 256, no sync": Setting(512, 16, 0),
-    "512 x 256, sync": Setting(512, 16, 3),
-    "1024 x 256, no sync": Setting(1024, 16, 0),
-    "1024 x 256, sync": Setting(1024, 16, 3),
-    "1024 x 256, stride 8, sync": Setting(1024, 8, 3),
-}
-STEPS = 8
+WIDTH = 1024  # pixels, on the embedded family
+PART = 5  # of the default's steps, the share that is timed
+PROMPT = "sunset over snowy mountains"
+SCALES = (4, 16, 64)  # windows' widths
+SLICE = 4  # windows' widths that are decoded at once
 
 
-class TimedNetworks:
-    """The pipeline's networks, with the seconds spent in them."""
+def measure_operations(_: argparse.Namespace) -> Table:
+    """Counts of the published loop and of both speeds, in units of 10^12."""
+    networks = Networks()
+    networks.cost = cache(networks.cost)  # type: ignore[method-assign]
+    rows: Table = {}
+    for threshold in (5, 50):
+        setting = Setting(sync_threshold=threshold)
+        plain = operations(setting, None, networks)
+        rows[f"published loop, sync_threshold {threshold}"] = plain
+        for name, speed in SPEEDS.items():
+            ours = operations(setting, speed, networks)
+            rows[f"{name}, sync_threshold {threshold}"] = ours
+            rows[f"{name}, sync_threshold {threshold}: saved"] = 1 - ours / plain
+            rows[f"{name}, sync_threshold {threshold}: times fewer"] = plain / ours
+    return rows
 
-    def __init__(self, pipe: SyncDiffusionPipeline, prompt: str, guidance_scale: float) -> None:
+
+class Clocked:
+    """A pipeline's networks, with the seconds spent in them."""
+
+    def __init__(self, pipe: SyncDiffusionPipeline, guidance_scale: float) -> None:
         self.seconds = 0.0
-        embeds = pipe.encode_prompt(prompt)
-        self.predict_noise = self.timed(pipe._guided(*embeds, guidance_scale))
-        self.decode = self.timed(lambda x: decode(pipe.vae, x))
-        self.embed = self.timed(pipe.perceptual.embed)
-        self.distance = self.timed(pipe.perceptual.distance)
+        guided = pipe._guided(*pipe.encode_prompt(PROMPT), guidance_scale)
+        self.predict_noise = self.clocked(guided)
+        self.decode = self.clocked(lambda x: decode(pipe.vae, x))
+        self.embed = self.clocked(pipe.perceptual.embed)
+        self.distance = self.clocked(pipe.perceptual.distance)
 
-    def timed(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def clocked(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """The same call, its time added to `seconds`."""
 
         def run(*arguments: Any, **options: Any) -> Any:
@@ -67,76 +87,273 @@ class TimedNetworks:
 
 
 @dataclass(frozen=True)
-class Result:
-    """Seconds of both loops on one setting, and how far apart they end."""
+class Run:
+    """One way to make the latents of a canvas, and what is needed to do so again."""
 
-    ours: float
-    networks: float  # of ours, spent in networks and their gradients
-    plain: float
-    difference: float  # largest, in standard deviations of the latents
+    pipe: SyncDiffusionPipeline
+    networks: Clocked
+    noise: Tensor
+    views: tuple[tuple[View, ...], ...]
+    scheduler: Any
+    schedule: SyncSchedule
+    speed: Speed | None  # None for the published loop
+
+    def __call__(self) -> Tensor:
+        """The denoised latents."""
+        networks, scheduler = self.networks, copy.deepcopy(self.scheduler)
+        if self.speed is None:
+            return plain_loop(self.noise, self.views, networks, scheduler, self.schedule)
+        kind = DirectSynchronizer if self.speed.sync_on_x0 else Synchronizer
+        parts = (networks.predict_noise, networks.decode, networks, scheduler.alphas_cumprod)
+        with frozen(self.pipe.unet, self.pipe.vae, self.pipe.perceptual):
+            return sample(
+                self.noise,
+                self.views,
+                networks.predict_noise,
+                scheduler,
+                synchronizer=kind(*parts, self.speed.sync_pooling),
+                schedule=self.schedule,
+            )
 
 
-def clocked(run: Callable[[], Tensor]) -> tuple[float, Tensor]:
-    """Seconds that a call takes, and what it returns."""
-    started = time.perf_counter()
-    value = run()
-    return time.perf_counter() - started, value
-
-
-def compare(models: Models, setting: Setting, seed: int = 0) -> Result:
-    """Runs `sample()` and the plain loop from the same noise."""
+def build_run(models: Models, speed: Speed | None, sync: bool) -> Run:
+    """A part of a panorama on the embedded family."""
     pipe = models.pipelines["syncdiffusion"]
-    guidance_scale = models.settings("syncdiffusion").guidance_scale
-    networks = TimedNetworks(pipe, "sunset over snowy mountains", guidance_scale)
+    chosen = speed or SPEEDS["exact"]
+    scheduler = build_scheduler(chosen.scheduler or "ddim", pipe.scheduler)
+    scheduler.set_timesteps(chosen.num_inference_steps // PART)
     side = pipe.window * pipe.vae_scale_factor
-    views = pipe._views(side, setting.width, setting.stride, "")
-    noise = pipe._latents(side, setting.width, torch.Generator().manual_seed(seed), None)
-    schedule = SyncSchedule(20.0 if setting.sync_steps else 0.0, threshold=setting.sync_steps)
-    scheduler = copy.deepcopy(pipe.scheduler)
-    scheduler.set_timesteps(STEPS)
-    synchronizer = Synchronizer(
-        networks.predict_noise, networks.decode, networks, scheduler.alphas_cumprod
+    return Run(
+        pipe,
+        Clocked(pipe, models.settings("syncdiffusion").guidance_scale),
+        pipe._latents(side, WIDTH, torch.Generator().manual_seed(0), None),
+        pipe._views(side, WIDTH, None if chosen.disjoint else 16, ""),
+        scheduler,
+        SyncSchedule(20.0 if sync else 0.0, threshold=5 // PART),
+        speed,
     )
 
-    def fused() -> Tensor:
-        return sample(
-            noise,
-            views,
-            networks.predict_noise,
-            copy.deepcopy(scheduler),
-            synchronizer=synchronizer,
-            schedule=schedule,
-        )
 
+def seconds_of(call: Callable[[], object]) -> float:
+    """How long a call takes."""
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def best(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The shortest time of each call, of alternating runs."""
+    times = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(repeats)]
+    return {name: min(row[name] for row in times) for name in calls}
+
+
+def measure_time(options: argparse.Namespace) -> Table:
+    """Seconds on the embedded family, the share outside its networks, and the difference."""
+    models = load("tiny", modes=["syncdiffusion"], device="cpu")
+    speeds = {"published loop": None, **SPEEDS}
+    runs = {name: build_run(models, speed, sync=True) for name, speed in speeds.items()}
+    seconds = best(runs, options.repeats)
+    rows: Table = {f"{name}: seconds": value for name, value in seconds.items()}
+    for name in SPEEDS:
+        rows[f"{name}: times as fast"] = seconds["published loop"] / seconds[name]
+    expected = runs["published loop"]()
+    difference = (runs["exact"]() - expected).abs().max() / expected.std()
+    rows["exact: largest difference, standard deviations"] = float(difference)
+    rows["exact: share outside its networks"] = min(
+        overhead(runs["exact"]) for _ in range(options.repeats)
+    )
+    return rows
+
+
+def overhead(run: Run) -> float:
+    """The share of a run that is spent neither in networks nor in their gradients."""
     gradient = torch.autograd.grad
-    torch.autograd.grad = networks.timed(gradient)
+    torch.autograd.grad = run.networks.clocked(gradient)
+    run.networks.seconds = 0.0
     try:
-        with frozen(pipe.unet, pipe.vae, pipe.perceptual):
-            ours, latents = clocked(fused)
-            inside = networks.seconds
-            plain, expected = clocked(
-                lambda: plain_loop(noise, views, networks, scheduler, schedule)
-            )
+        whole = seconds_of(run)
     finally:
         torch.autograd.grad = gradient
-    difference = float((latents - expected).abs().max() / expected.std())
-    return Result(ours, inside, plain, difference)
+    return 1 - run.networks.seconds / whole
+
+
+def measure_diffusers(options: argparse.Namespace) -> Table:
+    """Seconds without synchronising, against diffusers' pipeline on the same windows."""
+    models = load("tiny", modes=["syncdiffusion"], device="cpu")
+    runs = {name: build_run(models, speed, sync=False) for name, speed in SPEEDS.items()}
+    exact = runs["exact"]
+    pipe, (views,) = exact.pipe, exact.views
+    stock = Diffusers(
+        vae=pipe.vae,
+        text_encoder=pipe.text_encoder,
+        tokenizer=pipe.tokenizer,
+        unet=pipe.unet,
+        scheduler=copy.deepcopy(exact.scheduler),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    stock.set_progress_bar_config(disable=True)
+    places = [(v.top, v.top + v.size, v.left, v.left + v.size) for v in views]
+    stock.get_views = lambda *_, **__: places
+
+    def theirs() -> object:
+        return stock(
+            PROMPT,
+            height=pipe.window * pipe.vae_scale_factor,
+            width=WIDTH,
+            num_inference_steps=len(exact.scheduler.timesteps),
+            guidance_scale=models.settings("syncdiffusion").guidance_scale,
+            view_batch_size=4,
+            latents=exact.noise.clone(),
+            output_type="latent",
+        ).images
+
+    seconds = best({"diffusers": theirs, **runs}, options.repeats)
+    apart = (theirs() - exact()).abs().max() / exact().std()
+    return (
+        {f"{name}: seconds": value for name, value in seconds.items()}
+        | {f"{name}: times as fast": seconds["diffusers"] / seconds[name] for name in SPEEDS}
+        | {"exact: largest difference, standard deviations": float(apart)}
+    )
+
+
+def measure_scale(_: argparse.Namespace) -> Table:
+    """Memory beyond the canvas and its picture, and time per window, as the canvas grows."""
+    rows: Table = {}
+    for windows in SCALES:
+        command = [sys.executable, "-m", "tests.measure", "canvas", "weights/tiny", str(windows)]
+        found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        rows |= {f"{windows} windows wide: {name}": value for name, value in found.items()}
+    for name in ("megabytes", "seconds a window"):
+        values = [rows[f"{windows} windows wide: {name}"] for windows in SCALES]
+        rows[f"{name}: largest over smallest"] = max(values) / min(values)
+    models = load("tiny", modes=["syncdiffusion"], device="cpu")
+    pipe = models.pipelines["syncdiffusion"]
+    side = pipe.window
+    latents = pipe(
+        PROMPT,
+        side * 8,
+        16 * side * 8,
+        num_inference_steps=10,
+        guidance_scale=3.0,
+        sync_weight=0.0,
+        generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).images
+    whole = decode_canvas(pipe.vae, latents)
+    sliced = decode_canvas(pipe.vae, latents, max_cells=SLICE * side * side)
+    apart = (whole - sliced).abs() * 127.5
+    rows["sliced decode: largest difference, grey levels"] = float(apart.max())
+    rows["sliced decode: mean difference, grey levels"] = float(apart.mean())
+    return rows
+
+
+@torch.no_grad()
+def measure_true_size(_: argparse.Namespace) -> Table:
+    """One sync step of an anchor and another window at the published sizes, in bfloat16."""
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        unet = UNet2DConditionModel.from_config(published("unet")).eval()
+        vae = AutoencoderKL.from_config(published("vae")).eval()
+    finally:
+        torch.set_default_dtype(dtype)
+    networks = TrueSize(unet, vae, LPIPS().eval())
+    weights = [p.detach() for m in (unet, vae, networks.lpips) for p in m.parameters()]
+    rows: Table = {}
+    for name, run in networks.ways().items():
+        with Activations(weights) as activations:
+            run()
+        rows[f"{name}: gigabytes of activations"] = activations.most / 1e9
+        rows[f"{name}: seconds"] = seconds_of(run)
+    for name in ("exact", "exact, checkpointing", "fast"):
+        for what in ("seconds", "gigabytes of activations"):
+            rows[f"{name}: {what}, times less"] = (
+                rows[f"published loop: {what}"] / rows[f"{name}: {what}"]
+            )
+    return rows
+
+
+class TrueSize:
+    """Networks of the published sizes, and ways to take one step of two windows through them."""
+
+    def __init__(self, unet: Any, vae: Any, lpips: LPIPS) -> None:
+        self.unet, self.vae, self.lpips = unet, vae, lpips
+        self.states = torch.randn(2, 77, unet.config.cross_attention_dim).to(unet.dtype)
+        self.embed, self.distance = lpips.embed, lpips.distance
+
+    def predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
+        """Guidance in one batch, as the pipeline has it."""
+        states = self.states.repeat_interleave(len(x), 0)
+        noise = self.unet(x.to(self.unet.dtype).repeat(2, 1, 1, 1), t, states).sample.float()
+        uncond, text = noise.chunk(2)
+        prediction: Tensor = uncond + 7.5 * (text - uncond)
+        return prediction
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Latents to images."""
+        return decode(self.vae, x)
+
+    def ways(self) -> dict[str, Callable[[], object]]:
+        """Each takes the first of 50 steps; fast the first of its own."""
+        side = self.unet.config.sample_size
+        noise = torch.randn(1, 4, side, 2 * side)
+        scheduler = DDIMScheduler.from_config(published("scheduler"))
+        scheduler.set_timesteps(50)
+        scheduler.timesteps = scheduler.timesteps[:1]
+        views = disjoint_views(side, 2 * side, side)
+        views = tuple(v for v in views if len(v) == 2)[:1]
+        schedule = SyncSchedule()
+        parts = (self.predict_noise, self.decode, self, scheduler.alphas_cumprod)
+
+        def ours(synchronizer: Synchronizer, checkpointing: bool = False) -> Tensor:
+            models = (self.unet, self.vae)
+            with frozen(*models, self.lpips), checkpointed(*models if checkpointing else ()):
+                return sample(
+                    noise,
+                    views,
+                    self.predict_noise,
+                    copy.deepcopy(scheduler),
+                    synchronizer=synchronizer,
+                    schedule=schedule,
+                )
+
+        return {
+            "published loop": lambda: plain_loop(noise, views, self, scheduler, schedule),
+            "exact": lambda: ours(Synchronizer(*parts)),
+            "exact, checkpointing": lambda: ours(Synchronizer(*parts), checkpointing=True),
+            "fast": lambda: ours(DirectSynchronizer(*parts, pooling=2)),
+        }
+
+
+SECTIONS: Mapping[str, Callable[[argparse.Namespace], Table]] = {
+    "operations": measure_operations,
+    "time": measure_time,
+    "diffusers": measure_diffusers,
+    "scale": measure_scale,
+    "true-size": measure_true_size,
+}
 
 
 def main() -> None:
-    """Prints a line for every setting, each from the best of a few alternating runs."""
+    """Prints each section's table, and writes them all."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all if none")
     parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    models = load("tiny")
-    print(f"{'setting':28} {'overhead':>8} {'speed-up':>8} {'difference':>10}")
-    for name, setting in SETTINGS.items():
-        results = [compare(models, setting) for _ in range(arguments.repeats)]
-        overhead = min(1 - result.networks / result.ours for result in results)
-        speed_up = min(r.plain for r in results) / min(r.ours for r in results)
-        print(
-            f"{name:28} {overhead:8.1%} {speed_up:8.2f} {results[0].difference:10.1e}", flush=True
-        )
+    parser.add_argument("--json", type=Path, help="a file for the tables")
+    options = parser.parse_args()
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
+    tables: dict[str, Table] = {}
+    for name in options.sections or SECTIONS:
+        print(f"{name}:")
+        tables[name] = SECTIONS[name](options)
+        for row, value in tables[name].items():
+            print(f"  {row:60} {value:10.4g}", flush=True)
+    if options.json:
+        options.json.write_text(json.dumps(tables, indent=2) + "\n")
 
 
 if __name__ == "__main__":

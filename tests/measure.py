@@ -142,7 +142,39 @@ def measure_steps(folder: Path, height: int, width: int) -> dict[str, Any]:
     }
 
 
+def measure_canvas(folder: Path, windows: int) -> dict[str, Any]:
+    """Makes a panorama so many windows wide, decoded four windows' width at a time."""
+    pipe = load(folder)
+    side = pipe.window * pipe.vae_scale_factor
+    canvas = 4 * pipe.window * windows * pipe.window * 4  # channels, cells and bytes of each
+    picture = 3 * side * windows * side * 4
+    views = len(pipe._views(side, windows * side, 16, "")[0])
+
+    def run() -> None:
+        pipe(
+            "sunset over snowy mountains",
+            side,
+            windows * side,
+            num_inference_steps=2,
+            sync_threshold=1,
+            max_cells=4 * pipe.window**2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="pt",
+        )
+
+    started = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - started
+    with Activations(weights_of(pipe)) as activations:
+        run()
+    return {
+        "megabytes": (activations.most - canvas - picture) / 1e6,
+        "seconds a window": seconds / views,
+    }
+
+
 if __name__ == "__main__":
     kind, folder, *sizes = sys.argv[1:]
-    measure = {"loading": measure_loading, "steps": measure_steps}[kind]
+    measures = {"loading": measure_loading, "steps": measure_steps, "canvas": measure_canvas}
+    measure = measures[kind]
     print(json.dumps(measure(Path(folder), *map(int, sizes))))

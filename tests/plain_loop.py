@@ -1,4 +1,6 @@
-"""SyncDiffusion as the paper writes it: one window after the other, nothing shared or batched.
+"""SyncDiffusion as it was published: one window after the other, nothing shared or batched.
+
+The published code takes the anchor's gradient too, and leaves it.
 
 What `sample()` is held against, for its numbers by the tests and for its speed by `script/bench`.
 """
@@ -63,11 +65,11 @@ def plain_loop(
         total, count = torch.zeros_like(z), torch.zeros_like(z)
         for view, solver in zip(views, solvers, strict=True):
             x = cut(view)
-            if synchronising and view is not anchor:
+            if synchronising:
                 x = x.clone().requires_grad_()
                 loss = networks.distance(picture_of(x, t), networks.embed(target)).sum()
                 (gradient,) = torch.autograd.grad(loss, x)
-                x = (x - weight * gradient).detach()
+                x = (x if view is anchor else x - weight * gradient).detach()
             with torch.no_grad():
                 x = solver.step(networks.predict_noise(x, t), t, x).prev_sample
             total += put(x, view)

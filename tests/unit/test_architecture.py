@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LEVELS = (
-    {"panorama.__main__"},
+    {"panorama.__main__", "panorama.batch"},
     {"predict"},
     {"panorama"},
     {"panorama.models", "panorama.fetch"},
@@ -23,7 +23,7 @@ LEVELS = (
     {"panorama.picture"},
     {"panorama.request"},
     {"panorama.depth"},
-    {"panorama.__version__"},
+    {"panorama.__version__", "panorama.quiet"},
 )
 LEVEL = {module: level for level, modules in enumerate(LEVELS) for module in modules}
 
