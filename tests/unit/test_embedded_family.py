@@ -39,7 +39,7 @@ def test_its_weights_are_half_precision_safetensors() -> None:
 
 
 def test_its_modes_are_those_of_requests(models: Models) -> None:
-    assert set(models.pipelines) <= set(MODES) == set(INPUTS["mode"].choices)
+    assert set(models.pipelines) == set(MODES) == set(INPUTS["mode"].choices)
     for mode in models.pipelines:
         Request(prompt="night", mode=mode).resolve(models.settings(mode))
 

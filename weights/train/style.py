@@ -20,7 +20,7 @@ from panorama.sdxl import LORA, TOKENS
 from weights.train.fit import Plan, fit
 from weights.train.sdxl import Spheres, TextToSphere, encode_kinds, subjects, text_loss
 
-PLAN = Plan("style", steps=600, learning_rate=5e-4, average=0.98, warmup=50)
+PLAN = Plan("style", steps=600, learning_rate=1e-4, average=0.98, warmup=50)
 RANK = 4
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 WARM_LIGHT = (1.05, 0.98, 0.86)
