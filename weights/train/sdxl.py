@@ -243,14 +243,16 @@ def train(
 
 
 def text_loss(
-    model: TextToSphere, spheres: Spheres, prefix: str = ""
+    model: TextToSphere, spheres: Spheres, prefix: str = "", dropped: float = DROPPED
 ) -> Callable[[torch.Generator], Tensor]:
-    """What `fit` lessens: the error of the noise found under captions that begin with a prefix."""
+    """What `fit` lessens: the error of the noise found under captions that begin with a prefix,
+    a share of which is left out.
+    """
     scheduler = build_scheduler()
 
     def loss(generator: torch.Generator) -> Tensor:
         index, shift = spheres.draw(generator)
-        captions = spheres.captions(index, generator, DROPPED, prefix)
+        captions = spheres.captions(index, generator, dropped, prefix)
         x0 = spheres.rolled(index, shift)
         return denoising_loss(lambda x, t: model(x, t, captions), x0, scheduler, generator)
 
