@@ -52,14 +52,16 @@ def families(draw):
     multiple = draw(st.sampled_from([4, 8, 16]))
     window = draw(st.integers(16, 128))
     sides = st.integers(window, 1024).map(lambda cells: cells * multiple)
+    width, height = draw(sides), draw(sides)
+    least = max(window * multiple * 16384, width * height)  # a family's own size is legal
     return ModeSettings(
-        width=draw(sides),
-        height=draw(sides),
+        width=width,
+        height=height,
         guidance_scale=draw(st.floats(1, 20)),
         least_guidance=draw(st.sampled_from([0.0, 1.0])),
         multiple=multiple,
         smallest=window * multiple,
-        largest=draw(st.just(inf) | st.integers(window * multiple * 16384, 10**9)),
+        largest=draw(st.just(inf) | st.integers(least, 2 * 10**9)),
         window=window,
         tokens=draw(st.sampled_from([(), ("<s0>", "<s1>")])),
     )

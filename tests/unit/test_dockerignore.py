@@ -59,11 +59,13 @@ def ignored(path: str) -> bool:
 
 
 def context(root: Path = ROOT) -> Iterator[Path]:
-    """The files that Docker is given, relative to the root."""
+    """The files and links that Docker is given, relative to the root."""
     for folder, folders, files in os.walk(root):
         place = Path(folder).relative_to(root)
         folders[:] = [name for name in folders if not ignored((place / name).as_posix())]
-        yield from (place / name for name in files if not ignored((place / name).as_posix()))
+        links = [name for name in folders if (root / place / name).is_symlink()]
+        names = (*files, *links)
+        yield from (place / name for name in names if not ignored((place / name).as_posix()))
 
 
 @pytest.mark.parametrize(
