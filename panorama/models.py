@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from PIL.Image import Image
 
 from panorama import depth, weights
-from panorama.request import INPUTS, SPEEDS, ModeSettings, ResolvedRequest
+from panorama.request import INPUTS, SPEEDS, ModeSettings, ResolvedRequest, Speed
 from panorama.safety import SafetyChecker
 from panorama.sdxl import LEAST_GUIDANCE, SDXL360
 from panorama.share import ALONE, Share
@@ -50,15 +50,18 @@ def run_syncdiffusion(
     """Makes the panorama that is asked for, or a share of it."""
     inputs = arguments(request, on_step)
     speed, name = SPEEDS[inputs.pop("speed")], inputs.pop("scheduler")
-    image: Image = pipe(
-        **inputs,
-        scheduler=build_scheduler(name, pipe.scheduler) if name else None,
-        disjoint=speed.disjoint,
-        sync_on_x0=speed.sync_on_x0,
-        sync_pooling=speed.sync_pooling,
-        share=share,
-    ).images[0]
+    image: Image = pipe(**inputs, **levers(pipe, speed, name), share=share).images[0]
     return image
+
+
+def levers(pipe: SyncDiffusionPipeline, speed: Speed, scheduler: str | None) -> dict[str, Any]:
+    """What the pipeline is called with to save time as a speed does, by a solver of this name."""
+    return {
+        "scheduler": build_scheduler(scheduler, pipe.scheduler) if scheduler else None,
+        "disjoint": speed.disjoint,
+        "sync_on_x0": speed.sync_on_x0,
+        "sync_pooling": speed.sync_pooling,
+    }
 
 
 SCHEDULERS: Mapping[str, Any] = {

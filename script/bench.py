@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +47,6 @@ SLICE = 4  # windows' widths that are decoded at once
 def measure_operations(_: argparse.Namespace) -> Table:
     """Counts of the published loop and of both speeds, in units of 10^12."""
     networks = Networks()
-    networks.cost = cache(networks.cost)  # type: ignore[method-assign]
     rows: Table = {}
     for threshold in (5, 50):
         setting = Setting(sync_threshold=threshold)

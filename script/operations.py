@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,7 @@ class Networks:
             self.unet = UNet2DConditionModel.from_config(published("unet"))
             self.vae = AutoencoderKL.from_config(published("vae"))
             self.lpips = LPIPS()
+        self.cost = cache(self._cost)
 
     def guided(self, x: Tensor) -> Tensor:
         """Both halves of a guided UNet evaluation."""
@@ -100,7 +102,7 @@ class Networks:
         """All features of images, as one number."""
         return torch.stack([f.sum() for f in self.lpips.embed(images)]).sum()
 
-    def cost(self, call: Call) -> int:
+    def _cost(self, call: Call) -> int:
         """Operations of one window's call, and of its gradient with respect to what it sees."""
         name, side, with_gradient = call
         network, channels, run = {

@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from panorama.models import Models, build_scheduler, load
+from panorama.models import Models, levers, load
 from panorama.request import SPEEDS, Speed
 from script.coherence import WINDOWS, coherence, seam_ratio
 from script.operations import Networks, Setting, operations
@@ -83,10 +82,7 @@ def make(models: Models, prompt: str, seed: int, way: str, width: int) -> Tensor
         width * side,
         num_inference_steps=speed.num_inference_steps,
         guidance_scale=models.settings("syncdiffusion").guidance_scale,
-        scheduler=build_scheduler(speed.scheduler, pipe.scheduler) if speed.scheduler else None,
-        disjoint=speed.disjoint,
-        sync_on_x0=speed.sync_on_x0,
-        sync_pooling=speed.sync_pooling,
+        **levers(pipe, speed, speed.scheduler),
         sync_weight=weight,
         loop_closure=width > 1,
         generator=torch.Generator().manual_seed(seed),
@@ -177,7 +173,6 @@ def main() -> None:
     wishes = list(wished_landscapes())
     singles = single_windows(models, judge, wishes[: options.seeds], options.work / "singles.pt")
     networks = Networks()
-    networks.cost = cache(networks.cost)  # type: ignore[method-assign]
     rows = []
     for way in options.ways or WAYS:
         path = options.work / f"{way}.json"

@@ -130,27 +130,32 @@ class Counting(Networks):
         return super().decode(x)
 
 
-@pytest.mark.parametrize(
-    ("weight", "threshold", "sync_steps"), [(0.0, 6, 0), (20.0, 0, 0), (20.0, 2, 2)]
-)
-def test_nothing_is_computed_twice(weight: float, threshold: int, sync_steps: int) -> None:
+def count_calls(
+    kind: type[Synchronizer], schedule: SyncSchedule
+) -> tuple[dict[str, int], int, int]:
+    """What a run calls, how many windows it has, and how many steps."""
     views = make_views(16, 48, 16, 8)
     networks, solver = Counting(), make_scheduler("ddim")
-    synchronizer = Synchronizer(
-        networks.predict_noise, networks.decode, networks, solver.alphas_cumprod
-    )
     sample(
         torch.randn(1, 4, 16, 48, dtype=torch.float64),
         [views],
         networks.predict_noise,
         solver,
-        synchronizer=synchronizer,
-        schedule=SyncSchedule(weight, threshold=threshold),
+        synchronizer=kind(networks.predict_noise, networks.decode, networks, solver.alphas_cumprod),
+        schedule=schedule,
     )
-    moved = (len(views) - 1) * sync_steps
-    assert networks.calls["gradients"] == moved
-    assert networks.calls["predict_noise"] == len(views) * len(solver.timesteps) + moved
-    assert networks.calls["decode"] == len(views) * sync_steps
+    return networks.calls, len(views), len(solver.timesteps)
+
+
+@pytest.mark.parametrize(
+    ("weight", "threshold", "sync_steps"), [(0.0, 6, 0), (20.0, 0, 0), (20.0, 2, 2)]
+)
+def test_nothing_is_computed_twice(weight: float, threshold: int, sync_steps: int) -> None:
+    calls, windows, steps = count_calls(Synchronizer, SyncSchedule(weight, threshold=threshold))
+    moved = (windows - 1) * sync_steps
+    assert calls["gradients"] == moved
+    assert calls["predict_noise"] == windows * steps + moved
+    assert calls["decode"] == windows * sync_steps
 
 
 def test_a_direct_step_moves_x0_and_keeps_the_noise() -> None:
@@ -179,19 +184,7 @@ def test_a_direct_step_moves_x0_and_keeps_the_noise() -> None:
 
 
 def test_a_direct_step_sends_nothing_twice_or_with_a_gradient_through_the_unet() -> None:
-    views = make_views(16, 48, 16, 8)
-    networks, solver = Counting(), make_scheduler("ddim")
-    synchronizer = DirectSynchronizer(
-        networks.predict_noise, networks.decode, networks, solver.alphas_cumprod
-    )
-    sample(
-        torch.randn(1, 4, 16, 48, dtype=torch.float64),
-        [views],
-        networks.predict_noise,
-        solver,
-        synchronizer=synchronizer,
-        schedule=SyncSchedule(20.0, threshold=2),
-    )
-    assert networks.calls["gradients"] == 0
-    assert networks.calls["predict_noise"] == len(views) * len(solver.timesteps)
-    assert networks.calls["decode"] == 2 * len(views)
+    calls, windows, steps = count_calls(DirectSynchronizer, SyncSchedule(20.0, threshold=2))
+    assert calls["gradients"] == 0
+    assert calls["predict_noise"] == windows * steps
+    assert calls["decode"] == 2 * windows
