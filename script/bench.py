@@ -34,6 +34,7 @@ from panorama.views import View, disjoint_views
 from script.operations import Networks, Setting, operations, published
 from tests.measure import Activations
 from tests.plain_loop import plain_loop
+from weights.train.fit import has_bfloat16
 
 Table = dict[str, Any]
 
@@ -249,10 +250,13 @@ def measure_scale(_: argparse.Namespace) -> Table:
 
 @torch.no_grad()
 def measure_true_size(_: argparse.Namespace) -> Table:
-    """One sync step of an anchor and another window at the published sizes, in bfloat16."""
+    """One sync step of an anchor and another window at the published sizes.
+
+    In bfloat16 where the processor multiplies in it, else in single precision.
+    """
     torch.manual_seed(0)
     dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
+    torch.set_default_dtype(torch.bfloat16 if has_bfloat16() else torch.float32)
     try:
         unet = UNet2DConditionModel.from_config(published("unet")).eval()
         vae = AutoencoderKL.from_config(published("vae")).eval()
@@ -260,7 +264,7 @@ def measure_true_size(_: argparse.Namespace) -> Table:
         torch.set_default_dtype(dtype)
     networks = TrueSize(unet, vae, LPIPS().eval())
     weights = [p.detach() for m in (unet, vae, networks.lpips) for p in m.parameters()]
-    rows: Table = {}
+    rows: Table = {"bits of a number": 8 * unet.dtype.itemsize}
     for name, run in networks.ways().items():
         with Activations(weights) as activations:
             run()

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from panorama.models import MODES, Models, load
+from panorama.models import MODES, SCHEDULERS, Models, load
 from panorama.request import INPUTS, Request
 from weights.train.diffusion import build_tokenizer
 
@@ -42,6 +43,35 @@ def test_its_modes_are_those_of_requests(models: Models) -> None:
     assert set(models.pipelines) == set(MODES) == set(INPUTS["mode"].choices)
     for mode in models.pipelines:
         Request(prompt="night", mode=mode).resolve(models.settings(mode))
+
+
+def test_its_solvers_are_those_of_requests() -> None:
+    assert set(SCHEDULERS) == set(INPUTS["scheduler"].choices)
+
+
+@pytest.mark.parametrize("lora_scale", [0.0, 0.8])
+@pytest.mark.parametrize("followed", [False, True])
+def test_rolling_the_noise_and_the_depth_rolls_a_360_picture(
+    models: Models, followed: bool, lora_scale: float
+) -> None:
+    pipe, cells = models.pipelines["sdxl-360"], 4
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(1, 4, 16, 32, generator=generator)
+    depth = torch.rand(128, 256, generator=generator)
+
+    def make(turn: int) -> torch.Tensor:
+        return pipe(
+            "<s0><s1> hdri view, bedroom in the color of blue",
+            *depth.shape,
+            num_inference_steps=2,
+            guidance_scale=4.0,
+            depth=depth.roll(turn * 8, -1) if followed else None,
+            lora_scale=lora_scale,
+            latents=noise.roll(turn, -1),
+            output_type="pt",
+        )
+
+    assert (make(cells) - make(0).roll(cells * 8, -1)).abs().max() < 1e-4
 
 
 def test_an_unknown_family_or_mode_is_refused_by_name() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from weights.train import dataset
-from weights.train.fit import Plan, fit
+from weights.train.fit import Plan, fit, mixed_precision
 
 Crops = tuple[tuple[int, int, int], ...]
 """Height, width and how many to a batch."""
@@ -142,7 +142,7 @@ def train(work: Path) -> AutoencoderKL:
 
     def loss(stage: Stage, generator: torch.Generator) -> Tensor:
         target = batch(stage.crops, generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             with torch.set_grad_enabled(stage.encoder):
                 posterior = model.encode(target).latent_dist
             picture = model.decode(posterior.sample(generator)).sample

@@ -17,7 +17,7 @@ from transformers import CLIPTokenizer
 from weights.train import dataset
 from weights.train.depths import at_finest, build_head, cells, depth_image
 from weights.train.diffusion import Noisy, add_noise, build_scheduler
-from weights.train.fit import Plan, fit
+from weights.train.fit import Plan, fit, mixed_precision
 from weights.train.recognise import Block
 from weights.train.sdxl import FACTOR, SUBJECTS, Spheres, TextToSphere, encode_kinds, subjects
 
@@ -105,7 +105,7 @@ def train_reader(work: Path, lessons: Lessons) -> nn.Module:
     """Trains on what the base sees in noisy latents, however little that is."""
 
     def loss(generator: torch.Generator) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             noisy, depth, conditions = lessons.draw(generator)
             with torch.no_grad():
                 noise_pred = lessons.base.unet(noisy.latents, noisy.t, **conditions).sample
@@ -134,7 +134,7 @@ def train(
 
     def loss(generator: torch.Generator) -> Tensor:
         scale = float(torch.empty(()).uniform_(*SCALES, generator=generator))
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             noisy, depth, conditions = lessons.draw(generator)
             down, middle = controlnet(
                 noisy.latents,

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from weights.train import dataset
 from weights.train.autoencoder import to_tensor
-from weights.train.fit import Plan, fit
+from weights.train.fit import Plan, fit, mixed_precision
 from weights.train.recognise import Block, disturb, draw, draw_windows
 
 PLAN = Plan("depth-360", steps=2000, learning_rate=2e-3, average=0.99, warmup=100)
@@ -80,7 +80,7 @@ def train(work: Path) -> nn.Module:
         target = cells(torch.from_numpy(np.stack(depths)))
         if draw(2, generator):
             images, target = images.flip(-1), target.flip(-1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             depth = model(images)
         return F.l1_loss(depth.float(), target)
 

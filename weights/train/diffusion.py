@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from panorama.synchronize import predict_x0
 from weights.train import dataset, rooms, scenes
 from weights.train.autoencoder import to_tensor
-from weights.train.fit import Plan, fit
+from weights.train.fit import Plan, fit, mixed_precision
 
 PLAN = Plan("diffusion", steps=10500, learning_rate=1e-3, average=0.9990, warmup=200)
 BATCH, WINDOW = 16, 32
@@ -151,7 +151,7 @@ def encode(
     latents = []
     for index, picture in enumerate(pictures):
         around = np.concatenate([picture[:, -WRAP:], picture, picture[:, :WRAP]], 1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             mean = vae.encode(to_tensor(around[None])).latent_dist.mean.float()
         latents.append(mean[..., WRAP // 8 : -WRAP // 8] * vae.config.scaling_factor)
         if index % 400 == 0:
@@ -229,7 +229,7 @@ def denoising_loss(
         generator: draws timesteps and noise.
     """
     noisy = add_noise(x0, scheduler, generator)
-    with torch.autocast("cpu", torch.bfloat16):
+    with mixed_precision():
         noise_pred = predict(noisy.latents, noisy.t)
     return noisy.error(noise_pred.float())
 

@@ -42,6 +42,16 @@ class Plan:
         return 0.5 * (1 + cos(pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
 
 
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies in bfloat16, which elsewhere takes many times as long."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def mixed_precision() -> torch.autocast:
+    """Bfloat16 where it is faster than single precision."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16())
+
+
 def fit(model: nn.Module, loss: Loss, plan: Plan, work: Path) -> nn.Module:
     """Trains in place from the last checkpoint, if there is one.
 
