@@ -209,10 +209,14 @@ def test_the_reader_that_teaches_sees_every_cell() -> None:
     assert latents.grad is not None and latents.grad.abs().amin() > 0
 
 
-def test_warm_light_takes_blue_away_and_keeps_black() -> None:
-    picture = np.array([[[0, 0, 0], [100, 100, 100], [255, 255, 255]]], np.uint8)
-    expected = [[[0, 0, 0], [105, 98, 86], [255, 250, 219]]]
-    assert np.array_equal(style.warm_light(picture), expected)
+def test_vivid_colours_move_away_from_their_grey_and_grey_stays() -> None:
+    picture = np.array([[[0, 0, 0], [100, 100, 100], [90, 100, 140], [250, 20, 20]]], np.uint8)
+    changed = style.vivid(picture)
+    assert np.array_equal(changed[0, :2], picture[0, :2])
+    grey = 0.299 * 90 + 0.587 * 100 + 0.114 * 140
+    expected = grey + style.SATURATION * (picture[0, 2] - grey)
+    assert np.abs(changed[0, 2] - expected).max() <= 1
+    assert np.array_equal(changed[0, 3], [255, 0, 0])
 
 
 def test_a_style_loads_as_it_was_trained(pipe: SDXL360, tmp_path: Path) -> None:

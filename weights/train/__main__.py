@@ -57,6 +57,12 @@ def train_sdxl_360(work: Path) -> None:
     export.export_base(sdxl.train(work, vae, tokenizer, unet), tokenizer)
 
 
+def finish_sdxl_360(work: Path) -> None:
+    """Trains the second family's base further, from its files."""
+    vae, tokenizer, base = export.load_base()
+    export.export_base(sdxl.finish(work, vae, tokenizer, base), tokenizer)
+
+
 def train_style(work: Path) -> None:
     """Trains and writes a style of the second family, on the files of its base."""
     export.export_style(style.train(work, *export.load_base()))
@@ -74,6 +80,7 @@ STAGES: Mapping[str, Callable[[Path], None]] = {
     "syncdiffusion": train_syncdiffusion,
     "judges-360": train_sphere_judges,
     "sdxl-360": train_sdxl_360,
+    "finish": finish_sdxl_360,
     "style": train_style,
     "controlnet": train_controlnet,
 }

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from panorama.perceptual import LPIPS, unit
 from weights.train import dataset, rooms, scenes
 from weights.train.autoencoder import to_tensor
-from weights.train.fit import Plan, fit
+from weights.train.fit import Plan, fit, mixed_precision
 
 Attributes = Mapping[str, tuple[object, ...]]
 """The values that each attribute can have; None where pictures of some kind don't have it."""
@@ -38,7 +38,7 @@ SPHERE_ATTRIBUTES: Attributes = {
 FEATURE_CHANNELS = ((8,), (16, 16), (32, 32), (64, 64), (96, 96))
 FEATURES_PLAN = Plan("features", steps=800, learning_rate=2e-3, average=0.99, warmup=100)
 JUDGE_PLAN = Plan("judge", steps=1000, learning_rate=2e-3, average=0.99, warmup=100)
-SPHERE_JUDGE_PLAN = Plan("judge-360", steps=1500, learning_rate=2e-3, average=0.99, warmup=100)
+SPHERE_JUDGE_PLAN = Plan("judge-360", steps=2000, learning_rate=2e-3, average=0.99, warmup=100)
 BATCH = 10
 
 
@@ -207,7 +207,7 @@ def train(
         images = disturb(to_tensor(np.stack([w.rgb for w in windows])), generator)
         images = images.flip(-1) if draw(2, generator) else images
         answers = labels(windows, attributes)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed_precision():
             scores = model(images)
         losses = [F.cross_entropy(scores[name].float(), answers[name]) for name in attributes]
         return torch.stack(losses).sum()

@@ -34,7 +34,8 @@ from weights.train.diffusion import (
 from weights.train.fit import Plan, fit
 
 PLAN = Plan("sdxl-360", steps=4800, learning_rate=1e-3, average=0.999)
-BATCH = 8
+FINISH = Plan("sdxl-360-finish", steps=800, learning_rate=5e-4, average=0.99, warmup=50)
+BATCH, FINISH_BATCH = 8, 16
 HIDDEN = 128  # of either text encoder
 SIZE_CHANNELS = 16  # for each of the six numbers of a picture's sizes
 SIDES = (128, 1024)  # pixels of the sizes that are only said
@@ -47,6 +48,8 @@ CAPTIONS: Mapping[type, Callable[..., str]] = {
     rooms.Room: rooms.caption,
     scenes.Scene: scenes.caption,
 }
+OFTEN: Mapping[type, int] = {rooms.Room: 3, scenes.Scene: 1}
+"""How often the finish sees a picture: furniture takes longer to learn than landscapes."""
 SUBJECTS: Mapping[str, type[Subject]] = {"outdoors": scenes.Scene, "rooms": rooms.Room}
 
 
@@ -140,12 +143,12 @@ class TextToSphere(nn.Module):
         return self.unet(latents, t, **self.conditions(captions)).sample
 
 
-def subjects(work: Path) -> list[Subject]:
-    """What every training picture shows, kind after kind."""
+def subjects(work: Path, count: int | None = None) -> list[Subject]:
+    """What the first training pictures of each kind show, or all of them, kind after kind."""
     return [
         subject(**attributes)
         for kind, subject in SUBJECTS.items()
-        for attributes in dataset.load(work, kind, "train").attributes
+        for attributes in dataset.load(work, kind, "train").attributes[:count]
     ]
 
 
@@ -154,18 +157,20 @@ def encode_kinds(
     vae: AutoencoderKL,
     style: str = "",
     restyle: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = lambda picture: picture,
+    count: int | None = None,
 ) -> Tensor:
-    """The latents (N, 4, h, w) of every training picture, kind after kind.
+    """The latents (N, 4, h, w) of training pictures, kind after kind.
 
     Args:
         work: the folder where they are kept.
         vae: what encodes them.
         style: the name of what `restyle` does.
         restyle: changes a picture (H, W, 3) in [0, 255] first.
+        count: how many of each kind, from the first on; all if None.
     """
 
     def changed(kind: str) -> Iterable[NDArray[np.uint8]]:
-        return map(restyle, dataset.load(work, kind, "train").rgb)
+        return map(restyle, dataset.load(work, kind, "train").rgb[:count])
 
     names = {kind: f"{kind}-{style}" if style else kind for kind in SUBJECTS}
     return torch.cat([encode(work, vae, names[kind], changed(kind)) for kind in SUBJECTS])
@@ -184,11 +189,12 @@ class Spheres:
     latents: Tensor  # (N, 4, h, w)
     subjects: list[Subject]  # N of them
     tokenizer: CLIPTokenizer
+    batch: int = BATCH
 
     def draw(self, generator: torch.Generator) -> tuple[list[int], list[int]]:
         """Numbers of pictures, and how far to roll each, in cells."""
-        index = torch.randint(len(self.latents), (BATCH,), generator=generator)
-        shift = torch.randint(self.latents.shape[-1], (BATCH,), generator=generator)
+        index = torch.randint(len(self.latents), (self.batch,), generator=generator)
+        shift = torch.randint(self.latents.shape[-1], (self.batch,), generator=generator)
         return index.tolist(), shift.tolist()
 
     def rolled(self, index: list[int], shift: list[int]) -> Tensor:
@@ -238,6 +244,19 @@ def train(
     warm_start(model.unet, first.state_dict())
     spheres = Spheres(encode_kinds(work, vae), subjects(work), tokenizer)
     trained = fit(model, text_loss(model, spheres), PLAN, work)
+    assert isinstance(trained, TextToSphere)
+    return trained
+
+
+def finish(
+    work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, base: TextToSphere
+) -> TextToSphere:
+    """Trains the base further, on larger batches with more rooms in them."""
+    shown = subjects(work)
+    index = [i for i, subject in enumerate(shown) for _ in range(OFTEN[type(subject)])]
+    latents = encode_kinds(work, vae)[index]
+    spheres = Spheres(latents, [shown[i] for i in index], tokenizer, FINISH_BATCH)
+    trained = fit(base, text_loss(base, spheres), FINISH, work)
     assert isinstance(trained, TextToSphere)
     return trained
 
