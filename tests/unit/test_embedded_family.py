@@ -1,5 +1,6 @@
 """What ships in `weights/tiny/` is small, complete, and takes any text."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,11 @@ def test_its_weights_are_half_precision_safetensors() -> None:
     for path in TINY.rglob("*.safetensors"):
         header = path.read_bytes()[: 1 << 20]
         assert b'"F16"' in header and b'"F32"' not in header, path
+
+
+def test_it_does_not_tell_where_it_was_trained() -> None:
+    configs = [json.loads(path.read_text()) for path in TINY.rglob("config.json")]
+    assert configs and not any(config.get("_name_or_path") for config in configs)
 
 
 def test_its_modes_are_those_of_requests(models: Models) -> None:

@@ -59,7 +59,8 @@ def train_sdxl_360(work: Path) -> None:
 
 def finish_sdxl_360(work: Path) -> None:
     """Trains the second family's base further, from its files."""
-    vae, tokenizer, base = export.load_base()
+    vae, _, base = export.load_base()
+    tokenizer: CLIPTokenizer = diffusion.build_tokenizer(work / "tokenizer")
     export.export_base(sdxl.finish(work, vae, tokenizer, base), tokenizer)
 
 

@@ -1,5 +1,6 @@
 """Puts what was trained into `weights/tiny/`, in diffusers format and half precision."""
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,6 +48,7 @@ def export_syncdiffusion(
         perceptual=features,
     )
     pipe.to(torch.float16).save_pretrained(TINY / "syncdiffusion")
+    forget_origins(TINY / "syncdiffusion")
 
 
 def export_base(base: TextToSphere, tokenizer: CLIPTokenizer) -> None:
@@ -67,6 +69,15 @@ def export_base(base: TextToSphere, tokenizer: CLIPTokenizer) -> None:
     pipe.to(torch.float16).save_pretrained(SPHERES)
     shutil.rmtree(link)
     link.symlink_to(Path("..") / "syncdiffusion" / "vae")
+    forget_origins(SPHERES)
+
+
+def forget_origins(folder: Path) -> None:
+    """Takes out of saved configurations where their models were read from, as diffusers notes."""
+    for path in folder.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        if config.pop("_name_or_path", None):
+            path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_base() -> tuple[AutoencoderKL, CLIPTokenizer, TextToSphere]:
