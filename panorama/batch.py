@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from torch import distributed
 from panorama.picture import save
 from panorama.quiet import hush_libraries
 from panorama.request import INPUTS, Request, ResolvedRequest
+from panorama.safety import PictureWithheldError
 from panorama.share import ALONE, Share
 from panorama.weights import WeightsError
 
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from panorama.models import Models
 
 RESULTS = "results.jsonl"
+PATIENCE = timedelta(days=7)
+"""How long a process waits for the slowest, which may have many more lines to go."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with processes(options.together) as share:
         mine = jobs if options.together else share.of(jobs)
         done = read_results(options.output)
-        missing = [job for job in mine if done.get(job.file) != job.inputs]
+        missing = [job for job in mine if done.get(job.file) != (family, job.inputs)]
         if options.together and share.ranks > 1:
             distributed.barrier()  # all have read what is done before any adds to it
         windows = share if options.together else ALONE
@@ -158,28 +162,32 @@ def own_device() -> torch.device | None:
 def processes(together: bool) -> Iterator[Share]:
     """This process's share, as torchrun and accelerate tell it.
 
+    All of them end together.
+
     Args:
         together: whether the processes have to add up what they make.
     """
     share = Share(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
-    if not together or share.ranks == 1:
+    if share.ranks == 1:
         yield share
         return
-    distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "nccl" if together and torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, timeout=PATIENCE)
     try:
         yield share
+        distributed.barrier()  # or the launcher ends those at work when one has told of a failure
     finally:
         distributed.destroy_process_group()
 
 
-def read_results(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """From each picture that is there to the inputs of the line that it was made from."""
+def read_results(folder: Path) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """From each picture that is there to its family and the inputs of its line."""
     path = folder / RESULTS
     if not path.exists():
         return {}
     results = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
-    made = {result["file"]: result["inputs"] for result in results if "error" not in result}
-    return {file: inputs for file, inputs in made.items() if (folder / file).exists()}
+    made = {r["file"]: (r["family"], r["inputs"]) for r in results if "error" not in r}
+    return {file: source for file, source in made.items() if (folder / file).exists()}
 
 
 def make(
@@ -187,13 +195,14 @@ def make(
 ) -> bool:
     """Makes a picture and adds a line to the results; tells whether there is one."""
     started = time.monotonic()
-    result = {"line": job.line, "file": job.file, "inputs": job.inputs, "seed": request.seed}
+    result = {"line": job.line, "file": job.file, "family": models.family}
+    result |= {"inputs": job.inputs, "seed": request.seed}
     try:
         image = models.generate(request, share=windows)
         if windows.first:
             save(image, folder / job.file, request, models.family)
     except Exception as error:
-        if windows.ranks > 1:
+        if windows.ranks > 1 and not isinstance(error, PictureWithheldError):
             raise  # the others wait for what this one will not give
         result["error"] = f"{type(error).__name__}: {error}"
     if windows.first:

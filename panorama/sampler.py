@@ -59,6 +59,8 @@ def sample(
         The denoised latents (1, C, H, W).
     """
     batches = Batches(view_batch_size)
+    if synchronizer and schedule:
+        keep_moves(scheduler, schedule)
 
     def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return x, predict_noise(x, t)
@@ -85,6 +87,18 @@ def sample(
         if on_step is not None:
             latents = on_step(step, t, latents)
     return latents
+
+
+def keep_moves(scheduler: Any, schedule: SyncSchedule) -> None:
+    """Lets a solver step from the windows as they were moved, at steps where they are.
+
+    UniPC's corrector (arXiv 2302.04867, algorithm 1) works out each sample anew from the one
+    before, which was not moved. At those steps its predictor goes alone.
+    """
+    if hasattr(scheduler, "disable_corrector"):
+        steps = range(len(scheduler.timesteps))
+        # diffusers counts a corrector with the step before.
+        scheduler.disable_corrector = [step - 1 for step in steps if schedule(step)]
 
 
 def updated(latents: Tensor, update: Update, views: Sequence[View]) -> tuple[Tensor, Tensor]:

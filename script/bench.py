@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers import StableDiffusionPanoramaPipeline as Diffusers
-from torch import Tensor
+from torch import Tensor, nn
 
 from panorama.decode import decode, decode_canvas
 from panorama.gradient import checkpointed, frozen
@@ -37,6 +37,8 @@ from tests.plain_loop import plain_loop
 from weights.train.fit import has_bfloat16
 
 Table = dict[str, Any]
+
+ROOT = Path(__file__).parents[1]
 
 WIDTH = 1024  # pixels, on the embedded family
 PART = 5  # of the default's steps, the share that is timed
@@ -118,6 +120,8 @@ class Run:
 def build_run(models: Models, speed: Speed | None, sync: bool) -> Run:
     """A part of a panorama on the embedded family."""
     pipe = models.pipelines["syncdiffusion"]
+    for network in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.perceptual):
+        network.requires_grad_(False)  # as published
     chosen = speed or SPEEDS["exact"]
     scheduler = build_scheduler(chosen.scheduler or "ddim", pipe.scheduler)
     scheduler.set_timesteps(chosen.num_inference_steps // PART)
@@ -193,12 +197,14 @@ def measure_diffusers(options: argparse.Namespace) -> Table:
         requires_safety_checker=False,
     )
     stock.set_progress_bar_config(disable=True)
+    prompt_embeds, negative_prompt_embeds = pipe.encode_prompt(PROMPT)  # as `build_run` has them
     places = [(v.top, v.top + v.size, v.left, v.left + v.size) for v in views]
     stock.get_views = lambda *_, **__: places
 
     def theirs() -> object:
         return stock(
-            PROMPT,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
             height=pipe.window * pipe.vae_scale_factor,
             width=WIDTH,
             num_inference_steps=len(exact.scheduler.timesteps),
@@ -221,8 +227,10 @@ def measure_scale(_: argparse.Namespace) -> Table:
     """Memory beyond the canvas and its picture, and time per window, as the canvas grows."""
     rows: Table = {}
     for windows in SCALES:
-        command = [sys.executable, "-m", "tests.measure", "canvas", "weights/tiny", str(windows)]
-        found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+        family = ROOT / "weights" / "tiny"
+        command = [sys.executable, "-m", "tests.measure", "canvas", str(family), str(windows)]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
+        found = json.loads(done.stdout)
         rows |= {f"{windows} windows wide: {name}": value for name, value in found.items()}
     for name in ("megabytes", "seconds a window"):
         values = [rows[f"{windows} windows wide: {name}"] for windows in SCALES]
@@ -248,7 +256,6 @@ def measure_scale(_: argparse.Namespace) -> Table:
     return rows
 
 
-@torch.no_grad()
 def measure_true_size(_: argparse.Namespace) -> Table:
     """One sync step of an anchor and another window at the published sizes.
 
@@ -263,13 +270,14 @@ def measure_true_size(_: argparse.Namespace) -> Table:
     finally:
         torch.set_default_dtype(dtype)
     networks = TrueSize(unet, vae, LPIPS().eval())
-    weights = [p.detach() for m in (unet, vae, networks.lpips) for p in m.parameters()]
+    modules = nn.ModuleList([unet, vae, networks.lpips]).requires_grad_(False)  # as published
+    weights = list(modules.parameters())
     rows: Table = {"bits of a number": 8 * unet.dtype.itemsize}
+    networks.decode(torch.randn(1, 4, 8, 8))  # the first call sets up the libraries
     for name, run in networks.ways().items():
         with Activations(weights) as activations:
-            run()
+            rows[f"{name}: seconds"] = seconds_of(run)
         rows[f"{name}: gigabytes of activations"] = activations.most / 1e9
-        rows[f"{name}: seconds"] = seconds_of(run)
     for name in ("exact", "exact, checkpointing", "fast"):
         for what in ("seconds", "gigabytes of activations"):
             rows[f"{name}: {what}, times less"] = (

@@ -88,6 +88,8 @@ def check_against_plain_loop(
     )
 
     schedule = SyncSchedule(WEIGHT, DECAY, freq, THRESHOLD)
+    if scheduler == "unipc":
+        solver.disable_corrector = [k - 1 for k in range(THRESHOLD) if (k + 1) % freq == 0]
     ours = sample(
         noise,
         views,

@@ -60,6 +60,9 @@ def test_the_published_latents_are_reproduced(pipe: SyncDiffusionPipeline, name:
     assert difference.max() < 1.5e-2
 
 
+LPIPS_CASE = DATA / "lpips_case.safetensors"
+
+
 def reference_lpips() -> LPIPS:
     """LPIPS with VGG16 convolutions drawn from one generator and the published heads."""
     model = LPIPS()
@@ -77,9 +80,10 @@ def reference_lpips() -> LPIPS:
 
 
 def test_lpips_is_that_of_the_lpips_package() -> None:
-    case = load_file(DATA / "lpips_case.safetensors")
-    model, image = reference_lpips(), case["image"].requires_grad_()
+    # In single precision a processor's rounding may decide a maximum or a sign otherwise.
+    case = {name: value.double() for name, value in load_file(LPIPS_CASE).items()}
+    model, image = reference_lpips().double(), case["image"].requires_grad_()
     distance = model.distance(image, model.embed(case["target"]))
     (gradient,) = torch.autograd.grad(distance.sum(), image)
-    torch.testing.assert_close(distance, case["distance"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(gradient, case["gradient"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(distance, case["distance"], atol=1e-7, rtol=0)
+    torch.testing.assert_close(gradient, case["gradient"], atol=1e-9, rtol=0)

@@ -25,8 +25,8 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
-def launch(*arguments: object, processes: int = 2) -> str:
-    """Runs the command as script/batch does."""
+def launch(*arguments: object, processes: int = 2, code: int = 0) -> str:
+    """Runs the command as script/batch does; it has to end with a code."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     result = subprocess.run(
         [sys.executable, *launcher, "-m", "panorama.batch", *map(str, arguments)],
@@ -36,7 +36,7 @@ def launch(*arguments: object, processes: int = 2) -> str:
         text=True,
         timeout=300,
     )
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == code, result.stderr
     return result.stdout
 
 
@@ -67,6 +67,26 @@ def test_processes_share_the_lines_and_what_is_made_stays(tmp_path: Path) -> Non
     assert again == ["00001.png: made", "00003.png: made"]
     assert (folder / "00002.png").read_bytes() == before
     assert read_metadata(folder / "00001.png")["inputs"]["prompt"] == "sunset over the sea"
+
+
+def test_one_process_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
+    lines = [SMALL | {"prompt": prompt} for prompt in PROMPTS]
+    prompts, folder = write(tmp_path / "prompts.jsonl", lines), tmp_path / "pictures"
+    (folder / "00002.png").mkdir(parents=True)  # where the second process's only picture goes
+    made = launch(prompts, "-o", folder, code=1).splitlines()
+    assert sorted(line for line in made if line.endswith(": made")) == [
+        "00001.png: made",
+        "00003.png: made",
+    ]
+    assert any(line.startswith("00002.png: IsADirectoryError") for line in made)
+
+
+def test_another_family_makes_its_own(tmp_path: Path) -> None:
+    result = {"file": "00001.png", "family": "full", "inputs": {"prompt": "sea"}}
+    (tmp_path / "results.jsonl").write_text(json.dumps(result) + "\n")
+    assert read_results(tmp_path) == {}
+    (tmp_path / "00001.png").touch()
+    assert read_results(tmp_path) == {"00001.png": ("full", {"prompt": "sea"})}
 
 
 def test_processes_make_a_picture_together_as_one_does(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from panorama.sampler import require_fusable, sample
+from panorama.sampler import keep_moves, require_fusable, sample
 from panorama.synchronize import (
     DIRECT_SCALE,
     DirectSynchronizer,
@@ -156,6 +156,31 @@ def test_nothing_is_computed_twice(weight: float, threshold: int, sync_steps: in
     assert calls["gradients"] == moved
     assert calls["predict_noise"] == windows * steps + moved
     assert calls["decode"] == windows * sync_steps
+
+
+def test_unipc_steps_from_the_windows_as_they_were_moved() -> None:
+    # With the same noise x0 moves by 1 / alpha of x's move, and the next x by alpha' / alpha of it.
+
+    def response(schedule: SyncSchedule) -> tuple[float, float]:
+        ends = []
+        for move in (0.0, 1.0):
+            scheduler = UniPCMultistepScheduler(
+                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", solver_order=1
+            )
+            scheduler.set_timesteps(20)
+            keep_moves(scheduler, schedule)
+            x = torch.ones(1, 4, 2, 2, dtype=torch.float64)
+            for step, t in enumerate(scheduler.timesteps[:3]):
+                moved = x + move if step == 2 else x
+                x = scheduler.step(0.1 * torch.ones_like(x), t, moved).prev_sample
+            ends.append(x)
+        alphas = scheduler.alphas_cumprod[scheduler.timesteps.long()].sqrt()
+        return float((ends[1] - ends[0]).mean()), float(alphas[3] / alphas[2])
+
+    found, expected = response(SyncSchedule(threshold=5))
+    assert found == pytest.approx(expected, rel=1e-3)
+    found, expected = response(SyncSchedule(threshold=0))  # its corrector takes part
+    assert abs(found - expected) > 0.1 * expected
 
 
 def test_a_direct_step_moves_x0_and_keeps_the_noise() -> None:
