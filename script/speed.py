@@ -7,13 +7,11 @@ windows of the family, in the features of the judge's last block.
 """
 
 import argparse
-import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +23,8 @@ from script.operations import Networks, Setting, operations
 from weights.train.export import load_judge
 from weights.train.measure import Wish, wished_landscapes
 from weights.train.recognise import ATTRIBUTES, Judge, read
+
+T = TypeVar("T")
 
 WAYS: Mapping[str, tuple[Speed, float]] = {
     "no synchronising": (SPEEDS["exact"], 0.0),
@@ -42,14 +42,13 @@ CUTS = 32  # windows around each ring, for the distance of distributions
 SINGLES = 21  # of each prompt
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(TypedDict):
     """What was found of one ring."""
 
     seconds: float
     distance: float  # between its windows, by the judge
     seam: float
-    right: Sequence[bool]  # of each window that overlaps no other
+    right: list[bool]  # of each window that overlaps no other
     features: Tensor  # (CUTS, C)
 
 
@@ -103,88 +102,101 @@ def examine(models: Models, judge: Judge, wish: Wish, seed: int, way: str) -> Fo
     turns = range(0, picture.shape[-1], picture.shape[-1] // CUTS)
     cut = torch.cat([picture.roll(-turn, -1)[..., :side] for turn in turns]) * 2 - 1
     return Found(
-        seconds,
-        coherence(judge, picture, side),
-        seam_ratio(picture),
-        [all(facts[name] == value for name, value in asked.items()) for facts in seen],
-        features(judge, cut),
+        seconds=seconds,
+        distance=coherence(judge, picture, side),
+        seam=seam_ratio(picture),
+        right=[all(facts[name] == value for name, value in asked.items()) for facts in seen],
+        features=features(judge, cut),
     )
 
 
-def single_windows(models: Models, judge: Judge, wishes: Sequence[Wish], path: Path) -> Tensor:
-    """The features of the family's own windows, each a picture of its own; kept in a file."""
-    if path.exists():
-        kept: Tensor = torch.load(path)
-        return kept
+def kept(path: Path, count: int, find: Callable[[int], T]) -> list[T]:
+    """The first of what `find` finds; a file keeps each, and a later run goes on from there."""
+    found: list[T] = torch.load(path, weights_only=True) if path.exists() else []
+    for index in range(len(found), count):
+        found.append(find(index))
+        torch.save(found, path.with_suffix(".new"))
+        path.with_suffix(".new").replace(path)
+    return found[:count]
+
+
+def single_windows(models: Models, judge: Judge, wish: Wish) -> Tensor:
+    """The features (SINGLES, C) of the family's own windows, each a picture of its own."""
     found = []
-    for prompt, _ in wishes:
-        for seed in range(SINGLES):
-            picture = make(models, prompt, 1000 + seed, "no synchronising", 1)
-            found.append(features(judge, picture * 2 - 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(torch.cat(found), path)
+    for seed in range(SINGLES):
+        picture = make(models, wish[0], 1000 + seed, "no synchronising", 1)
+        found.append(features(judge, picture * 2 - 1))
     return torch.cat(found)
 
 
-def row(way: str, found: Sequence[Found], singles: Tensor, networks: Networks) -> dict[str, Any]:
-    """What is told of a way."""
+def row(
+    way: str, found: Sequence[Found], exact: Sequence[Found], singles: Tensor, networks: Networks
+) -> str:
+    """What is told of a way, in Markdown; where it stands beside exact, of the same pictures."""
     speed, weight = WAYS[way]
     setting = Setting(sync_threshold=5 if weight else 0)
-    distances, seams = [f.distance for f in found], [f.seam for f in found]
-    return {
-        "way": way,
-        "operations": operations(setting, speed, networks),
-        "seconds": mean(f.seconds for f in found),
-        "distance": mean(distances),
-        "distance (sd)": stdev(distances),
-        "agreement": mean(right for f in found for right in f.right),
-        "seam": mean(seams),
-        "seam (sd)": stdev(seams),
-        "frechet": frechet(torch.cat([f.features for f in found]), singles),
-        "pictures": len(found),
-    }
+    cells = [
+        way,
+        f"{operations(setting, speed, networks):.0f}",
+        f"{mean(f['seconds'] for f in found):.1f}",
+        beside([f["distance"] for f in found], [f["distance"] for f in exact]),
+        beside([mean(f["right"]) for f in found], [mean(f["right"]) for f in exact]),
+        beside([f["seam"] for f in found], [f["seam"] for f in exact]),
+        f"{frechet(torch.cat([f['features'] for f in found]), singles):.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows in Markdown."""
-    lines = [
-        "| | operations, 10^12 | seconds | distance of windows (sd) | agreement | seam ratio (sd) "
-        "| Frechet distance |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {r['way']} | {r['operations']:.0f} | {r['seconds']:.1f} "
-        f"| {r['distance']:.3f} ({r['distance (sd)']:.3f}) | {r['agreement']:.1%} "
-        f"| {r['seam']:.2f} ({r['seam (sd)']:.2f}) | {r['frechet']:.2f} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
+def beside(values: Sequence[float], exact: Sequence[float]) -> str:
+    """A mean, how much more that is than exact's, and the standard error of this difference.
+
+    Both are of the same prompts and noise, so what differs between those drops out.
+    """
+    more = [value - other for value, other in zip(values, exact, strict=True)]
+    return f"{mean(values):.3f} ({mean(more):+.3f} ± {stdev(more) / len(more) ** 0.5:.3f})"
+
+
+HEADER = """\
+| | operations, 10^12 | seconds | distance of windows (beside exact) | agreement (beside exact) \
+| seam ratio (beside exact) | Frechet distance |
+|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
-    """Makes the pictures; what was found of a way is kept, and a later run goes on from there."""
+    """Makes the pictures and prints the table; what was found of each picture is kept."""
+    wishes = list(wished_landscapes())
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ways", nargs="*", help=f"of {', '.join(WAYS)}; all if none")
-    parser.add_argument("--seeds", type=int, default=24, help="pictures of each way")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=24,
+        choices=range(2, len(wishes) + 1),
+        metavar="N",
+        help=f"pictures of each way, 2 to {len(wishes)}",
+    )
     parser.add_argument("--work", type=Path, required=True, help="a folder for what was found")
     options = parser.parse_args()
+    if unknown := set(options.ways) - set(WAYS):
+        parser.error(f"unknown ways: {', '.join(sorted(unknown))}")
     models = load("tiny", modes=["syncdiffusion"], device="cpu")
     judge = load_judge(Judge(), "windows")
-    wishes = list(wished_landscapes())
-    singles = single_windows(models, judge, wishes[: options.seeds], options.work / "singles.pt")
-    networks = Networks()
-    rows = []
+    options.work.mkdir(parents=True, exist_ok=True)
+
+    def pictures(way: str) -> list[Found]:
+        def find(index: int) -> Found:
+            return examine(models, judge, wishes[index], index, way)
+
+        return kept(options.work / f"{way}.pt", options.seeds, find)
+
+    def windows(index: int) -> Tensor:
+        return single_windows(models, judge, wishes[index])
+
+    singles = torch.cat(kept(options.work / "singles.pt", options.seeds, windows))
+    exact, networks = pictures("exact"), Networks()
+    print(HEADER, flush=True)
     for way in options.ways or WAYS:
-        path = options.work / f"{way}.json"
-        if not path.exists():
-            found = [
-                examine(models, judge, wish, seed, way)
-                for seed, wish in enumerate(wishes[: options.seeds])
-            ]
-            path.write_text(json.dumps(row(way, found, singles, networks)))
-        rows.append(json.loads(path.read_text()))
-        print(table(rows[-1:]).splitlines()[-1], flush=True)
-    print(f"\n{table(rows)}")
+        print(row(way, pictures(way), exact, singles, networks), flush=True)
 
 
 if __name__ == "__main__":

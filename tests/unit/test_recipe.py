@@ -209,14 +209,13 @@ def test_the_reader_that_teaches_sees_every_cell() -> None:
     assert latents.grad is not None and latents.grad.abs().amin() > 0
 
 
-def test_vivid_colours_move_away_from_their_grey_and_grey_stays() -> None:
-    picture = np.array([[[0, 0, 0], [100, 100, 100], [90, 100, 140], [250, 20, 20]]], np.uint8)
-    changed = style.vivid(picture)
-    assert np.array_equal(changed[0, :2], picture[0, :2])
-    grey = 0.299 * 90 + 0.587 * 100 + 0.114 * 140
-    expected = grey + style.SATURATION * (picture[0, 2] - grey)
-    assert np.abs(changed[0, 2] - expected).max() <= 1
-    assert np.array_equal(changed[0, 3], [255, 0, 0])
+def test_crisp_pictures_keep_areas_and_part_their_edges() -> None:
+    picture = np.full((64, 64, 3), (90, 100, 140), np.uint8)
+    picture[:, 32:] = (150, 160, 200)
+    changed = style.crisp(picture)
+    assert np.array_equal(changed[:, [0, -1]], picture[:, [0, -1]])
+    assert (changed[:, 31] < picture[:, 31] - 10).all()
+    assert (changed[:, 32] > picture[:, 32] + 10).all()
 
 
 def test_a_style_loads_as_it_was_trained(pipe: SDXL360, tmp_path: Path) -> None:

@@ -177,29 +177,29 @@ def make_spheres(pipe: SDXL360, settings: ModeSettings, lora_scale: float) -> Ma
     return make
 
 
-def chroma(picture: Tensor) -> float:
-    """How far a picture (1, 3, H, W) in [0, 1] is from grey: largest less smallest channel, mean.
+def step(picture: Tensor) -> float:
+    """The mean step between neighbouring columns of (1, 3, H, W) in [0, 1], in grey levels.
 
-    What a style of vivid colours changes.
+    What a style of crisp outlines changes.
     """
-    return float((picture.amax(1) - picture.amin(1)).mean())
+    return float(picture.diff(dim=-1).abs().mean() * 255)
 
 
 def measure_spheres(make: Make, judge: Judge, work: Path, sheets: Path | None) -> None:
     """Prints how often pictures show what they are asked to, and follow a depth image."""
     for kind, (wishes, seeds) in WISHES.items():
         sheet = sheets and sheets / f"{kind}.png"
-        chromas: list[float] = []
+        steps: list[float] = []
 
-        def watched(prompt: str, seed: int, seen: list[float] = chromas) -> Tensor:
+        def watched(prompt: str, seed: int, seen: list[float] = steps) -> Tensor:
             picture = make(prompt, seed)
-            seen.append(chroma(picture))
+            seen.append(step(picture))
             return picture
 
         shares = agreement(watched, judge, SPHERE_ATTRIBUTES, wishes, seeds, sheet)
         for name, share in shares.items():
-            print(f"prompt agreement over {len(chromas)} {kind}, {name}: {share:.1%}")
-        print(f"mean chroma of {kind}: {np.mean(chromas):.3f}")
+            print(f"prompt agreement over {len(steps)} {kind}, {name}: {share:.1%}")
+        print(f"mean step between columns of {kind}: {np.mean(steps):.2f} grey levels")
         for name, means in depth_correlations(make, work, kind).items():
             values = ", ".join(f"{what} {mean:.3f}" for what, mean in means.items())
             print(f"depth correlation over {DEPTHS} {kind}, {name}: {values}")
