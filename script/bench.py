@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def measure_scale(_: argparse.Namespace) -> Table:
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
         found = json.loads(done.stdout)
         rows |= {f"{windows} windows wide: {name}": value for name, value in found.items()}
-    for name in ("megabytes", "seconds a window"):
+    for name in ("megabytes", "seconds a window", "seconds of decoding a window's width"):
         values = [rows[f"{windows} windows wide: {name}"] for windows in SCALES]
         rows[f"{name}: largest over smallest"] = max(values) / min(values)
     models = load("tiny", modes=["syncdiffusion"], device="cpu")
@@ -347,24 +348,65 @@ SECTIONS: Mapping[str, Callable[[argparse.Namespace], Table]] = {
 }
 
 
-def main() -> None:
-    """Prints each section's table, and writes them all."""
+@dataclass(frozen=True)
+class Goal:
+    """What a value has to be."""
+
+    least: float = -inf
+    most: float = inf
+
+    def __str__(self) -> str:
+        return f"at least {self.least:g}" if self.least > -inf else f"at most {self.most:g}"
+
+    def met(self, value: float) -> bool:
+        """Whether a value is as it has to be."""
+        return self.least <= value <= self.most
+
+
+GOALS: Mapping[tuple[str, str], Goal] = {
+    ("operations", "exact, sync_threshold 5: saved"): Goal(least=0.035),
+    ("operations", "exact, sync_threshold 50: saved"): Goal(least=0.08),
+    ("operations", "fast, sync_threshold 5: times fewer"): Goal(least=8),
+    ("time", "exact: times as fast"): Goal(least=1.3),
+    ("time", "fast: times as fast"): Goal(least=6),
+    ("time", "exact: share outside its networks"): Goal(most=0.03),
+    ("diffusers", "exact: times as fast"): Goal(least=1),
+    ("diffusers", "fast: times as fast"): Goal(least=3),
+    ("scale", "megabytes: largest over smallest"): Goal(most=1.05),
+    ("scale", "seconds a window: largest over smallest"): Goal(most=1.1),
+    ("true-size", "exact: seconds, times less"): Goal(least=1),
+    ("true-size", "fast: seconds, times less"): Goal(least=3),
+    ("true-size", "exact: gigabytes of activations, times less"): Goal(least=2),
+    ("true-size", "exact, checkpointing: gigabytes of activations, times less"): Goal(least=4),
+}
+
+
+def main() -> int:
+    """Prints each section's table and what was missed; writes what there is after each section.
+
+    Returns:
+        The exit code: 1 if a goal was missed.
+    """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; all if none")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="a file for the tables")
+    parser.add_argument("--json", type=Path, default=Path("bench.json"), help="for the tables")
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
     tables: dict[str, Table] = {}
+    missed = 0
     for name in options.sections or SECTIONS:
         print(f"{name}:")
         tables[name] = SECTIONS[name](options)
         for row, value in tables[name].items():
-            print(f"  {row:60} {value:10.4g}", flush=True)
-    if options.json:
+            goal = GOALS.get((name, row), Goal())
+            note = "" if goal.met(value) else f"  missed: {goal}"
+            missed += bool(note)
+            print(f"  {row:60} {value:10.4g}{note}", flush=True)
         options.json.write_text(json.dumps(tables, indent=2) + "\n")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

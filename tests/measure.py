@@ -150,26 +150,27 @@ def measure_canvas(folder: Path, windows: int) -> dict[str, Any]:
     picture = 3 * side * windows * side * 4
     views = len(pipe._views(side, windows * side, 16, "")[0])
 
-    def run() -> None:
+    def run(steps: int, output_type: str, **options: Any) -> float:
+        started = time.perf_counter()
         pipe(
             "sunset over snowy mountains",
             side,
             windows * side,
-            num_inference_steps=2,
-            sync_threshold=1,
+            num_inference_steps=steps,
             max_cells=4 * pipe.window**2,
             generator=torch.Generator().manual_seed(0),
-            output_type="pt",
+            output_type=output_type,
+            **options,
         )
+        return time.perf_counter() - started
 
     with Activations(weights_of(pipe)) as activations:
-        run()
-    started = time.perf_counter()
-    run()
-    seconds = time.perf_counter() - started
+        run(2, "pt", sync_threshold=1)
+    one, two = (run(steps, "latent", sync_weight=0.0) for steps in (1, 2))
     return {
         "megabytes": (activations.most - canvas - picture) / 1e6,
-        "seconds a window": seconds / views,
+        "seconds a window": (two - one) / views,
+        "seconds of decoding a window's width": (run(1, "pt", sync_weight=0.0) - one) / windows,
     }
 
 
