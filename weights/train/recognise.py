@@ -38,7 +38,7 @@ SPHERE_ATTRIBUTES: Attributes = {
 FEATURE_CHANNELS = ((8,), (16, 16), (32, 32), (64, 64), (96, 96))
 FEATURES_PLAN = Plan("features", steps=800, learning_rate=2e-3, average=0.99, warmup=100)
 JUDGE_PLAN = Plan("judge", steps=1000, learning_rate=2e-3, average=0.99, warmup=100)
-SPHERE_JUDGE_PLAN = Plan("judge-360", steps=2000, learning_rate=2e-3, average=0.99, warmup=100)
+SPHERE_JUDGE_PLAN = Plan("judge-360", steps=1500, learning_rate=2e-3, average=0.99, warmup=100)
 BATCH = 10
 
 
