@@ -171,8 +171,8 @@ def processes(together: bool) -> Iterator[Share]:
     if share.ranks == 1:
         yield share
         return
-    backend = "nccl" if together and torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, timeout=PATIENCE)
+    backend, device = ("nccl", own_device()) if together and own_device() else ("gloo", None)
+    distributed.init_process_group(backend, timeout=PATIENCE, device_id=device)
     try:
         yield share
         distributed.barrier()  # or the launcher ends those at work when one has told of a failure
