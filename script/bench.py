@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from panorama.decode import decode, decode_canvas
 from panorama.gradient import checkpointed, frozen
-from panorama.models import Models, build_scheduler, load
+from panorama.models import Models, build_scheduler, lay_out, load
 from panorama.perceptual import LPIPS
 from panorama.request import SPEEDS, Speed
 from panorama.sampler import sample
@@ -141,6 +141,19 @@ def build_run(models: Models, speed: Speed | None, sync: bool) -> Run:
     )
 
 
+def load_tiny() -> Models:
+    """The embedded family's first mode."""
+    return load("tiny", modes=["syncdiffusion"], device="cpu")
+
+
+def channels_first(models: Models) -> Models:
+    """Models whose convolutions have the layout that diffusers leaves them in."""
+    pipe = models.pipelines["syncdiffusion"]
+    for network in (pipe.unet, pipe.vae, pipe.perceptual):
+        network.to(memory_format=torch.contiguous_format)
+    return models
+
+
 def seconds_of(call: Callable[[], object]) -> float:
     """How long a call takes."""
     started = time.perf_counter()
@@ -156,12 +169,13 @@ def best(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, f
 
 def measure_time(options: argparse.Namespace) -> Table:
     """Seconds on the embedded family, the share outside its networks, and the difference."""
-    models = load("tiny", modes=["syncdiffusion"], device="cpu")
-    speeds = {"published loop": None, **SPEEDS}
-    runs = {name: build_run(models, speed, sync=True) for name, speed in speeds.items()}
+    models, first = load_tiny(), channels_first(load_tiny())
+    runs = {name: build_run(models, speed, sync=True) for name, speed in SPEEDS.items()}
+    runs["published loop"] = build_run(first, None, sync=True)
+    runs["exact, channels first"] = build_run(first, SPEEDS["exact"], sync=True)
     seconds = best(runs, options.repeats)
     rows: Table = {f"{name}: seconds": value for name, value in seconds.items()}
-    for name in SPEEDS:
+    for name in seconds:
         rows[f"{name}: times as fast"] = seconds["published loop"] / seconds[name]
     expected = runs["published loop"]()
     difference = (runs["exact"]() - expected).abs().max() / expected.std()
@@ -186,10 +200,10 @@ def overhead(run: Run) -> float:
 
 def measure_diffusers(options: argparse.Namespace) -> Table:
     """Seconds without synchronising, against diffusers' pipeline on the same windows."""
-    models = load("tiny", modes=["syncdiffusion"], device="cpu")
+    models = load_tiny()
     runs = {name: build_run(models, speed, sync=False) for name, speed in SPEEDS.items()}
     exact = runs["exact"]
-    pipe, (views,) = exact.pipe, exact.views
+    pipe, (views,) = channels_first(load_tiny()).pipelines["syncdiffusion"], exact.views
     stock = Diffusers(
         vae=pipe.vae,
         text_encoder=pipe.text_encoder,
@@ -239,8 +253,7 @@ def measure_scale(_: argparse.Namespace) -> Table:
     for name in ("megabytes", "seconds a window", "seconds of decoding a window's width"):
         values = [rows[f"{windows} windows wide: {name}"] for windows in SCALES]
         rows[f"{name}: largest over smallest"] = max(values) / min(values)
-    models = load("tiny", modes=["syncdiffusion"], device="cpu")
-    pipe = models.pipelines["syncdiffusion"]
+    pipe = load_tiny().pipelines["syncdiffusion"]
     side = pipe.window
     latents = pipe(
         PROMPT,
@@ -275,11 +288,12 @@ def measure_true_size(_: argparse.Namespace) -> Table:
         torch.set_default_dtype(dtype)
     networks = TrueSize(unet, vae, LPIPS().eval())
     modules = nn.ModuleList([unet, vae, networks.lpips]).requires_grad_(False)  # as published
-    weights = list(modules.parameters())
     rows: Table = {"bits of a number": 8 * unet.dtype.itemsize}
     networks.decode(torch.randn(1, 4, 8, 8))  # the first call sets up the libraries
     for name, run in networks.ways().items():
-        with Activations(weights) as activations:
+        if name != "published loop":
+            lay_out((unet, vae, networks.lpips), torch.device("cpu"))
+        with Activations(list(modules.parameters())) as activations:
             rows[f"{name}: seconds"] = seconds_of(run)
         rows[f"{name}: gigabytes of activations"] = activations.most / 1e9
     for name in ("exact", "exact, checkpointing", "fast"):
