@@ -171,7 +171,7 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         # Prepare.
         ring = ("x" if width >= height else "y") if loop_closure else ""
-        views = self._views(height, width, None if disjoint else stride, ring)
+        views = self._views(height, width, stride, ring, num_inference_steps if disjoint else None)
         embeds = self._embeds(*texts)
         latents = self._latents(height, width, generator, latents)
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
@@ -276,14 +276,14 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         return predict_noise
 
     def _views(
-        self, height: int, width: int, stride: int | None, ring: str
+        self, height: int, width: int, stride: int, ring: str, disjoint_steps: int | None = None
     ) -> tuple[tuple[View, ...], ...]:
-        """The windows of each step on a canvas given in pixels; disjoint ones without a stride."""
+        """The windows of each step on a canvas in pixels; disjoint ones for so many steps."""
         factor = self.vae_scale_factor
         canvas = (height // factor, width // factor, self.window)
         rings = {"ring_x": ring == "x", "ring_y": ring == "y"}
-        if stride is None:
-            return disjoint_views(*canvas, **rings)
+        if disjoint_steps:
+            return disjoint_views(*canvas, disjoint_steps, **rings)
         return step_views(*canvas, stride, **rings)
 
     def _latents(

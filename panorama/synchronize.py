@@ -13,8 +13,13 @@ GRADIENT_SCALE = 2.0**10
 does not notice.
 """
 
-DIRECT_SCALE = 12.0
-"""How far a `DirectSynchronizer` moves x0 where `Synchronizer` would move x by its gradient."""
+DIRECT_SCALE = 270.0
+"""How far a `DirectSynchronizer` moves x0 where `Synchronizer` would move x by its gradient.
+
+Then x0 moves equally far. A UNet makes much more of a move of x than the move itself: over the
+first six of 50 steps of three prompts of the embedded family, x0 went a median of 269 times as far
+as the gradient with respect to it is long.
+"""
 
 Features = list[Tensor]
 PredictNoise = Callable[[Tensor, Tensor], Tensor]

@@ -80,37 +80,40 @@ def step_views(
 
 
 def disjoint_views(
-    height: int, width: int, size: int, *, ring_x: bool = False, ring_y: bool = False
+    height: int, width: int, size: int, steps: int, *, ring_x: bool = False, ring_y: bool = False
 ) -> tuple[tuple[View, ...], ...]:
     """Lays as few windows as cover a canvas, elsewhere at each step.
 
-    SpotDiffusion (arXiv 2407.15507), but for two things. Windows are moved by golden sections of a
-    window and not at random, so that edges of steps near to one another are apart. And on a flat
+    SpotDiffusion (arXiv 2407.15507), but for three things. Windows are moved by golden sections of
+    a window and not at random, so that edges of steps near to one another are apart. On a flat
     canvas no window goes beyond an edge: one that ends there covers what is left, and overlaps the
-    one before.
+    one before. And at the last step windows overlap by half, for no step comes after it that would
+    smooth their edges.
 
     Args:
         height: of the canvas, latent cells, at least `size`.
         width: of the canvas, latent cells, at least `size`.
         size: of a window, latent cells.
+        steps: how many there are.
         ring_x: whether the canvas wraps from right to left.
         ring_y: whether it wraps from bottom to top.
 
     Returns:
-        One list for each step, to begin again with when they are used up.
+        One list for each step.
 
     Raises:
         ValueError: a window does not fit.
     """
     tops, lefts = moved_starts(height, size, ring_y), moved_starts(width, size, ring_x)
-    return tuple(
+    apart = tuple(
         tuple(
             View(top, left, size)
             for top in tops[step % len(tops)]
             for left in lefts[step % len(lefts)]
         )
-        for step in range(max(len(tops), len(lefts)))
+        for step in range(steps - 1)
     )
+    return (*apart, make_views(height, width, size, size // 2, ring_x=ring_x, ring_y=ring_y))
 
 
 def moved_starts(length: int, size: int, ring: bool) -> tuple[tuple[int, ...], ...]:

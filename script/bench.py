@@ -31,7 +31,7 @@ from panorama.request import SPEEDS, Speed
 from panorama.sampler import sample
 from panorama.syncdiffusion import SyncDiffusionPipeline
 from panorama.synchronize import DirectSynchronizer, Synchronizer, SyncSchedule
-from panorama.views import View, disjoint_views
+from panorama.views import View, make_views
 from script.operations import Networks, Setting, calls_of, operations, published
 from tests.measure import Activations
 from tests.plain_loop import plain_loop
@@ -128,13 +128,14 @@ def build_run(models: Models, speed: Speed | None, sync: bool) -> Run:
         network.requires_grad_(False)  # as published
     chosen = speed or SPEEDS["exact"]
     scheduler = build_scheduler(chosen.scheduler or "ddim", pipe.scheduler)
-    scheduler.set_timesteps(chosen.num_inference_steps // PART)
+    steps = chosen.num_inference_steps // PART
+    scheduler.set_timesteps(steps)
     side = pipe.window * pipe.vae_scale_factor
     return Run(
         pipe,
         Clocked(pipe, models.settings("syncdiffusion").guidance_scale),
         pipe._latents(side, WIDTH, torch.Generator().manual_seed(0), None),
-        pipe._views(side, WIDTH, None if chosen.disjoint else 16, ""),
+        pipe._views(side, WIDTH, 16, "", steps if chosen.disjoint else None),
         scheduler,
         SyncSchedule(20.0 if sync else 0.0, threshold=5 // PART),
         speed,
@@ -331,8 +332,7 @@ class TrueSize:
         scheduler = DDIMScheduler.from_config(published("scheduler"))
         scheduler.set_timesteps(50)
         scheduler.timesteps = scheduler.timesteps[:1]
-        views = disjoint_views(side, 2 * side, side)
-        views = tuple(v for v in views if len(v) == 2)[:1]
+        views = (make_views(side, 2 * side, side, side),)
         schedule = SyncSchedule()
         parts = (self.predict_noise, self.decode, self, scheduler.alphas_cumprod)
 

@@ -140,7 +140,7 @@ def views_of(setting: Setting, speed: Speed) -> tuple[tuple[View, ...], ...]:
     """The windows of each step."""
     cells = setting.width // FACTOR
     if speed.disjoint:
-        return disjoint_views(WINDOW, cells, WINDOW)
+        return disjoint_views(WINDOW, cells, WINDOW, speed.num_inference_steps)
     return step_views(WINDOW, cells, WINDOW, STRIDE)
 
 
