@@ -1,6 +1,6 @@
 """The model families and their modes: what is loaded, and how a request runs on it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,6 @@ def load_syncdiffusion(folder: Path, device: torch.device) -> SyncDiffusionPipel
     )
     pipe.set_progress_bar_config(disable=True)
     pipe.to(device)
-    lay_out((pipe.unet, pipe.vae, pipe.perceptual), device)
     return pipe
 
 
@@ -92,7 +91,6 @@ def load_sdxl_360(folder: Path, device: torch.device) -> SDXL360:
     """Reads the pipelines from their folder."""
     pipe = SDXL360.from_pretrained(folder, precision(device))
     pipe.to(device)
-    lay_out((pipe.text.unet, pipe.depth.controlnet, pipe.text.vae), device)
     return pipe
 
 
@@ -123,16 +121,6 @@ def settings_sdxl_360(pipe: SDXL360, defaults: Mapping[str, Any]) -> ModeSetting
         least_guidance=LEAST_GUIDANCE,
         tokens=pipe.tokens,
     )
-
-
-def lay_out(networks: Iterable[Any], device: torch.device) -> None:
-    """Gives networks on a CPU the layout in which it convolves faster, see `script/bench layout`.
-
-    What they compute is the same to rounding. What a GPU gains was not measured.
-    """
-    if device.type == "cpu":
-        for network in networks:
-            network.to(memory_format=torch.channels_last)
 
 
 def precision(device: torch.device) -> torch.dtype:

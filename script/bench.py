@@ -1,9 +1,10 @@
 """What a panorama costs, against the published loop: operations, time, memory, as ratios.
 
-operations: counted at the published configurations. time: on the embedded family, best of a few
-alternating runs; a fifth of the steps of the defaults, and of their sync steps. diffusers: its
-pipeline on the same windows. scale: canvases of 4, 16 and 64 windows' width, each in a process of
-its own. true-size: one sync step of two windows on the published configurations, random weights.
+operations: counted at the published configurations. time: of a panorama's denoising on the embedded
+family, best of a few alternating runs; of 50 steps, and of their sync steps, a fifth is taken and
+counts five times. diffusers: its pipeline on the same windows. scale: canvases of 4, 16 and 64
+windows' width, each in a process of its own. true-size: one sync step of two windows on the
+published configurations, random weights.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from panorama.decode import decode, decode_canvas
 from panorama.gradient import checkpointed, frozen
-from panorama.models import Models, build_scheduler, lay_out, load
+from panorama.models import Models, build_scheduler, load
 from panorama.perceptual import LPIPS
 from panorama.request import SPEEDS, Speed
 from panorama.sampler import sample
@@ -42,7 +43,7 @@ Table = dict[str, Any]
 ROOT = Path(__file__).parents[1]
 
 WIDTH = 1024  # pixels, on the embedded family
-PART = 5  # of the default's steps, the share that is timed
+PART = 5  # of 50 steps with 5 sync steps a fifth is timed
 PROMPT = "sunset over snowy mountains"
 SCALES = (4, 16, 64)  # windows' widths
 SLICE = 4  # windows' widths that are decoded at once
@@ -102,6 +103,7 @@ class Run:
     scheduler: Any
     schedule: SyncSchedule
     speed: Speed | None  # None for the published loop
+    part: int  # it takes one of so many parts of the steps
 
     def __call__(self) -> Tensor:
         """The denoised latents."""
@@ -122,13 +124,17 @@ class Run:
 
 
 def build_run(models: Models, speed: Speed | None, sync: bool) -> Run:
-    """A part of a panorama on the embedded family."""
+    """The denoising of a panorama on the embedded family, or a part of it.
+
+    Fast is taken whole: its last step costs more than the others.
+    """
     pipe = models.pipelines["syncdiffusion"]
     for network in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.perceptual):
         network.requires_grad_(False)  # as published
     chosen = speed or SPEEDS["exact"]
     scheduler = build_scheduler(chosen.scheduler or "ddim", pipe.scheduler)
-    steps = chosen.num_inference_steps // PART
+    part = 1 if chosen.disjoint else PART
+    steps = chosen.num_inference_steps // part
     scheduler.set_timesteps(steps)
     side = pipe.window * pipe.vae_scale_factor
     return Run(
@@ -137,22 +143,15 @@ def build_run(models: Models, speed: Speed | None, sync: bool) -> Run:
         pipe._latents(side, WIDTH, torch.Generator().manual_seed(0), None),
         pipe._views(side, WIDTH, 16, "", steps if chosen.disjoint else None),
         scheduler,
-        SyncSchedule(20.0 if sync else 0.0, threshold=5 // PART),
+        SyncSchedule(20.0 if sync else 0.0, threshold=5 // part),
         speed,
+        part,
     )
 
 
 def load_tiny() -> Models:
     """The embedded family's first mode."""
     return load("tiny", modes=["syncdiffusion"], device="cpu")
-
-
-def channels_first(models: Models) -> Models:
-    """Models whose convolutions have the layout that diffusers leaves them in."""
-    pipe = models.pipelines["syncdiffusion"]
-    for network in (pipe.unet, pipe.vae, pipe.perceptual):
-        network.to(memory_format=torch.contiguous_format)
-    return models
 
 
 def seconds_of(call: Callable[[], object]) -> float:
@@ -170,13 +169,13 @@ def best(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, f
 
 def measure_time(options: argparse.Namespace) -> Table:
     """Seconds on the embedded family, the share outside its networks, and the difference."""
-    models, first = load_tiny(), channels_first(load_tiny())
-    runs = {name: build_run(models, speed, sync=True) for name, speed in SPEEDS.items()}
-    runs["published loop"] = build_run(first, None, sync=True)
-    runs["exact, channels first"] = build_run(first, SPEEDS["exact"], sync=True)
-    seconds = best(runs, options.repeats)
+    models = load_tiny()
+    speeds = {"published loop": None, **SPEEDS}
+    runs = {name: build_run(models, speed, sync=True) for name, speed in speeds.items()}
+    taken = best(runs, options.repeats)
+    seconds = {name: run.part * taken[name] for name, run in runs.items()}
     rows: Table = {f"{name}: seconds": value for name, value in seconds.items()}
-    for name in seconds:
+    for name in SPEEDS:
         rows[f"{name}: times as fast"] = seconds["published loop"] / seconds[name]
     expected = runs["published loop"]()
     difference = (runs["exact"]() - expected).abs().max() / expected.std()
@@ -204,7 +203,7 @@ def measure_diffusers(options: argparse.Namespace) -> Table:
     models = load_tiny()
     runs = {name: build_run(models, speed, sync=False) for name, speed in SPEEDS.items()}
     exact = runs["exact"]
-    pipe, (views,) = channels_first(load_tiny()).pipelines["syncdiffusion"], exact.views
+    pipe, (views,) = exact.pipe, exact.views
     stock = Diffusers(
         vae=pipe.vae,
         text_encoder=pipe.text_encoder,
@@ -233,7 +232,9 @@ def measure_diffusers(options: argparse.Namespace) -> Table:
             output_type="latent",
         ).images
 
-    seconds = best({"diffusers": theirs, **runs}, options.repeats)
+    taken = best({"diffusers": theirs, **runs}, options.repeats)
+    seconds = {"diffusers": exact.part * taken["diffusers"]}
+    seconds |= {name: run.part * taken[name] for name, run in runs.items()}
     apart = (theirs() - exact()).abs().max() / exact().std()
     return (
         {f"{name}: seconds": value for name, value in seconds.items()}
@@ -289,12 +290,11 @@ def measure_true_size(_: argparse.Namespace) -> Table:
         torch.set_default_dtype(dtype)
     networks = TrueSize(unet, vae, LPIPS().eval())
     modules = nn.ModuleList([unet, vae, networks.lpips]).requires_grad_(False)  # as published
+    weights = list(modules.parameters())
     rows: Table = {"bits of a number": 8 * unet.dtype.itemsize}
     networks.decode(torch.randn(1, 4, 8, 8))  # the first call sets up the libraries
     for name, run in networks.ways().items():
-        if name != "published loop":
-            lay_out((unet, vae, networks.lpips), torch.device("cpu"))
-        with Activations(list(modules.parameters())) as activations:
+        with Activations(weights) as activations:
             rows[f"{name}: seconds"] = seconds_of(run)
         rows[f"{name}: gigabytes of activations"] = activations.most / 1e9
     for name in ("exact", "exact, checkpointing", "fast"):

@@ -101,33 +101,3 @@ def test_any_text_tokenizes(tokenizer: CLIPTokenizer, text: str) -> None:
     assert all(0 <= token < len(tokenizer) for token in middle)
     if text.strip() and text.isprintable():
         assert middle
-
-
-def test_the_layout_for_a_cpu_changes_nothing_but_rounding() -> None:
-    pipe = load("tiny", modes=["syncdiffusion"], device="cpu").pipelines["syncdiffusion"]
-
-    def picture() -> torch.Tensor:
-        generator = torch.Generator().manual_seed(1)
-        result = pipe(
-            "night over the sea",
-            256,
-            384,
-            num_inference_steps=2,
-            sync_threshold=1,
-            generator=generator,
-            output_type="pt",
-        )
-        return result.images
-
-    networks = (pipe.unet, pipe.vae, pipe.perceptual)
-    last = picture()
-    assert all(is_channels_last(network) for network in networks)
-    for network in networks:
-        network.to(memory_format=torch.contiguous_format)
-    assert not any(is_channels_last(network) for network in networks)
-    torch.testing.assert_close(picture(), last, rtol=0, atol=1e-4)
-
-
-def is_channels_last(network: torch.nn.Module) -> bool:
-    kernels = [p for p in network.parameters() if p.dim() == 4 and p.shape[-1] > 1]
-    return all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
