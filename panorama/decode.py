@@ -29,7 +29,7 @@ def decode_canvas(
     which overlap by a quarter and are blended linearly, around the ring too. All of them are
     normalised with the statistics of blocks from all over the canvas. Slices are not exact: those
     statistics are an estimate, and the decoder's attention sees its slice alone. On the embedded
-    family's pictures the difference was at most 3.5 grey levels of 255, and 0.6 on average.
+    family's pictures the difference was at most 4.3 grey levels of 255, and 0.7 on average.
 
     Args:
         vae: an AutoencoderKL.
@@ -110,9 +110,10 @@ def shared_statistics(vae: Any, latents: Tensor) -> Iterator[None]:
     statistics: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
 
     def measure(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-        groups = x.float().transpose(0, 1).reshape(norm.num_groups, -1)
-        statistics[norm] = groups.mean(1), groups.var(1, correction=0)  # (groups,) each
-        return normalise(norm, *statistics[norm], x)
+        groups = x.float().reshape(len(x), norm.num_groups, -1)
+        variance, mean = torch.var_mean(groups, (0, 2), correction=0)  # (groups,) each
+        statistics[norm] = mean, variance
+        return normalise(norm, mean, variance, x)
 
     with ExitStack() as stack:
         for norm in norms:
@@ -131,4 +132,5 @@ def normalise(norm: nn.GroupNorm, mean: Tensor, variance: Tensor, x: Tensor) -> 
     scale = (variance + norm.eps).rsqrt().repeat_interleave(per_group) * norm.weight
     shift = norm.bias - mean.repeat_interleave(per_group) * scale
     shape = (1, -1, *([1] * (x.dim() - 2)))
-    return (x.float() * scale.float().view(shape) + shift.float().view(shape)).to(x.dtype)
+    scaled = x.float() * scale.float().view(shape)
+    return scaled.add_(shift.float().view(shape)).to(x.dtype)

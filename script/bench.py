@@ -3,18 +3,18 @@
 operations: counted at the published configurations. time: of a panorama's denoising on the embedded
 family, best of a few alternating runs; of 50 steps, and of their sync steps, a fifth is taken and
 counts five times. diffusers: its pipeline on the same windows. scale: canvases of 4, 16 and 64
-windows' width, each in a process of its own. true-size: one sync step of two windows on the
+windows' width. true-size: one sync step of two windows on the
 published configurations, random weights.
 """
 
 import argparse
 import copy
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,6 @@ from tests.plain_loop import plain_loop
 from weights.train.fit import has_bfloat16
 
 Table = dict[str, Any]
-
-ROOT = Path(__file__).parents[1]
 
 WIDTH = 1024  # pixels, on the embedded family
 PART = 5  # of 50 steps with 5 sync steps a fifth is timed
@@ -243,32 +241,56 @@ def measure_diffusers(options: argparse.Namespace) -> Table:
     )
 
 
-def measure_scale(_: argparse.Namespace) -> Table:
+def measure_scale(options: argparse.Namespace) -> Table:
     """Memory beyond the canvas and its picture, and time per window, as the canvas grows."""
+    pipe = load_tiny().pipelines["syncdiffusion"]
+    side = pipe.window * pipe.vae_scale_factor
+    most_cells = SLICE * pipe.window**2
+
+    def denoise(windows: int, steps: int, sync_threshold: int = 0) -> Tensor:
+        latents: Tensor = pipe(
+            PROMPT,
+            side,
+            windows * side,
+            num_inference_steps=steps,
+            guidance_scale=3.0,
+            sync_threshold=sync_threshold,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).images
+        return latents
+
     rows: Table = {}
+    weights = list(nn.ModuleList([pipe.unet, pipe.vae, pipe.perceptual]).parameters())
     for windows in SCALES:
-        family = ROOT / "weights" / "tiny"
-        command = [sys.executable, "-m", "tests.measure", "canvas", str(family), str(windows)]
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True)
-        found = json.loads(done.stdout)
-        rows |= {f"{windows} windows wide: {name}": value for name, value in found.items()}
-    for name in ("megabytes", "seconds a window", "seconds of decoding a window's width"):
+        with Activations(weights) as denoising:
+            latents = denoise(windows, 2, sync_threshold=1)
+        with Activations(weights) as decoding:
+            picture = decode_canvas(pipe.vae, latents, max_cells=most_cells)
+        beyond = {
+            "denoising": denoising.most - latents.nbytes,
+            "decoding": decoding.most - picture.nbytes,
+        }
+        for name, value in beyond.items():
+            rows[f"{windows} windows wide: megabytes of {name}"] = value / 1e6
+        rows[f"{windows} windows wide: megabytes"] = max(beyond.values()) / 1e6
+    more = {windows: max(SCALES) // windows for windows in SCALES}  # steps, for as long a time
+    calls = {
+        f"{windows}, {steps}": partial(denoise, windows, steps)
+        for windows in SCALES
+        for steps in (1, 1 + more[windows])
+    }
+    taken = best(calls, options.repeats)
+    for windows in SCALES:
+        views = len(pipe._views(side, windows * side, 16, "")[0])
+        seconds = taken[f"{windows}, {1 + more[windows]}"] - taken[f"{windows}, 1"]
+        rows[f"{windows} windows wide: seconds a window"] = seconds / more[windows] / views
+    for name in ("megabytes", "seconds a window"):
         values = [rows[f"{windows} windows wide: {name}"] for windows in SCALES]
         rows[f"{name}: largest over smallest"] = max(values) / min(values)
-    pipe = load_tiny().pipelines["syncdiffusion"]
-    side = pipe.window
-    latents = pipe(
-        PROMPT,
-        side * 8,
-        16 * side * 8,
-        num_inference_steps=10,
-        guidance_scale=3.0,
-        sync_weight=0.0,
-        generator=torch.Generator().manual_seed(0),
-        output_type="latent",
-    ).images
+    latents = denoise(max(SCALES) // SLICE, 10)
     whole = decode_canvas(pipe.vae, latents)
-    sliced = decode_canvas(pipe.vae, latents, max_cells=SLICE * side * side)
+    sliced = decode_canvas(pipe.vae, latents, max_cells=most_cells)
     apart = (whole - sliced).abs() * 127.5
     rows["sliced decode: largest difference, grey levels"] = float(apart.max())
     rows["sliced decode: mean difference, grey levels"] = float(apart.mean())

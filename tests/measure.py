@@ -142,40 +142,8 @@ def measure_steps(folder: Path, height: int, width: int) -> dict[str, Any]:
     }
 
 
-def measure_canvas(folder: Path, windows: int) -> dict[str, Any]:
-    """Makes a panorama so many windows wide, decoded four windows' width at a time."""
-    pipe = load(folder)
-    side = pipe.window * pipe.vae_scale_factor
-    canvas = 4 * pipe.window * windows * pipe.window * 4  # channels, cells and bytes of each
-    picture = 3 * side * windows * side * 4
-    views = len(pipe._views(side, windows * side, 16, "")[0])
-
-    def run(steps: int, output_type: str, **options: Any) -> float:
-        started = time.perf_counter()
-        pipe(
-            "sunset over snowy mountains",
-            side,
-            windows * side,
-            num_inference_steps=steps,
-            max_cells=4 * pipe.window**2,
-            generator=torch.Generator().manual_seed(0),
-            output_type=output_type,
-            **options,
-        )
-        return time.perf_counter() - started
-
-    with Activations(weights_of(pipe)) as activations:
-        run(2, "pt", sync_threshold=1)
-    one, two = (run(steps, "latent", sync_weight=0.0) for steps in (1, 2))
-    return {
-        "megabytes": (activations.most - canvas - picture) / 1e6,
-        "seconds a window": (two - one) / views,
-        "seconds of decoding a window's width": (run(1, "pt", sync_weight=0.0) - one) / windows,
-    }
-
-
 if __name__ == "__main__":
     kind, folder, *sizes = sys.argv[1:]
-    measures = {"loading": measure_loading, "steps": measure_steps, "canvas": measure_canvas}
+    measures = {"loading": measure_loading, "steps": measure_steps}
     measure = measures[kind]
     print(json.dumps(measure(Path(folder), *map(int, sizes))))
