@@ -107,7 +107,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             le=200,
         ),
         stride: int = Input(
-            description="Distance between neighbouring windows in latent cells (of 8 pixels), at most the side of a window. Smaller is smoother and slower. With speed=fast nothing overlaps, and it has to be left out.",
+            description="Distance between neighbouring windows in latent cells (of 8 pixels), at most the side of a window. Smaller is smoother and slower. speed=fast lays its windows itself, and it has to be left out.",
             default=16,
             ge=8,
         ),

@@ -171,7 +171,8 @@ def processes(together: bool) -> Iterator[Share]:
     if share.ranks == 1:
         yield share
         return
-    backend, device = ("nccl", own_device()) if together and own_device() else ("gloo", None)
+    device = own_device() if together else None
+    backend = "nccl" if device else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE, device_id=device)
     try:
         yield share

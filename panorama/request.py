@@ -45,8 +45,8 @@ class Speed:
     Attributes:
         num_inference_steps: Where a request leaves it open.
         scheduler: Likewise; None for the model's own.
-        disjoint: Whether windows lie next to one another, elsewhere at each step, rather than
-            every `stride` cells.
+        disjoint: Whether windows lie next to one another, elsewhere at each step but the last,
+            where they overlap, rather than every `stride` cells.
         sync_on_x0: Whether synchronising leaves the UNet out of its gradient.
         sync_pooling: How many latent cells it sees as one, along either axis.
     """
@@ -305,7 +305,7 @@ class Request:
     )
     stride: int = _input(
         "Distance between neighbouring windows in latent cells (of 8 pixels), at most the "
-        "side of a window. Smaller is smoother and slower. With speed=fast nothing overlaps, and "
+        "side of a window. Smaller is smoother and slower. speed=fast lays its windows itself, and "
         "it has to be left out.",
         default=16,
         minimum=8,
@@ -497,7 +497,7 @@ def _check_speed(request: Request) -> None:
     """A stride is of windows that overlap."""
     rule = INPUTS["stride"]
     if SPEEDS[request.speed].disjoint and request.stride != rule.default:
-        reason = f"be left out with speed={request.speed!r}, whose windows do not overlap"
+        reason = f"be left out with speed={request.speed!r}, which lays its windows itself"
         raise rule.refuse(request.stride, reason, rule.default)
 
 

@@ -114,8 +114,8 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             sync_threshold: only among the first so many steps.
             stride: widest gap between windows' starts, latent cells, at most a window.
             loop_closure: close the longer side into a ring.
-            disjoint: as few windows as cover the canvas, elsewhere at each step, see
-                `disjoint_views`; `stride` has no say then.
+            disjoint: as few windows as cover the canvas, elsewhere at each step, and at the last
+                one overlapping, see `disjoint_views`; `stride` has no say then.
             sync_on_x0: take the gradient with respect to what windows are predicted to end in, see
                 `DirectSynchronizer`.
             sync_pooling: how many latent cells the distance sees as one, along either axis.
@@ -171,10 +171,11 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         # Prepare.
         ring = ("x" if width >= height else "y") if loop_closure else ""
-        views = self._views(height, width, stride, ring, num_inference_steps if disjoint else None)
         embeds = self._embeds(*texts)
         latents = self._latents(height, width, generator, latents)
         scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        steps = len(scheduler.timesteps)
+        views = self._views(height, width, stride, ring, steps if disjoint else None)
         predict_noise = self._guided(*embeds, guidance_scale)
         synchronizer = (DirectSynchronizer if sync_on_x0 else Synchronizer)(
             predict_noise,
@@ -188,7 +189,7 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         with (
             frozen(self.unet, self.vae, self.perceptual),
             checkpointed(*(self.unet, self.vae) if checkpointing else ()),
-            self.progress_bar(total=len(scheduler.timesteps)) as bar,
+            self.progress_bar(total=steps) as bar,
         ):
 
             def on_step(step: int, t: Tensor, latents: Tensor) -> Tensor:
@@ -282,7 +283,7 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         factor = self.vae_scale_factor
         canvas = (height // factor, width // factor, self.window)
         rings = {"ring_x": ring == "x", "ring_y": ring == "y"}
-        if disjoint_steps:
+        if disjoint_steps is not None:
             return disjoint_views(*canvas, disjoint_steps, **rings)
         return step_views(*canvas, stride, **rings)
 

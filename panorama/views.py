@@ -113,7 +113,8 @@ def disjoint_views(
         )
         for step in range(steps - 1)
     )
-    return (*apart, make_views(height, width, size, size // 2, ring_x=ring_x, ring_y=ring_y))
+    rows, columns = half_starts(height, size, ring_y), half_starts(width, size, ring_x)
+    return (*apart, tuple(View(top, left, size) for top in rows for left in columns))
 
 
 def moved_starts(length: int, size: int, ring: bool) -> tuple[tuple[int, ...], ...]:
@@ -126,6 +127,12 @@ def moved_starts(length: int, size: int, ring: bool) -> tuple[tuple[int, ...], .
     last = length - size
     moves = turns(size) if last else (0,)
     return tuple(tuple(sorted({0, *range(move, last, size), last})) for move in moves)
+
+
+def half_starts(length: int, size: int, ring: bool) -> tuple[int, ...]:
+    """Where windows start that overlap by half, or by more where that is not to be had."""
+    half = size // 2
+    return even_starts(length, ceil(length / half)) if ring else flat_starts(length, size, half)
 
 
 def turns(gap: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""What each lever of speed costs and does, as the table of docs/speed.md.
+"""What each lever of speed costs and does, as a Markdown table.
 
 For each way, rings of five windows' width are made on the embedded family, from prompts that name
 a land and leave the palette open, which windows have to agree on. Coherence, agreement and the seam
@@ -174,7 +174,12 @@ def main() -> None:
         default=24,
         help="pictures of each way, at least 2",
     )
-    parser.add_argument("--work", type=Path, required=True, help="a folder for what was found")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        required=True,
+        help="a folder for what was found, a new one after any change",
+    )
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error("--seeds has to be at least 2, for a standard error")

@@ -9,11 +9,13 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
 
 from panorama.perceptual import LPIPS
+from panorama.sampler import sample
 from panorama.syncdiffusion import SyncDiffusionPipeline
 from tests.small import small_unet, small_vae
 from weights.train.diffusion import build_text_encoder, build_tokenizer
@@ -206,6 +208,26 @@ def test_every_lever_changes_the_picture_and_all_go_together(pipe: SyncDiffusion
     for index, picture in enumerate(pictures):
         assert picture.isfinite().all()
         assert not any(torch.equal(picture, other) for other in pictures[:index])
+
+
+def test_disjoint_windows_overlap_at_the_last_step_whatever_the_solver_makes_of_their_number(
+    pipe: SyncDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solver = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
+    solver.set_timesteps(3)
+    steps = len(solver.timesteps)
+    assert steps != 3
+    seen: list[Any] = []
+
+    def watched(latents: torch.Tensor, views: Any, *args: Any, **options: Any) -> torch.Tensor:
+        seen.extend(views)
+        return sample(latents, views, *args, **options)
+
+    monkeypatch.setattr("panorama.syncdiffusion.sample", watched)
+    run(pipe, width=128, num_inference_steps=3, disjoint=True, scheduler=solver)
+    assert len(seen) == steps
+    assert all(len(views) <= 3 for views in seen[:-1])
+    assert [view.left for view in seen[-1]] == [0, 8, 16]
 
 
 def test_checkpointing_changes_nothing_and_leaves_nothing(pipe: SyncDiffusionPipeline) -> None:
