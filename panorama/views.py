@@ -104,17 +104,19 @@ def disjoint_views(
     Raises:
         ValueError: a window does not fit.
     """
-    tops, lefts = moved_starts(height, size, ring_y), moved_starts(width, size, ring_x)
-    apart = tuple(
-        tuple(
-            View(top, left, size)
-            for top in tops[step % len(tops)]
-            for left in lefts[step % len(lefts)]
-        )
-        for step in range(steps - 1)
+    rows = disjoint_starts(height, size, steps, ring_y)
+    columns = disjoint_starts(width, size, steps, ring_x)
+    return tuple(
+        tuple(View(top, left, size) for top in tops for left in lefts)
+        for tops, lefts in zip(rows, columns, strict=True)
     )
-    rows, columns = half_starts(height, size, ring_y), half_starts(width, size, ring_x)
-    return (*apart, tuple(View(top, left, size) for top in rows for left in columns))
+
+
+def disjoint_starts(length: int, size: int, steps: int, ring: bool) -> list[tuple[int, ...]]:
+    """For each step where windows start along one side: moved, and at the last overlapping."""
+    moved = moved_starts(length, size, ring)
+    apart = [moved[step % len(moved)] for step in range(steps - 1)]
+    return [*apart, half_starts(length, size, ring)]
 
 
 def moved_starts(length: int, size: int, ring: bool) -> tuple[tuple[int, ...], ...]:

@@ -3,8 +3,8 @@
 operations: counted at the published configurations. time: of a panorama's denoising on the embedded
 family, best of a few alternating runs; of 50 steps, and of their sync steps, a fifth is taken and
 counts five times. diffusers: its pipeline on the same windows. scale: canvases of 4, 16 and 64
-windows' width. true-size: one sync step of two windows on the
-published configurations, random weights.
+windows' width. true-size: one sync step of two windows on the published configurations, random
+weights.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from panorama.sampler import sample
 from panorama.syncdiffusion import SyncDiffusionPipeline
 from panorama.synchronize import DirectSynchronizer, Synchronizer, SyncSchedule
 from panorama.views import View, make_views
-from script.operations import Networks, Setting, calls_of, operations, published
+from script.operations import Networks, Setting, calls_of, published
 from tests.measure import Activations
 from tests.plain_loop import plain_loop
 from weights.train.fit import has_bfloat16
@@ -53,15 +53,15 @@ def measure_operations(_: argparse.Namespace) -> Table:
     rows: Table = {}
     for threshold in (5, 50):
         setting = Setting(sync_threshold=threshold)
-        plain = operations(setting, None, networks)
         for name, speed in {"published loop": None, **SPEEDS}.items():
-            ours = operations(setting, speed, networks)
+            calls = calls_of(setting, speed)
             row = f"{name}, sync_threshold {threshold}"
-            rows[row] = ours
+            rows[row] = ours = networks.operations(calls)
             if speed:
+                plain = rows[f"published loop, sync_threshold {threshold}"]
                 rows[f"{row}: saved"] = 1 - ours / plain
                 rows[f"{row}: times fewer"] = plain / ours
-            for (network, side, with_gradient), number in calls_of(setting, speed).items():
+            for (network, side, with_gradient), number in calls.items():
                 gradient = ", with gradient" if with_gradient else ""
                 rows[f"{row}: {network} {side} x {side}{gradient}"] = number
     return rows

@@ -102,6 +102,10 @@ class Networks:
         """All features of images, as one number."""
         return torch.stack([f.sum() for f in self.lpips.embed(images)]).sum()
 
+    def operations(self, calls: Counter[Call]) -> float:
+        """Operations of all of some calls, in units of 10^12."""
+        return sum(number * self.cost(call) for call, number in calls.items()) / 1e12
+
     def _cost(self, call: Call) -> int:
         """Operations of one window's call, and of its gradient with respect to what it sees."""
         name, side, with_gradient = call
@@ -171,5 +175,4 @@ def calls_of(setting: Setting, speed: Speed | None) -> Counter[Call]:
 
 def operations(setting: Setting, speed: Speed | None, networks: Networks) -> float:
     """Operations of all of a loop's calls, in units of 10^12."""
-    calls = calls_of(setting, speed)
-    return sum(number * networks.cost(call) for call, number in calls.items()) / 1e12
+    return networks.operations(calls_of(setting, speed))
