@@ -135,7 +135,7 @@ def is_plain(module: nn.Module) -> bool:
         return module.padding_mode == "zeros"
     if isinstance(module, ResnetBlock2D):
         return (
-            module.time_embedding_norm == "default"
+            module.time_embedding_norm != "scale_shift"  # a decoder's are "group", without temb
             and not module.skip_time_act
             and module.upsample is None
             and module.downsample is None

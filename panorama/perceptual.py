@@ -8,6 +8,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -83,7 +84,8 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         total = torch.zeros(len(images), device=images.device, dtype=images.dtype)
         for mine, theirs, head in zip(self.embed(images), features, self.heads, strict=True):
-            weighted = (mine - theirs).square() * head.view(1, -1, 1, 1)  # (N, C, h, w)
+            squares = mse_loss(mine, theirs.expand_as(mine), reduction="none")  # (N, C, h, w)
+            weighted = squares * head.view(1, -1, 1, 1)
             total = total + weighted.sum(1).mean((1, 2))
         distance: Tensor = self.config.distance_scale * total
         return distance

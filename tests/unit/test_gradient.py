@@ -75,7 +75,7 @@ def test_outputs_and_gradients_stay_and_nothing_is_left_behind(
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_half_as_much_is_kept_and_a_quarter_with_checkpoints(name: str) -> None:
+def test_about_half_as_much_is_kept_and_a_quarter_with_checkpoints(name: str) -> None:
     make, run = NETWORKS[name]
     network = make().double()
     x = torch.randn(2, 4, 32, 32, dtype=torch.float64)
@@ -91,8 +91,8 @@ def test_half_as_much_is_kept_and_a_quarter_with_checkpoints(name: str) -> None:
         return sum(size for place, size in found.items() if place not in weights)
 
     plain = kept()
-    assert kept(frozen(network)) < 0.6 * plain
-    assert kept(frozen(network), checkpointed(network)) < 0.3 * plain
+    assert kept(frozen(network)) < 0.55 * plain
+    assert kept(frozen(network), checkpointed(network)) < 0.25 * plain
 
 
 def test_an_exception_puts_everything_back() -> None:
