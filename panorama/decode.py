@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from panorama.circular import circular, replaced
-from panorama.views import even_starts, flat_starts
+from panorama.views import even_starts, flat_starts, inwards
 
 MAX_CELLS = 65536
 """Largest canvas, in latent cells, that is decoded whole and so exactly: 8192 x 512 pixels."""
@@ -89,9 +89,7 @@ def slice_weight(size: int, device: torch.device) -> Tensor:
     The outermost sixteenths see the padding at the slice's ends. They count only where there is no
     other slice, at the edges of a flat canvas.
     """
-    pixels = torch.arange(size, device=device)
-    inwards = (torch.minimum(pixels, pixels.flip(0)) + 0.5) / size
-    return ((inwards - 1 / 16) * 8).clamp(1e-6, 1)
+    return ((inwards(size, device) - 1 / 16) * 8).clamp(1e-6, 1)
 
 
 def blocks(latents: Tensor, dim: int, size: int) -> list[Tensor]:

@@ -12,11 +12,15 @@ MIN_SPACING = 8  # cells; the smallest stride, and how far a ring narrows it for
 
 @dataclass(frozen=True)
 class View:
-    """A window on a canvas, in latent cells; rows and columns are taken modulo the canvas."""
+    """A window on a canvas, in latent cells; rows and columns are taken modulo the canvas.
+
+    Where it fades it counts less in the mean of windows, the nearer a cell is to its sides.
+    """
 
     top: int
     left: int
     size: int
+    fades: bool = False
 
 
 def make_views(
@@ -70,8 +74,9 @@ def step_views(
     """
     views = make_views(height, width, size, stride, ring_x=ring_x, ring_y=ring_y)
     rows, columns = {view.top for view in views}, {view.left for view in views}
-    down = turns(ceil(height / len(rows)) if ring_y else 1)
-    right = turns(ceil(width / len(columns)) if ring_x else 1)
+    gaps = ceil(height / len(rows)) if ring_y else 1, ceil(width / len(columns)) if ring_x else 1
+    # From half a gap on: the first step is synchronised most and should have no edge on a seam.
+    down, right = (turns(gap, gap // 2) for gap in gaps)
     return tuple(
         tuple(View(view.top + dy, view.left + dx, size) for view in views)
         for dy in down
@@ -87,8 +92,8 @@ def disjoint_views(
     SpotDiffusion (arXiv 2407.15507), but for three things. Windows are moved by golden sections of
     a window and not at random, so that edges of steps near to one another are apart. On a flat
     canvas no window goes beyond an edge: one that ends there covers what is left, and overlaps the
-    one before. And at the last step windows overlap by half, for no step comes after it that would
-    smooth their edges.
+    one before. And at the last step windows overlap by half and fade, for no step comes after it
+    that would smooth their edges.
 
     Args:
         height: of the canvas, latent cells, at least `size`.
@@ -107,8 +112,8 @@ def disjoint_views(
     rows = disjoint_starts(height, size, steps, ring_y)
     columns = disjoint_starts(width, size, steps, ring_x)
     return tuple(
-        tuple(View(top, left, size) for top in tops for left in lefts)
-        for tops, lefts in zip(rows, columns, strict=True)
+        tuple(View(top, left, size, fades=step == steps - 1) for top in tops for left in lefts)
+        for step, (tops, lefts) in enumerate(zip(rows, columns, strict=True))
     )
 
 
@@ -133,19 +138,17 @@ def moved_starts(length: int, size: int, ring: bool) -> tuple[tuple[int, ...], .
 
 def half_starts(length: int, size: int, ring: bool) -> tuple[int, ...]:
     """Where windows start that overlap by half, or by more where that is not to be had."""
-    half = size // 2
-    return even_starts(length, ceil(length / half)) if ring else flat_starts(length, size, half)
+    half, last = size // 2, length - size
+    if ring:
+        return even_starts(length, ceil(length / half))
+    return (*even_starts(last, ceil(last / half)), last)
 
 
-def turns(gap: int) -> tuple[int, ...]:
-    """Every offset below `gap` once, each about a golden section of it after the one before.
-
-    They begin half a gap on, for the first step is synchronised most and should not have its
-    windows' edges on a ring's seam.
-    """
+def turns(gap: int, first: int = 0) -> tuple[int, ...]:
+    """Every offset below `gap` once, each about a golden section of it after the one before."""
     section = gap * (5**0.5 - 1) / 2
     stride = min((n for n in range(gap) if gcd(n, gap) == 1), key=lambda n: abs(n - section))
-    return tuple((gap // 2 + index * stride) % gap for index in range(gap))
+    return tuple((first + index * stride) % gap for index in range(gap))
 
 
 def flat_starts(length: int, size: int, stride: int) -> tuple[int, ...]:
@@ -209,7 +212,7 @@ def crop(latents: Tensor, views: Sequence[View]) -> Tensor:
 class Fusion:
     """The mean of windows over a canvas, gathered a batch at a time.
 
-    MultiDiffusion (arXiv 2302.08113), equation 5, with equal weights.
+    MultiDiffusion (arXiv 2302.08113), equation 5, whose weights are equal but where windows fade.
     """
 
     def __init__(self, canvas: Tensor, views: Sequence[View]) -> None:
@@ -220,18 +223,18 @@ class Fusion:
             views: all that are going to be added, by whomever.
         """
         self.total = torch.zeros_like(canvas)
-        self.count = torch.zeros_like(canvas[:, :1])
+        self.weight = torch.zeros_like(canvas[:, :1])
         for view in views:
-            self.count[(..., *cells(view, canvas))] += 1
+            self.weight[(..., *cells(view, canvas))] += weights(view, canvas)
 
     def add(self, windows: Tensor, views: Sequence[View]) -> None:
         """Adds windows (N, C, s, s) at their views."""
         for window, view in zip(windows, views, strict=True):
-            self.total[(..., *cells(view, self.total))] += window
+            self.total[(..., *cells(view, self.total))] += window * weights(view, window)
 
     def mean(self) -> Tensor:
         """The average (1, C, H, W) of what was added; every cell must be covered."""
-        return self.total / self.count
+        return self.total / self.weight
 
 
 def fuse(windows: Tensor, views: Sequence[View], canvas: Tensor) -> Tensor:
@@ -248,3 +251,15 @@ def cells(view: View, canvas: Tensor) -> tuple[Tensor, Tensor]:
         for start, length in zip((view.top, view.left), canvas.shape[-2:], strict=True)
     )
     return rows[:, None], columns[None]
+
+
+def weights(view: View, canvas: Tensor) -> Tensor:
+    """How much the cells of a view count in the mean, (s, s), on the canvas' device."""
+    side = inwards(view.size, canvas.device) if view.fades else canvas.new_ones(view.size)
+    return side[:, None] * side
+
+
+def inwards(size: int, device: torch.device) -> Tensor:
+    """How far the middles of cells in a row (size,) are from its nearer end, as parts of it."""
+    cells = torch.arange(size, device=device)
+    return (torch.minimum(cells, cells.flip(0)) + 0.5) / size

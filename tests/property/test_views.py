@@ -1,6 +1,7 @@
 """The laws that windows, sampling and decoding keep, whatever the sizes."""
 
 import copy
+from dataclasses import replace
 from math import ceil, prod
 
 import torch
@@ -44,7 +45,7 @@ def layouts(draw: st.DrawFn) -> dict[str, int | bool]:
 def test_every_cell_is_covered_and_fuse_undoes_crop(layout: dict[str, int]) -> None:
     views = make_views(**layout)
     canvas = torch.randn(1, 2, layout["height"], layout["width"], dtype=torch.float64)
-    assert Fusion(canvas, views).count.min() >= 1
+    assert Fusion(canvas, views).weight.min() >= 1
     torch.testing.assert_close(fuse(crop(canvas, views), views, canvas), canvas)
 
 
@@ -76,9 +77,10 @@ def test_disjoint_windows_cover_every_cell_at_every_step_and_are_few_until_the_l
     *apart, last = disjoint_views(**layout, steps=size + 1)
     assert len(apart) == size
     for views in apart:
-        assert Fusion(canvas, views).count.min() >= 1
+        assert Fusion(canvas, views).weight.min() >= 1
         assert len(views) <= most[0] * most[1]
-    count = Fusion(canvas, last).count
+    assert all(view.fades for view in last) and not any(v.fades for views in apart for v in views)
+    count = Fusion(canvas, [replace(view, fades=False) for view in last]).weight
     assert count.min() >= 1
     # But for half a window at either end of a flat side, windows overlap along it.
     half = ceil(size / 2)
@@ -87,6 +89,24 @@ def test_disjoint_windows_cover_every_cell_at_every_step_and_are_few_until_the_l
     overlapping = 2 ** sum(side > size or ring for side, ring in sides)
     assert min(inner.shape) == 0 or inner.min() >= overlapping
     assert len(last) <= prod(ceil(side / (size // 2)) + 1 for side, _ in sides)
+
+
+@given(layouts())
+@settings(deadline=None)
+def test_fading_windows_leave_no_step_at_their_edges(layout: dict[str, int]) -> None:
+    height, width, size = (4 * layout[name] for name in ("height", "width", "size"))
+    rings = {name: layout[name] for name in ("ring_x", "ring_y")}
+    for side, ring in ((height, rings["ring_y"]), (width, rings["ring_x"])):
+        assume(ring or side == size or side >= 3 * size // 2)  # or windows overlap by far more
+    (views,) = disjoint_views(height, width, size, steps=1, **rings)
+    canvas = torch.zeros(1, 1, height, width, dtype=torch.float64)
+    same = torch.ones(len(views), 1, size, size, dtype=torch.float64)
+    torch.testing.assert_close(fuse(same, views, canvas), canvas + 1)
+    unlike = same * torch.rand(len(views), 1, 1, 1).round()
+    fused = fuse(unlike, views, canvas)
+    for dim, ring in ((-2, rings["ring_y"]), (-1, rings["ring_x"])):
+        begin = fused.narrow(dim, 0, 1) if ring else None
+        assert fused.diff(dim=dim, append=begin).abs().max() <= 8 / size  # at most 1 / 4
 
 
 @given(blocks=st.integers(2, 6), size=sizes, ring=st.booleans())
@@ -104,8 +124,9 @@ def test_disjoint_windows_share_no_cell_but_at_the_ends_of_a_flat_canvas(
 
 @given(st.integers(1, 200))
 def test_turns_visit_every_offset_before_any_again(gap: int) -> None:
-    assert turns(gap)[0] == gap // 2
-    assert sorted(turns(gap)) == list(range(gap))
+    first = gap // 3
+    assert turns(gap, first)[0] == first
+    assert sorted(turns(gap, first)) == list(range(gap))
 
 
 @given(size=sizes, blocks=st.integers(0, 9), data=st.data())
