@@ -84,6 +84,7 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """
         total = torch.zeros(len(images), device=images.device, dtype=images.dtype)
         for mine, theirs, head in zip(self.embed(images), features, self.heads, strict=True):
+            # Keeps both sides for its gradient, which are there anyway, and not their difference.
             squares = mse_loss(mine, theirs.expand_as(mine), reduction="none")  # (N, C, h, w)
             weighted = squares * head.view(1, -1, 1, 1)
             total = total + weighted.sum(1).mean((1, 2))

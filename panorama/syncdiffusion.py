@@ -115,7 +115,7 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
             stride: widest gap between windows' starts, latent cells, at most a window.
             loop_closure: close the longer side into a ring.
             disjoint: as few windows as cover the canvas, elsewhere at each step, and at the last
-                one overlapping, see `disjoint_views`; `stride` has no say then.
+                one overlapping and fading, see `disjoint_views`; `stride` has no say then.
             sync_on_x0: take the gradient with respect to what windows are predicted to end in, see
                 `DirectSynchronizer`.
             sync_pooling: how many latent cells the distance sees as one, along either axis.

@@ -18,9 +18,10 @@ DIRECT_SCALE, DIRECT_DECAY = 300.0, 10.0
 DIRECT_SCALE * (1 - alpha_bar) ** DIRECT_DECAY times the gradient with respect to x0.
 
 At the first steps x0 then moves about as far as the full gradient takes it, for a UNet makes much
-more of a move of x than the move itself: of the embedded family, 60 to 430 times as much as the
-gradient is long over the first six of 50 steps, 269 in the median. Once the picture has formed,
-from alpha_bar 0.1 on, it is as much as the gradient; a scale that stayed would spoil pictures.
+more of a move of x than the move itself: that of the embedded family 269 times as much as the
+gradient is long, in the median of the first six of 50 steps. Once the picture has formed, from
+alpha_bar 0.06 on, it is about once. The scale falls later than that, for one that fell as early
+left windows less alike; one that stayed spoilt pictures. docs/speed.md has the figures.
 """
 
 Features = list[Tensor]
@@ -116,7 +117,8 @@ class DirectSynchronizer(Synchronizer):
     """Moves what windows are predicted to end in, and not the windows themselves.
 
     No gradient goes through the UNet, whose one prediction serves both (manifold-preserving
-    guidance, arXiv 2311.16424).
+    guidance, arXiv 2311.16424). In the later half of the steps it moves next to nothing, see
+    `DIRECT_SCALE`.
     """
 
     def step(self, x: Tensor, t: Tensor, anchor: Features, weight: float) -> tuple[Tensor, Tensor]:

@@ -75,7 +75,7 @@ def step_views(
     views = make_views(height, width, size, stride, ring_x=ring_x, ring_y=ring_y)
     rows, columns = {view.top for view in views}, {view.left for view in views}
     gaps = ceil(height / len(rows)) if ring_y else 1, ceil(width / len(columns)) if ring_x else 1
-    # From half a gap on: the first step is synchronised most and should have no edge on a seam.
+    # From half a gap on: the first step is synchronised most, and has no edge on a ring's seam.
     down, right = (turns(gap, gap // 2) for gap in gaps)
     return tuple(
         tuple(View(view.top + dy, view.left + dx, size) for view in views)
@@ -125,7 +125,12 @@ def disjoint_starts(length: int, size: int, steps: int, ring: bool) -> list[tupl
 
 
 def moved_starts(length: int, size: int, ring: bool) -> tuple[tuple[int, ...], ...]:
-    """For each step where windows start that cover a length and overlap as little as they can."""
+    """For each step where windows start that cover a length and overlap as little as they can.
+
+    The first begin on a ring's seam, for then the next ones' edges come away from it. Where windows
+    that do not overlap are synchronised a picture may change from one to the next, and the later
+    the step the more.
+    """
     check_fit(length, size, size)
     if ring:
         starts = even_starts(length, ceil(length / size))
@@ -225,12 +230,12 @@ class Fusion:
         self.total = torch.zeros_like(canvas)
         self.weight = torch.zeros_like(canvas[:, :1])
         for view in views:
-            self.weight[(..., *cells(view, canvas))] += weights(view, canvas)
+            self.weight[(..., *cells(view, canvas))] += weights(view, canvas.device)
 
     def add(self, windows: Tensor, views: Sequence[View]) -> None:
         """Adds windows (N, C, s, s) at their views."""
         for window, view in zip(windows, views, strict=True):
-            self.total[(..., *cells(view, self.total))] += window * weights(view, window)
+            self.total[(..., *cells(view, self.total))] += window * weights(view, window.device)
 
     def mean(self) -> Tensor:
         """The average (1, C, H, W) of what was added; every cell must be covered."""
@@ -253,13 +258,13 @@ def cells(view: View, canvas: Tensor) -> tuple[Tensor, Tensor]:
     return rows[:, None], columns[None]
 
 
-def weights(view: View, canvas: Tensor) -> Tensor:
-    """How much the cells of a view count in the mean, (s, s), on the canvas' device."""
-    side = inwards(view.size, canvas.device) if view.fades else canvas.new_ones(view.size)
+def weights(view: View, device: torch.device) -> Tensor:
+    """How much the cells of a view count in the mean, (s, s), float32."""
+    side = inwards(view.size, device) if view.fades else torch.ones(view.size, device=device)
     return side[:, None] * side
 
 
 def inwards(size: int, device: torch.device) -> Tensor:
     """How far the middles of cells in a row (size,) are from its nearer end, as parts of it."""
-    cells = torch.arange(size, device=device)
-    return (torch.minimum(cells, cells.flip(0)) + 0.5) / size
+    places = torch.arange(size, device=device)
+    return (torch.minimum(places, places.flip(0)) + 0.5) / size

@@ -219,9 +219,8 @@ def main() -> None:
     print(HEADER, flush=True)
     for way in options.ways or WAYS:
         print(row(way, pictures(way), exact, singles, networks), flush=True)
-    print(
-        f"\nHalf of the single windows from the others: {frechet(singles[::2], singles[1::2]):.2f}"
-    )
+    floor = frechet(singles[::2], singles[1::2])
+    print(f"\nOne half of the single windows from the other, so of fewer: {floor:.2f}")
 
 
 if __name__ == "__main__":
