@@ -31,7 +31,7 @@ def sample(
     *,
     synchronizer: Synchronizer | None = None,
     schedule: SyncSchedule | None = None,
-    view_batch_size: int = 4,
+    view_batch_size: int = 8,
     share: Share = ALONE,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -50,15 +50,15 @@ def sample(
         synchronizer: the gradient step; None, or a weight of 0, makes no gradient, no decode
             and no anchor pass.
         schedule: its weight at each step.
-        view_batch_size: windows that go through the networks at once; halved where the device has
-            not enough memory for them.
+        view_batch_size: windows that go through the networks at once, half as many where they
+            are synchronised, for gradients take memory; halved where the device has not enough.
         share: this process's share of the windows; all processes have the same canvas.
         on_step: called after each step; may raise to stop.
 
     Returns:
         The denoised latents (1, C, H, W).
     """
-    batches = Batches(view_batch_size)
+    plain, synchronising = Batches(view_batch_size), Batches(max(1, view_batch_size // 2))
     if synchronizer and schedule:
         keep_moves(scheduler, schedule)
 
@@ -77,8 +77,10 @@ def sample(
                 fusion.add(torch.cat(pair, 1), [anchor])
             windows = [view for view in windows if view is not anchor]
             update: Update = partial(synchronizer.step, t=t, anchor=features, weight=weight)
+            batches = synchronising
         else:
             update = partial(predict, t=t)
+            batches = plain
         for batch, pair in batches.map(partial(updated, latents, update), share.of(windows)):
             fusion.add(torch.cat(pair, 1), batch)
         share.sum(fusion.total)

@@ -88,7 +88,7 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         sync_on_x0: bool = False,
         sync_pooling: int = 1,
         scheduler: Any = None,
-        view_batch_size: int = 4,
+        view_batch_size: int = 8,
         checkpointing: bool = False,
         max_cells: int = MAX_CELLS,
         share: Share = ALONE,
@@ -120,8 +120,8 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
                 `DirectSynchronizer`.
             sync_pooling: how many latent cells the distance sees as one, along either axis.
             scheduler: instead of the pipeline's own, which it takes no part of.
-            view_batch_size: windows that go through the networks at once; trades memory for time
-                and changes nothing else.
+            view_batch_size: windows that go through the networks at once, half as many where they
+                are synchronised; trades memory for time and changes nothing else.
             checkpointing: compute more again in the gradient step, for less memory.
             max_cells: largest canvas, in latent cells, that is decoded whole and so exactly; a
                 larger one is decoded in slices of so many, see `decode_canvas`.

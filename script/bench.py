@@ -226,7 +226,7 @@ def measure_diffusers(options: argparse.Namespace) -> Table:
             width=WIDTH,
             num_inference_steps=len(exact.scheduler.timesteps),
             guidance_scale=models.settings("syncdiffusion").guidance_scale,
-            view_batch_size=4,
+            view_batch_size=8,  # ours
             latents=exact.noise.clone(),
             output_type="latent",
         ).images
