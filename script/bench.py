@@ -20,20 +20,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers import StableDiffusionPanoramaPipeline as Diffusers
 from torch import Tensor, nn
 
 from panorama.decode import decode, decode_canvas
-from panorama.gradient import checkpointed, frozen
+from panorama.gradient import frozen
 from panorama.models import Models, build_scheduler, load
-from panorama.perceptual import LPIPS
 from panorama.request import SPEEDS, Speed
 from panorama.sampler import sample
 from panorama.syncdiffusion import SyncDiffusionPipeline
 from panorama.synchronize import DirectSynchronizer, Synchronizer, SyncSchedule
-from panorama.views import View, make_views
-from script.operations import Networks, Setting, calls_of, published
+from panorama.views import View
+from script.operations import Networks, Setting, calls_of
+from script.true_size import TrueSize, activations
 from tests.measure import Activations
 from tests.plain_loop import plain_loop
 from weights.train.fit import has_bfloat16
@@ -275,17 +274,13 @@ def measure_scale(options: argparse.Namespace) -> Table:
         for name, value in beyond.items():
             rows[f"{windows} windows wide: megabytes of {name}"] = value / 1e6
         rows[f"{windows} windows wide: megabytes"] = max(beyond.values()) / 1e6
-    more = {windows: max(SCALES) // windows for windows in SCALES}  # steps, for as long a time
-    calls = {
-        f"{windows}, {steps}": partial(denoise, windows, steps)
-        for windows in SCALES
-        for steps in (1, 1 + more[windows])
-    }
+    steps = {windows: max(SCALES) // windows for windows in SCALES}  # for as long a time
+    calls = {str(windows): partial(denoise, windows, steps[windows]) for windows in SCALES}
     taken = best(calls, options.repeats)
     for windows in SCALES:
         views = len(pipe._views(side, windows * side, 16, "")[0])
-        seconds = taken[f"{windows}, {1 + more[windows]}"] - taken[f"{windows}, 1"]
-        rows[f"{windows} windows wide: seconds a window"] = seconds / more[windows] / views
+        seconds = taken[str(windows)] / steps[windows] / views
+        rows[f"{windows} windows wide: seconds a window"] = seconds
     for name in ("megabytes", "seconds a window"):
         values = [rows[f"{windows} windows wide: {name}"] for windows in SCALES]
         rows[f"{name}: largest over smallest"] = max(values) / min(values)
@@ -299,84 +294,25 @@ def measure_scale(options: argparse.Namespace) -> Table:
 
 
 def measure_true_size(_: argparse.Namespace) -> Table:
-    """One sync step of an anchor and another window at the published sizes.
+    """Seconds and activations of one sync step of two windows at the published sizes.
 
     In bfloat16 where the processor multiplies in it, else in single precision.
     """
+    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+    rows: Table = {"bits of a number": 8 * dtype.itemsize}
+    for name, most in activations(dtype).items():
+        rows[f"{name}: gigabytes of activations"] = most / 1e9
     torch.manual_seed(0)
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if has_bfloat16() else torch.float32)
-    try:
-        unet = UNet2DConditionModel.from_config(published("unet")).eval()
-        vae = AutoencoderKL.from_config(published("vae")).eval()
-    finally:
-        torch.set_default_dtype(dtype)
-    networks = TrueSize(unet, vae, LPIPS().eval())
-    modules = nn.ModuleList([unet, vae, networks.lpips]).requires_grad_(False)  # as published
-    weights = list(modules.parameters())
-    rows: Table = {"bits of a number": 8 * unet.dtype.itemsize}
+    networks = TrueSize(dtype)
     networks.decode(torch.randn(1, 4, 8, 8))  # the first call sets up the libraries
-    for name, run in networks.ways().items():
-        with Activations(weights) as activations:
-            rows[f"{name}: seconds"] = seconds_of(run)
-        rows[f"{name}: gigabytes of activations"] = activations.most / 1e9
-    for name in ("exact", "exact, checkpointing", "fast"):
-        for what in ("seconds", "gigabytes of activations"):
-            rows[f"{name}: {what}, times less"] = (
-                rows[f"published loop: {what}"] / rows[f"{name}: {what}"]
-            )
+    ways = networks.ways()
+    for name in ("published loop", "exact", "fast"):
+        rows[f"{name}: seconds"] = seconds_of(ways[name])
+    for row, value in list(rows.items()):
+        name, _, what = row.partition(": ")
+        if what and name != "published loop":
+            rows[f"{row}, times less"] = rows[f"published loop: {what}"] / value
     return rows
-
-
-class TrueSize:
-    """Networks of the published sizes, and ways to take one step of two windows through them."""
-
-    def __init__(self, unet: Any, vae: Any, lpips: LPIPS) -> None:
-        self.unet, self.vae, self.lpips = unet, vae, lpips
-        self.states = torch.randn(2, 77, unet.config.cross_attention_dim).to(unet.dtype)
-        self.embed, self.distance = lpips.embed, lpips.distance
-
-    def predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
-        """Guidance in one batch, as the pipeline has it."""
-        states = self.states.repeat_interleave(len(x), 0)
-        noise = self.unet(x.to(self.unet.dtype).repeat(2, 1, 1, 1), t, states).sample.float()
-        uncond, text = noise.chunk(2)
-        prediction: Tensor = uncond + 7.5 * (text - uncond)
-        return prediction
-
-    def decode(self, x: Tensor) -> Tensor:
-        """Latents to images."""
-        return decode(self.vae, x)
-
-    def ways(self) -> dict[str, Callable[[], object]]:
-        """Each takes the first of 50 steps."""
-        side = self.unet.config.sample_size
-        noise = torch.randn(1, 4, side, 2 * side)
-        scheduler = DDIMScheduler.from_config(published("scheduler"))
-        scheduler.set_timesteps(50)
-        scheduler.timesteps = scheduler.timesteps[:1]
-        views = (make_views(side, 2 * side, side, side),)
-        schedule = SyncSchedule()
-        parts = (self.predict_noise, self.decode, self, scheduler.alphas_cumprod)
-
-        def ours(synchronizer: Synchronizer, checkpointing: bool = False) -> Tensor:
-            models = (self.unet, self.vae)
-            with frozen(*models, self.lpips), checkpointed(*models if checkpointing else ()):
-                return sample(
-                    noise,
-                    views,
-                    self.predict_noise,
-                    copy.deepcopy(scheduler),
-                    synchronizer=synchronizer,
-                    schedule=schedule,
-                )
-
-        return {
-            "published loop": lambda: plain_loop(noise, views, self, scheduler, schedule),
-            "exact": lambda: ours(Synchronizer(*parts)),
-            "exact, checkpointing": lambda: ours(Synchronizer(*parts), checkpointing=True),
-            "fast": lambda: ours(DirectSynchronizer(*parts, pooling=2)),
-        }
 
 
 SECTIONS: Mapping[str, Callable[[argparse.Namespace], Table]] = {

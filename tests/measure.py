@@ -77,11 +77,14 @@ def peak() -> int:
 
 
 class Activations(TorchDispatchMode):
-    """Counts the tensors that are alive at once, each storage once and weights not at all."""
+    """Counts the tensors that are alive at once, each storage once and weights not at all.
+
+    On the meta device too, where nothing is computed.
+    """
 
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
-        self.weights = {weight.untyped_storage().data_ptr() for weight in weights}
+        self.weights = {weight.untyped_storage()._cdata for weight in weights}
         self.alive: set[int] = set()
         self.bytes = self.most = 0
 
@@ -95,7 +98,7 @@ class Activations(TorchDispatchMode):
         return out
 
     def add(self, storage: torch.UntypedStorage) -> None:
-        place, size = storage.data_ptr(), storage.nbytes()
+        place, size = storage._cdata, storage.nbytes()
         if size and place not in self.weights and place not in self.alive:
             self.alive.add(place)
             self.bytes += size
