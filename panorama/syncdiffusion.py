@@ -260,14 +260,14 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         self, prompt_embeds: Tensor, negative_prompt_embeds: Tensor, guidance_scale: float
     ) -> PredictNoise:
         """Classifier-free guidance (arXiv 2207.12598, equation 6), both halves in one batch."""
-        unet = self.unet
+        unet, dtype = self.unet, self.unet.dtype  # which asks all of its weights
         embeds = [negative_prompt_embeds, prompt_embeds] if guidance_scale != 1 else [prompt_embeds]
-        embeds = [e.to(unet.device, unet.dtype) for e in embeds]
+        embeds = [e.to(unet.device, dtype) for e in embeds]
 
         def predict_noise(x: Tensor, t: Tensor) -> Tensor:
             halves = len(embeds)
             states = torch.cat([e.expand(len(x), -1, -1) for e in embeds])  # (halves * n, L, D)
-            inputs = x.to(unet.dtype).repeat(halves, 1, 1, 1)  # (halves * n, C, s, s)
+            inputs = x.to(dtype).repeat(halves, 1, 1, 1)  # (halves * n, C, s, s)
             noise: Tensor = unet(inputs, t, encoder_hidden_states=states).sample.float()
             if halves == 1:
                 return noise

@@ -249,11 +249,18 @@ def fuse(windows: Tensor, views: Sequence[View], canvas: Tensor) -> Tensor:
     return fusion.mean()
 
 
-def cells(view: View, canvas: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows (s, 1) and columns (1, s) of a view on a canvas, modulo its size."""
+def cells(view: View, canvas: Tensor) -> tuple[slice, slice] | tuple[Tensor, Tensor]:
+    """The rows and columns of a view on a canvas; (s, 1) and (1, s), modulo its size, if it wraps.
+
+    Slices are several times as fast.
+    """
+    height, width = canvas.shape[-2:]
+    bottom, right = view.top + view.size, view.left + view.size
+    if bottom <= height and right <= width:
+        return slice(view.top, bottom), slice(view.left, right)
     rows, columns = (
         torch.arange(start, start + view.size, device=canvas.device) % length
-        for start, length in zip((view.top, view.left), canvas.shape[-2:], strict=True)
+        for start, length in ((view.top, height), (view.left, width))
     )
     return rows[:, None], columns[None]
 

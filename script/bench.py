@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from math import inf
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -159,28 +160,63 @@ def seconds_of(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def best(calls: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The shortest time of each call, of alternating runs."""
-    times = [{name: seconds_of(call) for name, call in calls.items()} for _ in range(repeats)]
-    return {name: min(row[name] for row in times) for name in calls}
+class Rounds:
+    """Calls that take turns, in another order each round, and what they took.
+
+    A machine's speed changes from minute to minute, so calls are set beside one another round by
+    round, and the middle one of the rounds counts.
+
+    Attributes:
+        seconds: of each call, by round.
+        results: of each call, the last.
+    """
+
+    def __init__(self, calls: Mapping[str, Callable[[], Any]], repeats: int) -> None:
+        self.seconds: dict[str, list[float]] = {name: [] for name in calls}
+        self.results: dict[str, Any] = {}
+        names = list(calls)
+        for turn in range(repeats):
+            for name in names if turn % 2 else reversed(names):
+                started = time.perf_counter()
+                self.results[name] = calls[name]()
+                self.seconds[name].append(time.perf_counter() - started)
+
+    def median(self, name: str) -> float:
+        """Seconds that a call takes."""
+        return median(self.seconds[name])
+
+    def ratio(self, one: str, other: str) -> float:
+        """How many times as long one takes as the other."""
+        pairs = zip(self.seconds[one], self.seconds[other], strict=True)
+        return median(mine / theirs for mine, theirs in pairs)
+
+
+def compare(runs: Mapping[str, Callable[[], Any]], parts: Mapping[str, int], repeats: int) -> Table:
+    """Seconds of the first and of all others, how much faster those are, and how far exact is off.
+
+    Args:
+        runs: the calls, that make latents.
+        parts: how many times as long the whole takes as each call.
+        repeats: the rounds.
+    """
+    rounds, theirs = Rounds(runs, repeats), next(iter(runs))
+    rows: Table = {f"{name}: seconds": parts[name] * rounds.median(name) for name in runs}
+    for name in SPEEDS:
+        times = rounds.ratio(theirs, name) * parts[theirs] / parts[name]
+        rows[f"{name}: times as fast"] = times
+    expected, latents = rounds.results[theirs], rounds.results["exact"]
+    difference = (latents - expected).abs().max() / expected.std()
+    rows["exact: largest difference, standard deviations"] = float(difference)
+    return rows
 
 
 def measure_time(options: argparse.Namespace) -> Table:
-    """Seconds on the embedded family, the share outside its networks, and the difference."""
+    """Seconds on the embedded family, the difference, and the share outside its networks."""
     models = load_tiny()
     speeds = {"published loop": None, **SPEEDS}
     runs = {name: build_run(models, speed, sync=True) for name, speed in speeds.items()}
-    taken = best(runs, options.repeats)
-    seconds = {name: run.part * taken[name] for name, run in runs.items()}
-    rows: Table = {f"{name}: seconds": value for name, value in seconds.items()}
-    for name in SPEEDS:
-        rows[f"{name}: times as fast"] = seconds["published loop"] / seconds[name]
-    expected = runs["published loop"]()
-    difference = (runs["exact"]() - expected).abs().max() / expected.std()
-    rows["exact: largest difference, standard deviations"] = float(difference)
-    rows["exact: share outside its networks"] = min(
-        overhead(runs["exact"]) for _ in range(options.repeats)
-    )
+    rows = compare(runs, {name: run.part for name, run in runs.items()}, options.repeats)
+    rows["exact: share outside its networks"] = overhead(runs["exact"])
     return rows
 
 
@@ -217,8 +253,8 @@ def measure_diffusers(options: argparse.Namespace) -> Table:
     places = [(v.top, v.top + v.size, v.left, v.left + v.size) for v in views]
     stock.get_views = lambda *_, **__: places
 
-    def theirs() -> object:
-        return stock(
+    def theirs() -> Tensor:
+        latents: Tensor = stock(
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             height=pipe.window * pipe.vae_scale_factor,
@@ -229,16 +265,10 @@ def measure_diffusers(options: argparse.Namespace) -> Table:
             latents=exact.noise.clone(),
             output_type="latent",
         ).images
+        return latents
 
-    taken = best({"diffusers": theirs, **runs}, options.repeats)
-    seconds = {"diffusers": exact.part * taken["diffusers"]}
-    seconds |= {name: run.part * taken[name] for name, run in runs.items()}
-    apart = (theirs() - exact()).abs().max() / exact().std()
-    return (
-        {f"{name}: seconds": value for name, value in seconds.items()}
-        | {f"{name}: times as fast": seconds["diffusers"] / seconds[name] for name in SPEEDS}
-        | {"exact: largest difference, standard deviations": float(apart)}
-    )
+    parts = {"diffusers": exact.part, **{name: run.part for name, run in runs.items()}}
+    return compare({"diffusers": theirs, **runs}, parts, options.repeats)
 
 
 def measure_scale(options: argparse.Namespace) -> Table:
@@ -264,7 +294,7 @@ def measure_scale(options: argparse.Namespace) -> Table:
     weights = list(nn.ModuleList([pipe.unet, pipe.vae, pipe.perceptual]).parameters())
     for windows in SCALES:
         with Activations(weights) as denoising:
-            latents = denoise(windows, 2, sync_threshold=1)
+            latents = denoise(windows, 1, sync_threshold=1)
         with Activations(weights) as decoding:
             picture = decode_canvas(pipe.vae, latents, max_cells=most_cells)
         beyond = {
@@ -276,15 +306,15 @@ def measure_scale(options: argparse.Namespace) -> Table:
         rows[f"{windows} windows wide: megabytes"] = max(beyond.values()) / 1e6
     steps = {windows: max(SCALES) // windows for windows in SCALES}  # for as long a time
     calls = {str(windows): partial(denoise, windows, steps[windows]) for windows in SCALES}
-    taken = best(calls, options.repeats)
+    rounds = Rounds(calls, options.repeats)
     for windows in SCALES:
         views = len(pipe._views(side, windows * side, 16, "")[0])
-        seconds = taken[str(windows)] / steps[windows] / views
+        seconds = rounds.median(str(windows)) / steps[windows] / views
         rows[f"{windows} windows wide: seconds a window"] = seconds
     for name in ("megabytes", "seconds a window"):
         values = [rows[f"{windows} windows wide: {name}"] for windows in SCALES]
         rows[f"{name}: largest over smallest"] = max(values) / min(values)
-    latents = denoise(SCALES[1], 10)
+    latents = rounds.results[str(SCALES[1])]
     whole = decode_canvas(pipe.vae, latents)
     sliced = decode_canvas(pipe.vae, latents, max_cells=most_cells)
     apart = (whole - sliced).abs() * 127.5
