@@ -1,7 +1,7 @@
 """What a panorama costs, against the published loop: operations, time, memory, as ratios.
 
 operations: counted at the published configurations. time: of a panorama's denoising on the embedded
-family, best of a few alternating runs; of 50 steps, and of their sync steps, a fifth is taken and
+family, the middle one of a few rounds; of 50 steps, and of their sync steps, a fifth is taken and
 counts five times. diffusers: its pipeline on the same windows. scale: canvases of 4, 16 and 64
 windows' width. true-size: one sync step of two windows on the published configurations, random
 weights.
