@@ -19,6 +19,9 @@ Update = Callable[[Tensor], tuple[Tensor, Tensor]]
 OnStep = Callable[[int, Tensor, Tensor], Tensor]
 """From step index, timestep and latents to the latents to go on with."""
 
+VIEW_BATCH_SIZE = 8
+"""Windows that go through the networks at once, if nothing else is asked for."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -31,7 +34,7 @@ def sample(
     *,
     synchronizer: Synchronizer | None = None,
     schedule: SyncSchedule | None = None,
-    view_batch_size: int = 8,
+    view_batch_size: int = VIEW_BATCH_SIZE,
     share: Share = ALONE,
     on_step: OnStep | None = None,
 ) -> Tensor:

@@ -15,7 +15,7 @@ from panorama.gradient import checkpointed, frozen
 from panorama.noise import initial_noise
 from panorama.prompts import token_ids
 from panorama.request import check_size
-from panorama.sampler import require_fusable, sample
+from panorama.sampler import VIEW_BATCH_SIZE, require_fusable, sample
 from panorama.share import ALONE, Share
 from panorama.synchronize import DirectSynchronizer, PredictNoise, Synchronizer, SyncSchedule
 from panorama.views import View, disjoint_views, step_views
@@ -88,7 +88,7 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         sync_on_x0: bool = False,
         sync_pooling: int = 1,
         scheduler: Any = None,
-        view_batch_size: int = 8,
+        view_batch_size: int = VIEW_BATCH_SIZE,
         checkpointing: bool = False,
         max_cells: int = MAX_CELLS,
         share: Share = ALONE,

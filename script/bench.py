@@ -18,7 +18,7 @@ from functools import partial
 from math import inf
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import StableDiffusionPanoramaPipeline as Diffusers
@@ -28,7 +28,7 @@ from panorama.decode import decode, decode_canvas
 from panorama.gradient import frozen
 from panorama.models import Models, build_scheduler, load
 from panorama.request import SPEEDS, Speed
-from panorama.sampler import sample
+from panorama.sampler import VIEW_BATCH_SIZE, sample
 from panorama.syncdiffusion import SyncDiffusionPipeline
 from panorama.synchronize import DirectSynchronizer, Synchronizer, SyncSchedule
 from panorama.views import View
@@ -38,6 +38,7 @@ from tests.measure import Activations
 from tests.plain_loop import plain_loop
 from weights.train.fit import has_bfloat16
 
+T = TypeVar("T")
 Table = dict[str, Any]
 
 WIDTH = 1024  # pixels, on the embedded family
@@ -153,11 +154,11 @@ def load_tiny() -> Models:
     return load("tiny", modes=["syncdiffusion"], device="cpu")
 
 
-def seconds_of(call: Callable[[], object]) -> float:
-    """How long a call takes."""
+def timed(call: Callable[[], T]) -> tuple[float, T]:
+    """How many seconds a call takes, and its result."""
     started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
+    result = call()
+    return time.perf_counter() - started, result
 
 
 class Rounds:
@@ -177,9 +178,8 @@ class Rounds:
         names = list(calls)
         for turn in range(repeats):
             for name in names if turn % 2 else reversed(names):
-                started = time.perf_counter()
-                self.results[name] = calls[name]()
-                self.seconds[name].append(time.perf_counter() - started)
+                seconds, self.results[name] = timed(calls[name])
+                self.seconds[name].append(seconds)
 
     def median(self, name: str) -> float:
         """Seconds that a call takes."""
@@ -226,7 +226,7 @@ def overhead(run: Run) -> float:
     torch.autograd.grad = run.networks.clocked(gradient)
     run.networks.seconds = 0.0
     try:
-        whole = seconds_of(run)
+        whole, _ = timed(run)
     finally:
         torch.autograd.grad = gradient
     return 1 - run.networks.seconds / whole
@@ -261,7 +261,7 @@ def measure_diffusers(options: argparse.Namespace) -> Table:
             width=WIDTH,
             num_inference_steps=len(exact.scheduler.timesteps),
             guidance_scale=models.settings("syncdiffusion").guidance_scale,
-            view_batch_size=8,  # ours
+            view_batch_size=VIEW_BATCH_SIZE,
             latents=exact.noise.clone(),
             output_type="latent",
         ).images
@@ -337,7 +337,7 @@ def measure_true_size(_: argparse.Namespace) -> Table:
     networks.decode(torch.randn(1, 4, 8, 8))  # the first call sets up the libraries
     ways = networks.ways()
     for name in ("published loop", "exact", "fast"):
-        rows[f"{name}: seconds"] = seconds_of(ways[name])
+        rows[f"{name}: seconds"], _ = timed(ways[name])
     for row, value in list(rows.items()):
         name, _, what = row.partition(": ")
         if what and name != "published loop":

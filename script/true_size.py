@@ -76,9 +76,7 @@ class TrueSize:
                 )
 
         return {
-            "published loop": lambda: plain_loop(
-                self.noise, self.views, self, copy.deepcopy(scheduler), schedule
-            ),
+            "published loop": lambda: plain_loop(self.noise, self.views, self, scheduler, schedule),
             "exact": lambda: ours(Synchronizer(*parts)),
             "exact, checkpointing": lambda: ours(Synchronizer(*parts), checkpointing=True),
             "fast": lambda: ours(DirectSynchronizer(*parts, pooling=2)),

@@ -79,7 +79,7 @@ def peak() -> int:
 class Activations(TorchDispatchMode):
     """Counts the tensors that are alive at once, each storage once and weights not at all.
 
-    On the meta device too, where nothing is computed.
+    Fake tensors too, which have a storage and no values.
     """
 
     def __init__(self, weights: list[Tensor]) -> None:
