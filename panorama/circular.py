@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -61,14 +62,14 @@ def wrapped(conv: nn.Conv2d, axes: str, x: Tensor, weight: Tensor, bias: Tensor 
 
 
 @contextmanager
-def replaced(module: nn.Module, name: str, value: object) -> Iterator[None]:
+def replaced(owner: Any, name: str, value: object) -> Iterator[None]:
     """Sets an attribute of the instance while the block runs, then puts back what was there."""
-    before = module.__dict__.get(name)
-    setattr(module, name, value)
+    before = vars(owner).get(name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
         if before is None:
-            delattr(module, name)
+            delattr(owner, name)
         else:
-            setattr(module, name, before)
+            setattr(owner, name, before)

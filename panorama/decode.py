@@ -1,5 +1,6 @@
 """From latents to the picture, whole or in slices, flat or around a ring."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -17,6 +18,8 @@ MAX_CELLS = 65536
 MIN_SLICE = 128
 """Cells along a slice, at least: a decoder sees some 17 cells beyond what it decodes."""
 
+logger = logging.getLogger(__name__)
+
 
 @torch.no_grad()
 def decode_canvas(
@@ -28,25 +31,47 @@ def decode_canvas(
     picture by k times the VAE's factor. Beyond, it is decoded in slices along its longer axis,
     which overlap by a quarter and are blended linearly, around the ring too. All of them are
     normalised with the statistics of blocks from all over the canvas. Slices are not exact: those
-    statistics are an estimate, and the decoder's attention sees its slice alone. On the embedded
-    family's pictures the difference was at most 4.3 grey levels of 255, and 0.7 on average.
+    statistics are an estimate, and the decoder's attention sees its slice alone. docs/speed.md says
+    how much that is on a picture.
+
+    Where the device has not enough memory, slices of half as many cells are tried.
 
     Args:
         vae: an AutoencoderKL.
         latents: (1, C, H, W), as the scheduler left them.
         ring: the axis that wraps, "x", "y" or "" for neither.
-        max_cells: H * W above which slices are taken.
+        max_cells: H * W above which slices are taken, of so many cells or of `MIN_SLICE` along the
+            longer axis, whichever is more.
 
     Returns:
         The picture (1, 3, H * f, W * f) in [-1, 1], float32, f the VAE's factor.
+
+    Raises:
+        torch.OutOfMemoryError: there is not enough memory for a slice of `MIN_SLICE`.
     """
     height, width = latents.shape[-2:]
-    if height * width <= max_cells:
-        with circular(vae, axes=ring):
-            return decode(vae, latents).clamp(-1, 1)
     axis, dim, across = ("x", -1, height) if width >= height else ("y", -2, width)
-    with circular(vae, axes="" if ring == axis else ring):
-        return decode_slices(vae, latents, dim, ring == axis, max_cells // across).clamp_(-1, 1)
+    size = max(height, width)
+    if height * width > max_cells:
+        size = min(size, max(max_cells // across, MIN_SLICE))
+    while True:
+        try:
+            if size == latents.shape[dim]:
+                with circular(vae, axes=ring):
+                    return decode(vae, latents).clamp_(-1, 1)
+            with circular(vae, axes="" if ring == axis else ring):
+                return decode_slices(vae, latents, dim, ring == axis, size).clamp_(-1, 1)
+        except torch.OutOfMemoryError:
+            if size <= MIN_SLICE:
+                raise
+            smaller = max(size // 2, MIN_SLICE)
+        logger.warning(
+            "not enough memory to decode %d latent cells along %s at once: going on with %d",
+            size,
+            axis,
+            smaller,
+        )
+        size = smaller
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
@@ -59,7 +84,6 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 def decode_slices(vae: Any, latents: Tensor, dim: int, ring: bool, size: int) -> Tensor:
     """Decodes slices of `size` cells along a dimension and blends them where they overlap."""
     length = latents.shape[dim]
-    size = min(max(size, MIN_SLICE), length)
     stride = size - size // 4
     starts = (
         even_starts(length, ceil(length / stride)) if ring else flat_starts(length, size, stride)

@@ -83,6 +83,7 @@ class FrozenConvolution(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         """The gradient (N, C', H', W') of the output to that of x (N, C, H, W)."""
         (weight,) = ctx.saved_tensors
+        weight = weight.to(gradient.dtype)  # under autocast they differ
         of_x = conv2d_input(ctx.shape, weight, gradient, *ctx.geometry)  # type: ignore[no-untyped-call]
         return of_x, None, None, None
 
@@ -133,7 +134,7 @@ LEAN: Mapping[type[nn.Module], tuple[str, Callable[..., Tensor]]] = {
 def is_plain(module: nn.Module) -> bool:
     """Whether a layer is one that its replacement stands for: as Stable Diffusion has them."""
     if isinstance(module, nn.Conv2d):
-        return module.padding_mode == "zeros"
+        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
     if isinstance(module, ResnetBlock2D):
         return (
             module.time_embedding_norm != "scale_shift"  # a decoder's are "group", without temb

@@ -3,12 +3,14 @@
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from panorama.circular import replaced
 from panorama.share import ALONE, Share
 from panorama.synchronize import PredictNoise, Synchronizer, SyncSchedule
 from panorama.views import Fusion, View, crop
@@ -62,48 +64,55 @@ def sample(
         The denoised latents (1, C, H, W).
     """
     plain, synchronising = Batches(view_batch_size), Batches(max(1, view_batch_size // 2))
-    if synchronizer and schedule:
-        keep_moves(scheduler, schedule)
+    weights = [0.0 for _ in scheduler.timesteps]
+    if synchronizer and schedule:  # a window alone has none to be like
+        weights = [
+            schedule(k) if len(views[k % len(views)]) > 1 else 0.0 for k in range(len(weights))
+        ]
 
     def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return x, predict_noise(x, t)
 
-    for step, t in enumerate(scheduler.timesteps):
-        windows = views[step % len(views)]
-        weight = schedule(step) if schedule and len(windows) > 1 else 0.0
-        fusion = Fusion(torch.cat([latents, latents], 1), windows)  # of windows and their noise
-        if synchronizer and weight:
-            anchor = windows[len(windows) // 2]
-            pair = predict(crop(latents, [anchor]), t)  # (1, C, s, s) both
-            features = synchronizer.embed(*pair, t)
-            if share.first:
-                fusion.add(torch.cat(pair, 1), [anchor])
-            windows = [view for view in windows if view is not anchor]
-            update: Update = partial(synchronizer.step, t=t, anchor=features, weight=weight)
-            batches = synchronising
-        else:
-            update = partial(predict, t=t)
-            batches = plain
-        for batch, pair in batches.map(partial(updated, latents, update), share.of(windows)):
-            fusion.add(torch.cat(pair, 1), batch)
-        share.sum(fusion.total)
-        moved, noise_pred = fusion.mean().chunk(2, 1)  # (1, C, H, W) both
-        latents = scheduler.step(noise_pred, t, moved).prev_sample
-        if on_step is not None:
-            latents = on_step(step, t, latents)
+    with keep_moves(scheduler, weights):
+        for step, (t, weight) in enumerate(zip(scheduler.timesteps, weights, strict=True)):
+            windows = views[step % len(views)]
+            fusion = Fusion(torch.cat([latents, latents], 1), windows)  # of windows and their noise
+            if synchronizer and weight:
+                anchor = windows[len(windows) // 2]
+                pair = predict(crop(latents, [anchor]), t)  # (1, C, s, s) both
+                features = synchronizer.embed(*pair, t)
+                if share.first:
+                    fusion.add(torch.cat(pair, 1), [anchor])
+                windows = [view for view in windows if view is not anchor]
+                update: Update = partial(synchronizer.step, t=t, anchor=features, weight=weight)
+                batches = synchronising
+            else:
+                update = partial(predict, t=t)
+                batches = plain
+            for batch, pair in batches.map(partial(updated, latents, update), share.of(windows)):
+                fusion.add(torch.cat(pair, 1), batch)
+            share.sum(fusion.total)
+            moved, noise_pred = fusion.mean().chunk(2, 1)  # (1, C, H, W) both
+            latents = scheduler.step(noise_pred, t, moved).prev_sample
+            if on_step is not None:
+                latents = on_step(step, t, latents)
     return latents
 
 
-def keep_moves(scheduler: Any, schedule: SyncSchedule) -> None:
-    """Lets a solver step from the windows as they were moved, at steps where they are.
+@contextmanager
+def keep_moves(scheduler: Any, weights: Sequence[float]) -> Iterator[None]:
+    """Lets a solver step from the windows as they were moved, while the block runs.
 
     UniPC's corrector (arXiv 2302.04867, algorithm 1) works out each sample anew from the one
-    before, which was not moved. At those steps its predictor goes alone.
+    before, which was not moved. At steps whose weight is not 0 its predictor goes alone.
     """
-    if hasattr(scheduler, "disable_corrector"):
-        steps = range(len(scheduler.timesteps))
-        # diffusers counts a corrector with the step before.
-        scheduler.disable_corrector = [step - 1 for step in steps if schedule(step)]
+    if not hasattr(scheduler, "disable_corrector"):
+        yield
+        return
+    # diffusers counts a corrector with the step before.
+    moved = [step - 1 for step, weight in enumerate(weights) if weight]
+    with replaced(scheduler, "disable_corrector", [*scheduler.disable_corrector, *moved]):
+        yield
 
 
 def updated(latents: Tensor, update: Update, views: Sequence[View]) -> tuple[Tensor, Tensor]:
@@ -154,6 +163,9 @@ def require_fusable(scheduler: Any) -> None:
     The law itself is tried on a copy: stepping the mean of two samples must give the mean of
     their steps, all along a short run, one history each. Clipping, thresholding and fresh noise
     (ancestral, SDE) break it.
+
+    What is taken need not synchronise equally well. A solver that goes on from a sample of a step
+    before, as PNDM and the single-step DPM-Solver do, forgets a part of how windows were moved.
 
     Raises:
         ValueError: naming the scheduler, what is wrong with it, and ones that would do.

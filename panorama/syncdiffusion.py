@@ -68,6 +68,7 @@ class SyncDiffusionPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Side of a window, in latent cells."""
         return int(self.unet.config.sample_size)
 
+    @torch.inference_mode(False)  # whatever the caller is in: synchronising needs gradients
     @torch.no_grad()
     def __call__(
         self,

@@ -242,26 +242,18 @@ class Fusion:
         return self.total / self.weight
 
 
-def fuse(windows: Tensor, views: Sequence[View], canvas: Tensor) -> Tensor:
-    """Averages windows (N, C, s, s) over a canvas of the shape of `canvas` (1, C, H, W)."""
-    fusion = Fusion(canvas, views)
-    fusion.add(windows, views)
-    return fusion.mean()
-
-
 def cells(view: View, canvas: Tensor) -> tuple[slice, slice] | tuple[Tensor, Tensor]:
     """The rows and columns of a view on a canvas; (s, 1) and (1, s), modulo its size, if it wraps.
 
     Slices are several times as fast.
     """
     height, width = canvas.shape[-2:]
-    bottom, right = view.top + view.size, view.left + view.size
+    top, left = view.top % height, view.left % width
+    bottom, right = top + view.size, left + view.size
     if bottom <= height and right <= width:
-        return slice(view.top, bottom), slice(view.left, right)
-    rows, columns = (
-        torch.arange(start, start + view.size, device=canvas.device) % length
-        for start, length in ((view.top, height), (view.left, width))
-    )
+        return slice(top, bottom), slice(left, right)
+    rows = torch.arange(top, bottom, device=canvas.device) % height
+    columns = torch.arange(left, right, device=canvas.device) % width
     return rows[:, None], columns[None]
 
 

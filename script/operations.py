@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
@@ -24,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from panorama.gradient import frozen
+from panorama.models import SCHEDULERS
 from panorama.perceptual import LPIPS
 from panorama.request import SPEEDS, Speed
 from panorama.sampler import sample
@@ -151,8 +150,7 @@ def views_of(setting: Setting, speed: Speed) -> tuple[tuple[View, ...], ...]:
 def calls_of(setting: Setting, speed: Speed | None) -> Counter[Call]:
     """What a loop calls: ours at a speed, or without one the published loop."""
     chosen = speed or SPEEDS["exact"]
-    solver = DPMSolverMultistepScheduler if chosen.scheduler == "dpm++" else DDIMScheduler
-    scheduler = solver.from_config(published("scheduler"))
+    scheduler = SCHEDULERS[chosen.scheduler or "ddim"].from_config(published("scheduler"))
     scheduler.set_timesteps(chosen.num_inference_steps)
     tally, views = Tally(), views_of(setting, chosen)
     noise = torch.zeros(1, 4, WINDOW, setting.width // FACTOR)

@@ -1,6 +1,7 @@
 """The laws that windows, sampling and decoding keep, whatever the sizes."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from math import ceil, prod
 
@@ -12,10 +13,10 @@ from panorama.sampler import sample
 from panorama.synchronize import Synchronizer, SyncSchedule
 from panorama.views import (
     Fusion,
+    View,
     crop,
     disjoint_views,
     flat_starts,
-    fuse,
     make_views,
     ring_starts,
     step_views,
@@ -24,6 +25,12 @@ from panorama.views import (
 from tests.numeric.test_plain_loop import Networks, make_scheduler
 
 sizes = st.integers(8, 40)
+
+
+def fuse(windows: torch.Tensor, views: Sequence[View], canvas: torch.Tensor) -> torch.Tensor:
+    fusion = Fusion(canvas, views)
+    fusion.add(windows, views)
+    return fusion.mean()
 
 
 @st.composite

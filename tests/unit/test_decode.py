@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
-from panorama.decode import decode_canvas
+from panorama.decode import MIN_SLICE, decode_canvas
 from tests.small import small_vae
 from weights.train.autoencoder import to_tensor
 from weights.train.scenes import Scene, render
@@ -87,3 +88,33 @@ def test_what_is_small_enough_is_decoded_whole(vae: AutoencoderKL) -> None:
     with torch.no_grad():
         expected = vae.decode(latents / vae.config.scaling_factor).sample.clamp(-1, 1)
     torch.testing.assert_close(decode_canvas(vae, latents, max_cells=320), expected)
+
+
+@pytest.mark.parametrize(("room", "fits"), [(300, 200), (150, MIN_SLICE), (100, MIN_SLICE)])
+def test_too_little_memory_decodes_smaller_slices(
+    vae: AutoencoderKL, caplog: pytest.LogCaptureFixture, room: int, fits: int
+) -> None:
+    latents = torch.randn(1, 4, 8, 400)
+    expected = decode_canvas(vae, latents, ring="x", max_cells=8 * fits)
+    tried: list[int] = []
+
+    def refuse(_: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        cells = inputs[0].shape[-1]
+        tried.append(cells)
+        if cells > room:
+            raise torch.OutOfMemoryError(f"no memory for {cells} cells")
+
+    hook = vae.decoder.register_forward_pre_hook(refuse)
+    try:
+        if room < MIN_SLICE:
+            with pytest.raises(torch.OutOfMemoryError, match="no memory for 128 cells"):
+                decode_canvas(vae, latents, ring="x")
+        else:
+            assert torch.equal(decode_canvas(vae, latents, ring="x"), expected)
+    finally:
+        hook.remove()
+    assert tried[0] == 400
+    assert caplog.messages[0] == (
+        "not enough memory to decode 400 latent cells along x at once: going on with 200"
+    )
+    assert not any("forward" in vars(module) for module in vae.modules())

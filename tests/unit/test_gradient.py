@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 from panorama.gradient import checkpointed, frozen
 from tests.small import small_unet, small_vae
@@ -118,18 +119,61 @@ def test_weights_that_were_frozen_before_stay_frozen() -> None:
     assert trainable == {"conv_in.weight", "conv_in.bias"}
 
 
-def test_blocks_of_another_kind_are_left_alone() -> None:
+OTHER_KINDS: list[dict[str, Any]] = [
+    {
+        "down_block_types": ("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
+        "up_block_types": ("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
+        "resnet_time_scale_shift": "scale_shift",
+    },
+    {"act_fn": "gelu"},
+    {"mid_block_scale_factor": 2},
+]
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS, ids=lambda kind: next(iter(kind)))
+def test_blocks_of_another_kind_are_left_alone(kind: dict[str, Any]) -> None:
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "ResnetDownsampleBlock2D"),
-        up_block_types=("ResnetUpsampleBlock2D", "CrossAttnUpBlock2D"),
-        resnet_time_scale_shift="scale_shift",
-        cross_attention_dim=128,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        layers_per_block=1,
+        **{
+            "block_out_channels": (8, 16),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 128,
+            "attention_head_dim": 2,
+            "norm_num_groups": 4,
+            "layers_per_block": 1,
+            **kind,
+        }
     ).double()
     before = gradient(unet, unet_noise)
     with frozen(unet):
         torch.testing.assert_close(gradient(unet, unet_noise), before, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("padding", ["same", "valid", 1])
+def test_convolutions_of_any_padding_have_their_gradient(padding: Any) -> None:
+    torch.manual_seed(0)
+    conv, x = nn.Conv2d(3, 4, 3, padding=padding), torch.randn(2, 3, 8, 8).requires_grad_()
+    (expected,) = torch.autograd.grad(conv(x).square().sum(), x)
+    with frozen(conv):
+        (found,) = torch.autograd.grad(conv(x).square().sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_under_autocast_a_gradient_meets_weights_of_its_own_kind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kinds: list[torch.dtype] = []
+
+    def watched(shape: Any, weight: Tensor, gradient: Tensor, *geometry: Any) -> Tensor:
+        kinds.extend((weight.dtype, gradient.dtype))
+        return conv2d_input(shape, weight, gradient, *geometry)
+
+    monkeypatch.setattr("panorama.gradient.conv2d_input", watched)
+    conv, x = nn.Conv2d(3, 4, 3), torch.randn(2, 3, 8, 8).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        (expected,) = torch.autograd.grad(conv(x).float().square().sum(), x)
+        with frozen(conv):
+            (found,) = torch.autograd.grad(conv(x).float().square().sum(), x)
+    assert kinds == [torch.bfloat16, torch.bfloat16]
+    torch.testing.assert_close(found, expected)

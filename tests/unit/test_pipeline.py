@@ -236,6 +236,84 @@ def test_checkpointing_changes_nothing_and_leaves_nothing(pipe: SyncDiffusionPip
     assert not pipe.unet.is_gradient_checkpointing and not pipe.vae.is_gradient_checkpointing
 
 
+def test_every_step_runs_on_lean_networks_in_batches_of_the_size_asked_for(
+    pipe: SyncDiffusionPipeline,
+) -> None:
+    batches: list[int] = []
+    seen: list[tuple[bool, bool, bool]] = []
+
+    def look(*_: Any) -> dict[str, Tensor]:
+        networks = (pipe.unet, pipe.vae)
+        seen.append(
+            (
+                any(p.requires_grad for n in networks for p in n.parameters()),
+                "_conv_forward" in vars(pipe.unet.conv_in)
+                and "_conv_forward" in vars(pipe.vae.decoder.conv_in),
+                all(n.is_gradient_checkpointing for n in networks),
+            )
+        )
+        return {}
+
+    counter = pipe.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    try:
+        for checkpointing in (False, True):
+            run(
+                pipe,
+                width=192,
+                sync_threshold=1,
+                num_inference_steps=2,
+                view_batch_size=4,
+                checkpointing=checkpointing,
+                callback_on_step_end=look,
+            )
+    finally:
+        counter.remove()
+    assert seen == [(False, True, False)] * 2 + [(False, True, True)] * 2
+    # Of both halves of guidance: the anchor; three times two windows, each moved and seen again;
+    # then the plain step.
+    assert batches == 2 * [2, *[4, 4] * 2, 8, 2]
+
+
+def test_a_large_canvas_is_decoded_in_slices_as_asked(pipe: SyncDiffusionPipeline) -> None:
+    sizes: list[int] = []
+    counter = pipe.vae.decoder.register_forward_pre_hook(
+        lambda _, inputs: sizes.append(inputs[0].shape[-1])
+    )
+    options = {"width": 640, "num_inference_steps": 1, "sync_weight": 0.0, "output_type": "pt"}
+    try:
+        run(pipe, **options)
+        run(pipe, **options, max_cells=1)
+    finally:
+        counter.remove()
+    assert sizes == [160, 32, 128, 128]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
+def test_it_runs_in_inference_mode(pipe: SyncDiffusionPipeline, guidance_scale: float) -> None:
+    expected = run(pipe, guidance_scale=guidance_scale)
+    with torch.inference_mode():
+        noise = torch.randn(1, 4, 16, 32, generator=torch.Generator().manual_seed(0))
+        prompt, negative = pipe.encode_prompt("night over the sea")
+        found = run(
+            pipe,
+            guidance_scale=guidance_scale,
+            latents=noise,
+            prompt_embeds=prompt,
+            negative_prompt_embeds=negative,
+        )
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("solver", [DDIMScheduler, UniPCMultistepScheduler])
+def test_one_window_is_never_synchronised(pipe: SyncDiffusionPipeline, solver: Any) -> None:
+    scheduler = solver.from_config(pipe.scheduler.config)
+    pictures = [
+        run(pipe, width=64, num_inference_steps=6, scheduler=scheduler, sync_threshold=threshold)
+        for threshold in (0, 5)
+    ]
+    assert torch.equal(*pictures)
+
+
 def test_a_scheduler_for_one_call_is_neither_kept_nor_changed(pipe: SyncDiffusionPipeline) -> None:
     own, before = pipe.scheduler, run(pipe)
     solver = UniPCMultistepScheduler.from_config(own.config)

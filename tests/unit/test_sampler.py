@@ -164,26 +164,34 @@ def test_nothing_is_computed_twice(weight: float, threshold: int, sync_steps: in
 def test_unipc_steps_from_the_windows_as_they_were_moved() -> None:
     # With the same noise x0 moves by 1 / alpha of x's move, and the next x by alpha' / alpha of it.
 
-    def response(schedule: SyncSchedule) -> tuple[float, float]:
+    def response(weights: list[float], **config: Any) -> tuple[float, float]:
         ends = []
         for move in (0.0, 1.0):
             scheduler = UniPCMultistepScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", solver_order=1
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                solver_order=1,
+                **config,
             )
             scheduler.set_timesteps(20)
-            keep_moves(scheduler, schedule)
+            before = list(scheduler.disable_corrector)
             x = torch.ones(1, 4, 2, 2, dtype=torch.float64)
-            for step, t in enumerate(scheduler.timesteps[:3]):
-                moved = x + move if step == 2 else x
-                x = scheduler.step(0.1 * torch.ones_like(x), t, moved).prev_sample
+            with keep_moves(scheduler, weights):
+                for step, t in enumerate(scheduler.timesteps[:3]):
+                    moved = x + move if step == 2 else x
+                    x = scheduler.step(0.1 * torch.ones_like(x), t, moved).prev_sample
+            assert scheduler.disable_corrector == before
             ends.append(x)
         alphas = scheduler.alphas_cumprod[scheduler.timesteps.long()].sqrt()
         return float((ends[1] - ends[0]).mean()), float(alphas[3] / alphas[2])
 
-    found, expected = response(SyncSchedule(threshold=5))
+    found, expected = response([20.0] * 5)
     assert found == pytest.approx(expected, rel=1e-3)
-    found, expected = response(SyncSchedule(threshold=0))  # its corrector takes part
+    found, expected = response([20.0, 20.0, 0.0])  # its corrector takes part
     assert abs(found - expected) > 0.1 * expected
+    found, expected = response([0.0] * 3, disable_corrector=[1])  # the user wants it so
+    assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_a_direct_step_moves_x0_and_keeps_the_noise() -> None:
