@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from panorama.circular import circular, replaced
 from panorama.views import even_starts, flat_starts, inwards
@@ -132,8 +133,11 @@ def shared_statistics(vae: Any, latents: Tensor) -> Iterator[None]:
     statistics: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
 
     def measure(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-        groups = x.float().reshape(len(x), norm.num_groups, -1)
-        variance, mean = torch.var_mean(groups, (0, 2), correction=0)  # (groups,) each
+        # One of N at a time, for in half precision a copy of x would be the largest tensor of all.
+        rows = (row.float().reshape(norm.num_groups, -1) for row in x)
+        each = [torch.var_mean(row, 1, correction=0) for row in rows]
+        variances, means = (torch.stack(found) for found in zip(*each, strict=True))  # (N, groups)
+        mean, variance = means.mean(0), variances.mean(0) + means.var(0, correction=0)
         statistics[norm] = mean, variance
         return normalise(norm, mean, variance, x)
 
@@ -151,8 +155,5 @@ def shared_statistics(vae: Any, latents: Tensor) -> Iterator[None]:
 def normalise(norm: nn.GroupNorm, mean: Tensor, variance: Tensor, x: Tensor) -> Tensor:
     """GroupNorm of x (N, C, ...) with a mean and a variance (groups,) from elsewhere."""
     per_group = norm.num_channels // norm.num_groups
-    scale = (variance + norm.eps).rsqrt().repeat_interleave(per_group) * norm.weight
-    shift = norm.bias - mean.repeat_interleave(per_group) * scale
-    shape = (1, -1, *([1] * (x.dim() - 2)))
-    scaled = x.float() * scale.float().view(shape)
-    return scaled.add_(shift.float().view(shape)).to(x.dtype)
+    mean, variance = (value.repeat_interleave(per_group) for value in (mean, variance))
+    return F.batch_norm(x, mean, variance, norm.weight.float(), norm.bias.float(), eps=norm.eps)
