@@ -65,14 +65,13 @@ def decode_canvas(
         except torch.OutOfMemoryError:
             if size <= MIN_SLICE:
                 raise
-            smaller = max(size // 2, MIN_SLICE)
-        logger.warning(
-            "not enough memory to decode %d latent cells along %s at once: going on with %d",
-            size,
-            axis,
-            smaller,
-        )
-        size = smaller
+            before, size = size, max(size // 2, MIN_SLICE)
+            logger.warning(
+                "not enough memory to decode %d latent cells along %s at once: going on with %d",
+                before,
+                axis,
+                size,
+            )
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
