@@ -1,6 +1,7 @@
 """LPIPS: a perceptual distance between images, whose fixed side is computed once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
+
+from panorama.gradient import again
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -47,7 +50,7 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for index, widths in enumerate(channels):
             layers: list[nn.Module] = [nn.MaxPool2d(2)] if index else []
             for width in widths:
-                layers += [nn.Conv2d(previous, width, 3, padding=1), nn.ReLU()]
+                layers += [nn.Conv2d(previous, width, 3, padding=1), nn.ReLU(inplace=True)]
                 previous = width
             self.stages.append(nn.Sequential(*layers))
         self.heads = nn.ParameterList(nn.Parameter(torch.ones(w[-1]) / w[-1]) for w in channels)
@@ -61,16 +64,18 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Returns:
             For each stage (N, C, h, w), of unit length over C.
         """
+        return [unit(x) for x in self.see(images)]
+
+    def see(self, images: Tensor) -> Iterator[Tensor]:
+        """What each stage makes of images (N, 3, H, W) in [-1, 1]: (N, C, h, w)."""
         shift, scale = (
             torch.tensor(values, device=images.device).view(1, 3, 1, 1)
             for values in (self.config.shift, self.config.scale)
         )
         x = (images - shift) / scale  # (N, 3, H, W)
-        features = []
         for stage in self.stages:
             x = stage(x)
-            features.append(unit(x))
-        return features
+            yield x
 
     def distance(self, images: Tensor, features: Sequence[Tensor]) -> Tensor:
         """How different images look from those that were embedded.
@@ -83,17 +88,28 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
             (N,) distances, zero for equal images.
         """
         total = torch.zeros(len(images), device=images.device, dtype=images.dtype)
-        for mine, theirs, head in zip(self.embed(images), features, self.heads, strict=True):
-            # Keeps both sides for its gradient, which are there anyway, and not their difference.
-            squares = mse_loss(mine, theirs.expand_as(mine), reduction="none")  # (N, C, h, w)
-            weighted = squares * head.view(1, -1, 1, 1)
-            total = total + weighted.sum(1).mean((1, 2))
+        for x, theirs, head in zip(self.see(images), features, self.heads, strict=True):
+            # For its gradient only x is kept, which its stage keeps anyway.
+            total = total + again(partial(unlikeness, theirs, head), x)
         distance: Tensor = self.config.distance_scale * total
         return distance
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """The distance (N,) of images (N, 3, H, W) to others, both in [-1, 1]."""
         return self.distance(images, self.embed(others))
+
+
+def unlikeness(theirs: Tensor, head: Tensor, x: Tensor) -> Tensor:
+    """How different x (N, C, h, w), scaled to unit length, is from theirs: (N,).
+
+    Args:
+        theirs: (N, C, h, w) or (1, C, h, w), of unit length.
+        head: the weight of each channel (C,).
+        x: what a stage made of images.
+    """
+    mine = unit(x)
+    squares = mse_loss(mine, theirs.expand_as(mine), reduction="none")  # (N, C, h, w)
+    return (squares * head.view(1, -1, 1, 1)).sum(1).mean((1, 2))
 
 
 def unit(features: Tensor) -> Tensor:
