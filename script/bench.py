@@ -290,55 +290,57 @@ def diffusers_call(run: Run, models: Models) -> Callable[[], Tensor]:
 def measure_scale(options: argparse.Namespace) -> Table:
     """Memory beyond the canvas and its picture, and time per window, as the canvas grows.
 
-    The memory is that of a sync step. The time is without guidance, or it would be twice as long.
+    The memory is that of a sync step. The time is that of as many windows on each canvas, side by
+    side and without guidance, in batches of one size.
     """
     pipe = load_tiny().pipelines["syncdiffusion"]
-    side = pipe.window * pipe.vae_scale_factor
-    most_cells = SLICE * pipe.window**2
-
-    def denoise(windows: int, steps: int, guidance_scale: float, sync_threshold: int = 0) -> Tensor:
-        latents: Tensor = pipe(
-            PROMPT,
-            side,
-            windows * side,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            sync_threshold=sync_threshold,
-            generator=torch.Generator().manual_seed(0),
-            output_type="latent",
-        ).images
-        return latents
-
     rows: Table = {}
-    weights = weights_of(pipe)
     for windows in SCALES:
-        with Activations(weights) as denoising:
-            latents = denoise(windows, 1, 3.0, sync_threshold=1)
-        with Activations(weights) as decoding:
-            picture = decode_canvas(pipe.vae, latents, max_cells=most_cells)
-        beyond = {
-            "denoising": denoising.most - latents.nbytes,
-            "decoding": decoding.most - picture.nbytes,
-        }
-        for name, value in beyond.items():
-            rows[f"{windows} windows wide: megabytes of {name}"] = value / 1e6
-    steps = {windows: max(SCALES) // windows for windows in SCALES}  # for as long a time
-    calls = {str(windows): partial(denoise, windows, steps[windows], 1.0) for windows in SCALES}
-    rounds = Rounds(calls, options.repeats)
-    for windows in SCALES:
-        views = len(pipe._views(side, windows * side, 16, "")[0])
-        seconds = rounds.median(str(windows)) / steps[windows] / views
-        rows[f"{windows} windows wide: seconds a window"] = seconds
-    for name in ("megabytes of denoising", "megabytes of decoding", "seconds a window"):
+        with Activations(weights_of(pipe)) as denoising:
+            latents = strip(pipe, windows, 1, sync_threshold=1)
+        with Activations(weights_of(pipe)) as decoding:
+            picture = decode_canvas(pipe.vae, latents, max_cells=SLICE * pipe.window**2)
+        rows[f"{windows} windows wide: megabytes of denoising"] = beyond(denoising, latents)
+        rows[f"{windows} windows wide: megabytes of decoding"] = beyond(decoding, picture)
+    for name in ("megabytes of denoising", "megabytes of decoding"):
         values = [rows[f"{windows} windows wide: {name}"] for windows in SCALES]
         rows[f"{name}: largest over smallest"] = max(values) / min(values)
-    latents = denoise(SCALES[1], 10, 3.0)
+    alike = {"guidance_scale": 1.0, "stride": pipe.window, "view_batch_size": min(SCALES)}
+    calls = {str(n): partial(strip, pipe, n, max(SCALES) // n, **alike) for n in SCALES}
+    rounds = Rounds(calls, 2 * options.repeats)
+    for name in calls:
+        rows[f"{name} windows wide: seconds a window"] = rounds.median(name) / max(SCALES)
+    ratios = [rounds.ratio(name, str(min(SCALES))) for name in calls]
+    rows["seconds a window: largest over smallest"] = max(ratios) / min(ratios)
+    latents = strip(pipe, SCALES[1], 10)
     whole = decode_canvas(pipe.vae, latents)
-    sliced = decode_canvas(pipe.vae, latents, max_cells=most_cells)
+    sliced = decode_canvas(pipe.vae, latents, max_cells=SLICE * pipe.window**2)
     apart = (whole - sliced).abs() * 127.5
     rows["sliced decode: largest difference, grey levels"] = float(apart.max())
     rows["sliced decode: mean difference, grey levels"] = float(apart.mean())
     return rows
+
+
+def strip(pipe: SyncDiffusionPipeline, windows: int, steps: int, **options: Any) -> Tensor:
+    """The latents of a canvas so many windows wide, without synchronising if not asked for it."""
+    side = pipe.window * pipe.vae_scale_factor
+    generator = torch.Generator().manual_seed(0)
+    chosen = {"guidance_scale": 3.0, "sync_threshold": 0, **options}
+    latents: Tensor = pipe(
+        PROMPT,
+        side,
+        windows * side,
+        num_inference_steps=steps,
+        generator=generator,
+        output_type="latent",
+        **chosen,
+    ).images
+    return latents
+
+
+def beyond(activations: Activations, result: Tensor) -> float:
+    """The most megabytes that were alive at once beside a result."""
+    return (activations.most - result.nbytes) / 1e6
 
 
 def measure_true_size(_: argparse.Namespace) -> Table:
