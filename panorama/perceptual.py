@@ -1,7 +1,6 @@
 """LPIPS: a perceptual distance between images, whose fixed side is computed once."""
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,8 +9,7 @@ from diffusers.configuration_utils import register_to_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
-
-from panorama.gradient import again
+from torch.utils.checkpoint import checkpoint
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -90,7 +88,9 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
         total = torch.zeros(len(images), device=images.device, dtype=images.dtype)
         for x, theirs, head in zip(self.see(images), features, self.heads, strict=True):
             # For its gradient only x is kept, which its stage keeps anyway.
-            total = total + again(partial(unlikeness, theirs, head), x)
+            total = total + checkpoint(
+                unlikeness, x, theirs, head, use_reentrant=False, preserve_rng_state=False
+            )
         distance: Tensor = self.config.distance_scale * total
         return distance
 
@@ -99,13 +99,13 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return self.distance(images, self.embed(others))
 
 
-def unlikeness(theirs: Tensor, head: Tensor, x: Tensor) -> Tensor:
+def unlikeness(x: Tensor, theirs: Tensor, head: Tensor) -> Tensor:
     """How different x (N, C, h, w), scaled to unit length, is from theirs: (N,).
 
     Args:
+        x: what a stage made of images.
         theirs: (N, C, h, w) or (1, C, h, w), of unit length.
         head: the weight of each channel (C,).
-        x: what a stage made of images.
     """
     mine = unit(x)
     squares = mse_loss(mine, theirs.expand_as(mine), reduction="none")  # (N, C, h, w)
