@@ -52,12 +52,12 @@ def decode_canvas(
     """
     height, width = latents.shape[-2:]
     axis, dim, across = ("x", -1, height) if width >= height else ("y", -2, width)
-    size = max(height, width)
+    size = length = max(height, width)
     if height * width > max_cells:
-        size = min(size, max(max_cells // across, MIN_SLICE))
+        size = min(length, max(max_cells // across, MIN_SLICE))
     while True:
         try:
-            if size == latents.shape[dim]:
+            if size == length:
                 with circular(vae, axes=ring):
                     return decode(vae, latents).clamp_(-1, 1)
             with circular(vae, axes="" if ring == axis else ring):

@@ -64,11 +64,10 @@ def sample(
         The denoised latents (1, C, H, W).
     """
     plain, synchronising = Batches(view_batch_size), Batches(max(1, view_batch_size // 2))
-    weights = [0.0 for _ in scheduler.timesteps]
-    if synchronizer and schedule:  # a window alone has none to be like
-        weights = [
-            schedule(k) if len(views[k % len(views)]) > 1 else 0.0 for k in range(len(weights))
-        ]
+    weights = [  # a window alone has none to be like
+        schedule(k) if synchronizer and schedule and len(views[k % len(views)]) > 1 else 0.0
+        for k in range(len(scheduler.timesteps))
+    ]
 
     def predict(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         return x, predict_noise(x, t)

@@ -294,12 +294,13 @@ def measure_scale(options: argparse.Namespace) -> Table:
     side and without guidance, in batches of one size.
     """
     pipe = load_tiny().pipelines["syncdiffusion"]
+    weights, most_cells = weights_of(pipe), SLICE * pipe.window**2
     rows: Table = {}
     for windows in SCALES:
-        with Activations(weights_of(pipe)) as denoising:
+        with Activations(weights) as denoising:
             latents = strip(pipe, windows, 1, sync_threshold=1)
-        with Activations(weights_of(pipe)) as decoding:
-            picture = decode_canvas(pipe.vae, latents, max_cells=SLICE * pipe.window**2)
+        with Activations(weights) as decoding:
+            picture = decode_canvas(pipe.vae, latents, max_cells=most_cells)
         rows[f"{windows} windows wide: megabytes of denoising"] = beyond(denoising, latents)
         rows[f"{windows} windows wide: megabytes of decoding"] = beyond(decoding, picture)
     for name in ("megabytes of denoising", "megabytes of decoding"):
@@ -314,7 +315,7 @@ def measure_scale(options: argparse.Namespace) -> Table:
     rows["seconds a window: largest over smallest"] = max(ratios) / min(ratios)
     latents = strip(pipe, SCALES[1], 10)
     whole = decode_canvas(pipe.vae, latents)
-    sliced = decode_canvas(pipe.vae, latents, max_cells=SLICE * pipe.window**2)
+    sliced = decode_canvas(pipe.vae, latents, max_cells=most_cells)
     apart = (whole - sliced).abs() * 127.5
     rows["sliced decode: largest difference, grey levels"] = float(apart.max())
     rows["sliced decode: mean difference, grey levels"] = float(apart.mean())
