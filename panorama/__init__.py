@@ -1,14 +1,12 @@
 """Seamless, coherent panoramas from a prompt.
 
-    from panorama import Request, load, save
+    from panorama import Request, load
 
     models = load("tiny")
-    request = Request(prompt="sunset over snowy mountains", loop_closure=True)
-    request = request.resolve(models.settings(request.mode))
-    save(models.generate(request), "sunset.png", request, models.family)
+    panorama = models.generate(Request(prompt="sunset over snowy mountains", loop_closure=True))
+    panorama.save("sunset.png")
 
-Names are imported when they are first used, so `import panorama` alone loads neither torch
-nor diffusers.
+Names are imported when they are first used: `import panorama` loads neither torch nor diffusers.
 """
 
 from importlib import import_module
@@ -17,38 +15,53 @@ from typing import TYPE_CHECKING
 from panorama.__version__ import __version__
 
 if TYPE_CHECKING:
-    from panorama.models import Models, load
-    from panorama.picture import read_metadata, save
+    from panorama.errors import NotFiniteError
+    from panorama.images.files import Panorama, read_metadata
+    from panorama.images.safety import ImageWithheldError
+    from panorama.images.vae import to_pil
+    from panorama.modes import Models, load
+    from panorama.pipeline import Pipeline, Settings
     from panorama.request import ModeSettings, Request, ResolvedRequest
-    from panorama.safety import PictureWithheldError
-    from panorama.sdxl import SDXL360
-    from panorama.syncdiffusion import SyncDiffusionPipeline
+    from panorama.sampling.synchronize import SyncSettings
+    from panorama.sampling.views import Disjoint, Sliding, Spanning
 
 __all__ = [
-    "SDXL360",
+    "Disjoint",
+    "ImageWithheldError",
     "ModeSettings",
     "Models",
-    "PictureWithheldError",
+    "NotFiniteError",
+    "Panorama",
+    "Pipeline",
     "Request",
     "ResolvedRequest",
-    "SyncDiffusionPipeline",
+    "Settings",
+    "Sliding",
+    "Spanning",
+    "SyncSettings",
     "__version__",
     "load",
     "read_metadata",
-    "save",
+    "to_pil",
 ]
 
 _HOMES = {
+    "Disjoint": "panorama.sampling.views",
+    "ImageWithheldError": "panorama.images.safety",
     "ModeSettings": "panorama.request",
-    "Models": "panorama.models",
-    "PictureWithheldError": "panorama.safety",
+    "Models": "panorama.modes",
+    "NotFiniteError": "panorama.errors",
+    "Panorama": "panorama.images.files",
+    "Pipeline": "panorama.pipeline",
     "Request": "panorama.request",
     "ResolvedRequest": "panorama.request",
-    "SDXL360": "panorama.sdxl",
-    "SyncDiffusionPipeline": "panorama.syncdiffusion",
-    "load": "panorama.models",
-    "read_metadata": "panorama.picture",
-    "save": "panorama.picture",
+    "Settings": "panorama.pipeline",
+    "Sliding": "panorama.sampling.views",
+    "Spanning": "panorama.sampling.views",
+    "SyncSettings": "panorama.sampling.synchronize",
+    "load": "panorama.modes",
+    "read_metadata": "panorama.images.files",
+    "to_pil": "panorama.images.vae",
 }
 
 

@@ -1,7 +1,6 @@
-"""The command line: `python -m panorama -i prompt="sunset over snowy mountains" -o out.png`.
+"""The command line: `panorama -i prompt="sunset over snowy mountains" -o out.png`.
 
-It takes inputs as `cog predict` does and runs the same Predictor as the container, in this
-process. Run it from the repository, or through script/predict.
+It takes inputs as `cog predict` does. `python -m panorama` and script/predict run it too.
 """
 
 import argparse
@@ -9,10 +8,12 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from panorama.picture import write_atomically
+from panorama.environment import load_models
+from panorama.errors import shorten
 from panorama.request import INPUTS, Request
 from panorama.weights import WeightsError
 
@@ -21,98 +22,97 @@ class Parser(argparse.ArgumentParser):
     """Reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints the message to stderr and exits with 2."""
+        """Print the message to stderr and exit with 2."""
         self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Makes one picture.
+    """Make one panorama.
 
     Args:
-        arguments: Of the command line; None for those of this process.
+        arguments: those of the command line; None for those of this process.
 
     Returns:
-        The exit code: 0, or 1 when making the picture failed. Bad arguments exit with 2.
+        The exit code: 0, 1 if making the panorama failed, 130 if it was interrupted. Bad
+        arguments exit with 2.
     """
-    parser = Parser(prog="panorama", description="Makes a panorama from a prompt.")
+    parser = Parser(prog="panorama", description="Make a panorama from a prompt.")
     parser.add_argument("-i", metavar="NAME=VALUE", dest="inputs", action="append", default=[])
     parser.add_argument("-o", metavar="FILE", dest="output", default="output.png", type=Path)
     options = parser.parse_args(arguments)
     try:
         request = Request(**parse_inputs(options.inputs))
         check_output(options.output)
-        predictor = load_predictor()
-        resolved = predictor.resolve(request.inputs())
+        models = load_models()
+        job = models.prepare(request)
     except (ValueError, FileNotFoundError, WeightsError) as error:  # the second: no such family
         parser.error(str(error))
 
+    print(f"seed: {job.request.seed}", flush=True)
     try:
-        path = predictor.make(resolved)
+        models.run(job, print_step).save(options.output)
     except KeyboardInterrupt:
         return 130
     except Exception:
         traceback.print_exc()
         return 1
-    write_atomically(options.output, path.read_bytes())
     print(options.output)
     return 0
 
 
+def print_step(step: int, steps: int) -> None:
+    """Print the number of a step, from 1, and of all steps."""
+    print(f"step {step}/{steps}", flush=True)
+
+
 def parse_inputs(pairs: Sequence[str]) -> dict[str, Any]:
-    """Inputs from `name=value` pairs, each of its input's type where it can be.
+    """Parse `name=value` pairs, each into its input's type where possible.
 
     Raises:
-        ValueError: A pair without "=", an unknown name, one given twice, or one missing.
+        ValueError: a pair has no "=", a name is unknown or given twice, or the prompt is missing.
     """
     inputs: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
-            raise ValueError(f"-i {pair}: must be NAME=VALUE, such as -i seed=1")
+            raise ValueError(f"-i {shorten(pair)}: must be NAME=VALUE; try seed=1")
         if name not in INPUTS:
-            raise ValueError(f"{name}: no such input; there are {', '.join(INPUTS)}")
+            raise ValueError(f"-i {shorten(name)}: must be one of {', '.join(INPUTS)}")
         if name in inputs:
-            raise ValueError(f"{name}: given twice; give it once")
+            raise ValueError(f"{name}: must be given once")
         inputs[name] = parse_value(INPUTS[name].kind, text)
     for name, rule in INPUTS.items():
         if rule.required and name not in inputs:
-            raise ValueError(f"{name}: missing; give it as -i {name}=...")
+            raise ValueError(f"{name}: must be given; try -i {name}={rule.example!r}")
     return inputs
 
 
 def parse_value(kind: type, text: str) -> object:
-    """The value that `text` stands for; `text` itself, for `Request` to refuse, if none."""
+    """Return the value that a text stands for, or else the text, for `Request` to refuse."""
+    if kind is str:
+        return text
     if kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
     if kind is Path:
         return Path(text[1:]) if text.startswith("@") else text
-    try:
-        return kind(text)
-    except ValueError:
-        return text
+    for parse in (int, float):
+        with suppress(ValueError):
+            return parse(text)
+    return text
 
 
 def check_output(path: Path) -> None:
-    """Checks, before any work, that a picture can be written to `path`.
+    """Check, before any work, that an image can be written to a path.
 
     Raises:
-        ValueError: It cannot.
+        ValueError: it cannot.
     """
     if path.suffix.lower() != ".png":
-        raise ValueError(f"-o {path}: must be a file that ends in .png; output.png would do")
+        raise ValueError(f"-o {path}: must be a file that ends in .png; try output.png")
     if not path.parent.is_dir():
-        raise ValueError(f"-o {path}: there is no folder {path.parent}")
+        raise ValueError(f"-o {path}: must be in a folder that exists; try output.png")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"-o {path}: cannot be written")
-
-
-def load_predictor() -> Any:
-    """Cog's Predictor, set up. Imported only now: loading torch takes seconds."""
-    from predict import Predictor
-
-    predictor = Predictor()
-    predictor.setup()
-    return predictor
+        raise ValueError(f"-o {path}: must be writable; try output.png")
 
 
 if __name__ == "__main__":

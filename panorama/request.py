@@ -1,214 +1,141 @@
-"""Request: every input of the model, its default, its range, and the rules between them.
+"""Every input of the model: its default, its range, and the rules between inputs.
 
-`Request` is the one table of inputs. Validation, the command line, the README's table and the
-test that holds predict.py's literals are all derived from it, through `INPUTS`.
+`Request` is the one table of inputs. Validation, the command line, the README's table and the test
+that holds predict.py's literals all derive from it, through `INPUTS`.
 """
 
 import dataclasses
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field
-from math import ceil, floor, inf, prod
+from math import ceil, floor, inf, prod, sqrt
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args, get_type_hints
 
-from panorama import depth
+from panorama.errors import shorten
 
-SEED_BITS = 32  # torch's CPU generator looks at no more than the low 32 bits of a seed
+SEED_BITS = 32  # torch's CPU generator reads only the low 32 bits of a seed
+LONGEST_TEXT = 10_000  # characters of a prompt
 
-OWN_INPUTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "syncdiffusion": (
-            "sync_weight",
-            "sync_decay_rate",
-            "sync_freq",
-            "sync_threshold",
-            "stride",
-            "loop_closure",
-            "speed",
-            "scheduler",
-        ),
-        "sdxl-360": ("depth_image", "controlnet_conditioning_scale", "lora_scale"),
-    }
-)
-"""The inputs that belong to one mode alone. All others belong to every mode."""
-
-NEEDS: Mapping[str, str] = MappingProxyType({"controlnet_conditioning_scale": "depth_image"})
-"""The inputs that say how another one is used, and which: they mean nothing without it."""
+EVERY_MODE = ("syncdiffusion", "syncdiffusion-xl", "sdxl-360")
+WINDOWED = ("syncdiffusion", "syncdiffusion-xl")
+SDXL = ("syncdiffusion-xl", "sdxl-360")
+ALWAYS_CLOSED = ("sdxl-360",)  # closes left to right without `loop_closure`
 
 
 @dataclass(frozen=True)
-class Speed:
-    """How mode syncdiffusion saves time.
+class SpeedSettings:
+    """What a value of `speed` means for the inputs that it decides."""
 
-    Attributes:
-        num_inference_steps: Where a request leaves it open.
-        scheduler: Likewise; None for the model's own.
-        disjoint: Whether windows lie next to one another, elsewhere at each step but the last,
-            where they overlap, rather than every `stride` cells.
-        sync_on_x0: Whether synchronising leaves the UNet out of its gradient.
-        sync_pooling: How many latent cells it sees as one, along either axis.
-    """
-
-    num_inference_steps: int
-    scheduler: str | None = None
-    disjoint: bool = False
-    sync_on_x0: bool = False
-    sync_pooling: int = 1
+    num_inference_steps: int  # default
+    scheduler: str | None = None  # default; None for the model's own
+    takes_stride: bool = True  # False if `stride` must be left at its default
 
 
-SPEEDS: Mapping[str, Speed] = MappingProxyType(
-    {
-        "exact": Speed(num_inference_steps=50),
-        "fast": Speed(20, "dpm++", disjoint=True, sync_on_x0=True, sync_pooling=2),
-    }
-)
-"""What the values of the input `speed` stand for."""
-
-SCHEDULERS = ("ddim", "dpm++", "unipc")
-
-ALWAYS_CLOSED = ("sdxl-360",)
-"""The modes whose pictures close left to right without being asked to."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModeSettings:
-    """What a mode of one model family asks and offers, read from the family's own files.
+    """What one mode of a loaded family needs and offers."""
 
-    Attributes:
-        width: The mode's own width, pixels.
-        height: The mode's own height, pixels.
-        guidance_scale: The family's default.
-        multiple: Widths and heights are multiples of it, pixels.
-        smallest: The least width and height, pixels, a multiple of `multiple`.
-        largest: The largest area, pixels; inf where nothing sets a bound.
-        least_guidance: The least guidance_scale that there is a meaning to.
-        window: Side of the square windows on the canvas, latent cells, where there are windows.
-        tokens: Words that the LoRA listens to, if it has any; a prompt has to name one.
-    """
-
-    width: int
-    height: int
-    guidance_scale: float
-    multiple: int
-    smallest: int
-    largest: float = inf
-    least_guidance: float = 0.0
-    window: int = 0
-    tokens: tuple[str, ...] = ()
+    width: int  # default, pixels
+    height: int  # default, pixels
+    guidance_scale: float  # default
+    multiple: int  # pixels, divides every width and height
+    smallest: int  # least width and height in pixels, a multiple of `multiple`
+    largest: float = inf  # greatest area, pixels
+    window: int = 0  # side of a window in latent cells, 0 without windows
+    tokens: tuple[str, ...] = ()  # trigger tokens of the LoRA, empty without one
+    speed: str = "exact"  # default
+    speeds: Mapping[str, SpeedSettings]  # meaning of every value of `speed`
 
 
 @dataclass(frozen=True)
 class Input:
-    """The rules of one input.
-
-    Attributes:
-        name: As clients write it.
-        kind: str, bool, int, float or Path.
-        optional: Whether None is allowed.
-        default: What holds where a request does not say; `dataclasses.MISSING` if it must say.
-        minimum: Smallest number, inclusive; -inf for what is not a number.
-        maximum: Largest number, inclusive; inf where only the model sets a bound, or nothing.
-        choices: All there are, or () if there is no list.
-        modes: Those that it belongs to.
-        description: One or two sentences for users.
-    """
+    """The rules of one input."""
 
     name: str
     kind: type[str] | type[bool] | type[int] | type[float] | type[Path]
-    optional: bool
-    default: Any
-    minimum: float
-    maximum: float
-    choices: tuple[str, ...]
-    modes: tuple[str, ...]
-    description: str
+    optional: bool  # takes None
+    default: Any  # dataclasses.MISSING if a request must give it
+    example: Any  # a legal value to suggest; None for none
+    description: str  # one or two sentences for users
+    minimum: float  # inclusive
+    maximum: float  # inclusive
+    choices: tuple[str, ...]  # every legal text, () for any
+    modes: tuple[str, ...]  # those that take it
+    needs: str | None  # the input without which it means nothing
 
     @property
     def required(self) -> bool:
-        """Whether a request must give it."""
+        """Return True if a request must give the input."""
         return self.default is MISSING
 
-    @property
-    def range(self) -> str:
-        """The range of a number, in words."""
-        upto = "" if self.maximum == inf else f" and at most {self.maximum}"
-        return f"at least {self.minimum}{upto}"
+    def check(self, value: object) -> object:
+        """Check the type and range of a value.
 
-    def check(self, value: object) -> None:
-        """Checks type and range.
+        Returns:
+            The value in the input's own type: 7 for 7.0 where it is an integer.
 
         Raises:
-            ValueError: With the name, the value, the rule and a value that would do.
+            ValueError: the value breaks a rule.
         """
         if value is None and self.optional:
-            return
-        _CHECKS[self.kind](self, value)
-
-    def check_mode(self, value: object, mode: str) -> None:
-        """Checks that the input belongs to a mode, or was left at its default.
-
-        Clients that send every input, each with its published default, so can use any mode.
-
-        Raises:
-            ValueError: As for `check`.
-        """
-        if mode not in self.modes and value != self.default:
-            rule = f"be left out with mode={mode!r}, as it belongs to {', '.join(self.modes)}"
-            raise self.refuse(value, rule, self.default)
-
-    def check_need(self, value: object, inputs: Mapping[str, object]) -> None:
-        """Checks that the input which this one is about is there, or this one at its default.
-
-        Raises:
-            ValueError: As for `check`.
-        """
-        need = NEEDS.get(self.name)
-        if need and inputs[need] is None and value != self.default:
-            raise self.refuse(value, f"be left out without {need}", self.default)
+            return None
+        return _CHECKS[self.kind](self, value)
 
     def refuse(self, value: object, rule: str, legal: object) -> ValueError:
-        """The error to raise: names the input, its value, the rule, and a value that would do.
+        """Build the error for a value that breaks a rule.
 
-        Of a file it says the name and not the folder, which only this machine knows.
+        Args:
+            value: the value. A file is shown without its folder, which is nobody else's business.
+            rule: the rule, to follow the word "must".
+            legal: a value to try instead; None to leave the input out.
         """
-        shown = value.name if isinstance(value, Path) else value
-        return ValueError(f"{self.name}={shown!r}: {self.name} must {rule}; {legal!r} would do")
+        shown = shorten(value.name if isinstance(value, Path) else value)
+        advice = "leave it out" if legal is None else f"try {legal!r}"
+        return ValueError(f"{self.name}={shown}: must {rule}; {advice}")
 
 
-def _check_bool(rule: Input, value: object) -> None:
+def _check_bool(rule: Input, value: object) -> bool:
     if not isinstance(value, bool):
         raise rule.refuse(value, "be true or false", rule.default)
+    return value
 
 
-def _check_number(rule: Input, value: object) -> None:
-    kinds, noun = ((int,), "an integer") if rule.kind is int else ((int, float), "a number")
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise rule.refuse(value, f"be {noun}", rule.default)
-    if not value >= rule.minimum:  # rather than <, so that NaN is refused too
-        raise rule.refuse(value, f"be {rule.range}", rule.minimum)
-    if value > rule.maximum:
-        raise rule.refuse(value, f"be {rule.range}", rule.maximum)
+def _check_number(rule: Input, value: object) -> float:
+    noun = "an integer" if rule.kind is int else "a number"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise rule.refuse(value, f"be {noun}", rule.example)
+    if not rule.minimum <= value <= rule.maximum:  # refuses NaN too
+        legal = rule.maximum if value > rule.maximum else rule.minimum
+        upper = "" if rule.maximum == inf else f" and at most {rule.maximum}"
+        raise rule.refuse(value, f"be at least {rule.minimum}{upper}", legal)
+    if rule.kind is float:
+        return float(value)
+    if isinstance(value, float) and not value.is_integer():
+        raise rule.refuse(value, f"be {noun}", rule.example)
+    return int(value)
 
 
-def _check_text(rule: Input, value: object) -> None:
-    legal = "sunset over snowy mountains" if rule.required else rule.default
+def _check_text(rule: Input, value: object) -> str:
     if not isinstance(value, str):
-        raise rule.refuse(value, "be text", legal)
+        raise rule.refuse(value, "be text", rule.example)
     if rule.choices and value not in rule.choices:
-        raise rule.refuse(value, f"be one of {', '.join(rule.choices)}", legal)
+        raise rule.refuse(value, f"be one of {', '.join(rule.choices)}", rule.example)
     if rule.required and not value.strip():
-        raise rule.refuse(value, "not be empty", legal)
+        raise rule.refuse(value, "not be empty", rule.example)
+    if len(value) > LONGEST_TEXT:
+        raise rule.refuse(value, f"have at most {LONGEST_TEXT} characters", rule.example)
     if value != value.encode(errors="ignore").decode():
-        raise rule.refuse(value, "be text that UTF-8 can hold", legal)
+        raise rule.refuse(value, "be valid Unicode, without lone surrogates", rule.example)
+    return value
 
 
-def _check_file(rule: Input, value: object) -> None:
-    """A text is no file: it could name any file of the machine that runs the model."""
+def _check_file(rule: Input, value: object) -> Path:
+    # A text is not a file: it could name any file of the machine that runs the model.
     if not isinstance(value, Path):
-        way = "be a file, sent as a data or http URL, or as @FILE on the command line"
-        raise rule.refuse(value, way, rule.default)
+        raise rule.refuse(value, "be a file: a data or http URL, or @FILE in a shell", rule.default)
+    return value
 
 
 _CHECKS = {
@@ -224,184 +151,203 @@ def _input(
     description: str,
     *,
     default: Any = MISSING,
-    minimum: float = -inf,
-    maximum: float = inf,
+    example: Any = None,
+    bounds: tuple[float, float] = (-inf, inf),
     choices: tuple[str, ...] = (),
+    modes: tuple[str, ...] = EVERY_MODE,
+    needs: str | None = None,
 ) -> Any:
     rules = {
         "description": description,
-        "minimum": minimum,
-        "maximum": maximum,
+        "example": default if example is None else example,
+        "minimum": bounds[0],
+        "maximum": bounds[1],
         "choices": choices,
+        "modes": modes,
+        "needs": needs,
     }
     return field(default=default, metadata=rules)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One panorama to make, as asked. Constructing it checks what no model is needed for.
+    """One panorama to make, as a user asks for it.
 
-    None stands for what the mode and the model family like best; `resolve` fills it in.
+    None leaves an input to the mode and the model family; `resolve` fills it in. The constructor
+    checks what can be checked without a model.
 
     Raises:
-        ValueError: An input has the wrong type or is out of its range. The message names the
-            input, its value, the rule, and a value that would do.
+        ValueError: an input has the wrong type or is out of range. The message names the input,
+            its value, the rule and a legal value.
     """
 
-    prompt: str = _input("What the panorama shows.")
-    negative_prompt: str = _input("What it should not show.", default="")
+    prompt: str = _input("What the panorama shows.", example="sunset over snowy mountains")
+    negative_prompt: str = _input("What the panorama should not show.", default="")
     mode: str = _input(
-        "How it is made. syncdiffusion: a wide or tall strip of overlapping windows, kept "
-        "coherent by synchronising them. sdxl-360: a 360 picture that always closes left to "
-        "right, from text alone or following a depth image.",
+        "How to make it. syncdiffusion: a wide or tall strip from overlapping windows of Stable "
+        "Diffusion 2, synchronised to keep it coherent. syncdiffusion-xl: the same with SDXL, and "
+        "a depth image to follow if given. sdxl-360: a 360 degree image by SDXL that always "
+        "closes left to right, with or without a depth image.",
         default="syncdiffusion",
-        choices=tuple(OWN_INPUTS),
+        choices=EVERY_MODE,
     )
     width: int | None = _input(
         "Width in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a "
-        "multiple of 32. If left out, the depth image's own width, or else the mode's.",
+        "multiple of 32. Defaults to the depth image's width, or else the mode's own.",
         default=None,
-        minimum=64,
-        maximum=16384,
+        example=1024,
+        bounds=(64, 16384),
     )
     height: int | None = _input(
         "Height in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a "
-        "multiple of 32. If left out, the depth image's own height, or else the mode's.",
+        "multiple of 32. Defaults to the depth image's height, or else the mode's own.",
         default=None,
-        minimum=64,
-        maximum=16384,
+        example=512,
+        bounds=(64, 16384),
     )
     guidance_scale: float | None = _input(
-        "How closely to follow the prompt; in sdxl-360 at least 1. If left out, the model "
-        "family's own default.",
+        "How closely to follow the prompt; 1 turns guidance off. Defaults to the model family's "
+        "own value.",
         default=None,
-        minimum=0.0,
-        maximum=20.0,
+        example=7.5,
+        bounds=(0.0, 20.0),
     )
     sync_weight: float = _input(
-        "Weight of the gradient that pulls the windows towards one another. 0 turns it off.",
+        "Weight of the gradient that pulls the windows towards one another; 0 turns it off.",
         default=20.0,
-        minimum=0.0,
-        maximum=30.0,
+        bounds=(0.0, 30.0),
+        modes=WINDOWED,
     )
     sync_decay_rate: float = _input(
         "Factor by which that weight shrinks from one step to the next.",
         default=0.99,
-        minimum=0.0,
-        maximum=1.0,
+        bounds=(0.0, 1.0),
+        modes=WINDOWED,
     )
-    sync_freq: int = _input("Synchronise at every n-th step.", default=1, minimum=1)
+    sync_freq: int = _input(
+        "Synchronise at every n-th step.", default=1, bounds=(1, inf), modes=WINDOWED
+    )
     sync_threshold: int = _input(
-        "Number of steps, from the first on, during which to synchronise.",
+        "Number of steps, counted from the first, during which to synchronise.",
         default=5,
-        minimum=0,
-        maximum=200,
+        bounds=(0, 200),
+        modes=WINDOWED,
     )
     num_inference_steps: int | None = _input(
-        "Number of denoising steps. If left out, 50, or 20 with speed=fast.",
+        "Number of denoising steps. Defaults to 50, or 20 with speed=fast.",
         default=None,
-        minimum=1,
-        maximum=200,
+        example=50,
+        bounds=(1, 200),
     )
     stride: int = _input(
-        "Distance between neighbouring windows in latent cells (of 8 pixels), at most the "
-        "side of a window. Smaller is smoother and slower. speed=fast lays its windows itself, and "
-        "it has to be left out.",
+        "Distance between neighbouring windows in latent cells of 8 pixels, at most the side of a "
+        "window. Smaller is smoother and slower. Leave it out with speed=fast, which places its "
+        "windows itself.",
         default=16,
-        minimum=8,
+        bounds=(8, inf),
+        modes=WINDOWED,
     )
     seed: int | None = _input(
-        "The same seed and inputs give the same picture. If left out, a random one.",
+        "Seed of the noise: the same seed and inputs give the same image. Random by default.",
         default=None,
-        minimum=0,
-        maximum=2**SEED_BITS - 1,
+        example=1,
+        bounds=(0, 2**SEED_BITS - 1),
     )
     loop_closure: bool = _input(
-        "Close the panorama into a ring, along its longer side.", default=False
+        "Close the panorama into a ring along its longer side.", default=False, modes=WINDOWED
     )
-    speed: str = _input(
-        "exact: as the paper describes it. fast: several times cheaper, by fewer windows, fewer "
-        "steps and cheaper synchronising.",
-        default="exact",
-        choices=tuple(SPEEDS),
+    speed: str | None = _input(
+        "exact: as published. fast: several times cheaper, with fewer windows, fewer steps and a "
+        "cheaper gradient. Defaults to exact in syncdiffusion and to fast in syncdiffusion-xl.",
+        default=None,
+        example="exact",
+        choices=("exact", "fast"),
+        modes=WINDOWED,
     )
     scheduler: str | None = _input(
-        "Solver of the denoising steps: DDIM, DPM-Solver++ 2M or UniPC. If left out, the model's "
-        "own, or dpm++ with speed=fast.",
+        "Solver of the denoising steps: DDIM, Euler, DPM-Solver++ 2M or UniPC. Defaults to the "
+        "model's own, or to dpm++ with speed=fast.",
         default=None,
-        choices=SCHEDULERS,
+        example="ddim",
+        choices=("ddim", "euler", "dpm++", "unipc"),
     )
     depth_image: Path | None = _input(
-        "A depth image to follow, brighter is nearer. Its left and right edges should match. "
-        "If left out, the picture follows the prompt alone.",
+        "Depth image to follow; brighter is nearer. The edges that a panorama closes should match. "
+        "Left out, the prompt alone decides.",
         default=None,
+        modes=SDXL,
     )
     controlnet_conditioning_scale: float = _input(
-        "How closely to follow the depth image. 0 gives the picture of the prompt alone.",
+        "How closely to follow the depth image; 0 ignores it.",
         default=0.5,
-        minimum=0.0,
-        maximum=2.0,
+        bounds=(0.0, 2.0),
+        modes=SDXL,
+        needs="depth_image",
     )
     lora_scale: float = _input(
-        "Strength of the model family's LoRA, if it has one. 0 turns it off. While it is on, "
-        "its tokens are put in front of a prompt that names none of them.",
+        "Strength of the model family's LoRA, if it has one; 0 turns it off. While it is on, a "
+        "prompt that names none of its trigger tokens starts with them.",
         default=0.8,
-        minimum=0.0,
-        maximum=2.0,
+        bounds=(0.0, 2.0),
+        modes=SDXL,
     )
     disable_safety_checker: bool = _input(
-        "Return the picture unchecked. Otherwise a deployment that has a safety checker "
-        "withholds a picture that it flags.",
+        "Return the image unchecked. Otherwise a deployment with a safety checker withholds an "
+        "image that it flags.",
         default=False,
     )
 
     def __post_init__(self) -> None:
         for name, rule in INPUTS.items():
-            value = getattr(self, name)
-            rule.check(value)
-            if rule.kind is float and value is not None:
-                object.__setattr__(self, name, float(value))
+            object.__setattr__(self, name, rule.check(getattr(self, name)))
         for name, rule in INPUTS.items():
-            rule.check_mode(getattr(self, name), self.mode)
-            rule.check_need(getattr(self, name), self.inputs())
-        _check_speed(self)
+            value = getattr(self, name)
+            if value == rule.default:
+                continue  # so that a client may send every input to every mode
+            if self.mode not in rule.modes:
+                only = ", ".join(rule.modes)
+                reason = f"not be set with mode={self.mode!r}, only with {only}"
+                raise rule.refuse(value, reason, rule.default)
+            if rule.needs and getattr(self, rule.needs) is None:
+                raise rule.refuse(value, f"not be set without {rule.needs}", rule.default)
 
-    def resolve(self, settings: ModeSettings) -> "ResolvedRequest":
-        """Fills in what was left open, then checks what depends on the family.
+    def resolve(
+        self, settings: ModeSettings, depth_size: tuple[int, int] | None = None
+    ) -> "ResolvedRequest":
+        """Fill in what was left open, and check what depends on the family.
 
         Args:
-            settings: Of this request's mode, in the family that is going to run it.
+            settings: those of the request's mode, in the family that will run it.
+            depth_size: width and height of the depth image, if there is one.
 
         Raises:
-            ValueError: As for the class: a size, the stride, a ring that cannot close, or a
-                depth image that cannot be read.
+            ValueError: as for the class; a size, the stride, the negative prompt or lora_scale.
         """
-        own = {
-            "width": settings.width,
-            "height": settings.height,
+        speed = settings.speeds[self.speed or settings.speed]
+        width, height = depth_size or (settings.width, settings.height)
+        sides = {"width": self.width or width, "height": self.height or height}
+        origin = f" (depth_image has {width} x {height} pixels)" if depth_size else ""
+        _check_size(sides, settings, origin)
+        open_inputs = {
             "guidance_scale": settings.guidance_scale,
-            "num_inference_steps": SPEEDS[self.speed].num_inference_steps,
-            "scheduler": SPEEDS[self.speed].scheduler,
+            "num_inference_steps": speed.num_inference_steps,
+            "scheduler": speed.scheduler,
+            "speed": settings.speed if self.mode in INPUTS["speed"].modes else None,
             "seed": secrets.randbits(SEED_BITS),
         }
         given = {name: value for name, value in self.inputs().items() if value is not None}
-        resolved = ResolvedRequest(
-            **own
-            | _depth_sizes(self, settings)
-            | given
-            | {"lora_scale": _lora_scale(self, settings), "tokens": _tokens(self, settings)}
-        )
-        for name, check in _FAMILY_CHECKS.items():
-            if self.mode in INPUTS[name].modes:
-                check(resolved, settings)
+        resolved = ResolvedRequest(**open_inputs | given | sides | _lora(self, settings))
+        _check_negative_prompt(resolved)
+        if settings.window:
+            _check_stride(resolved, settings.window, speed)
         return resolved
 
     def inputs(self) -> dict[str, Any]:
-        """Every input by name: what `Request(**inputs)` makes this request from again."""
+        """Return every input by name, so that `Request(**request.inputs()) == request`."""
         return {name: getattr(self, name) for name in INPUTS}
 
     def mode_inputs(self) -> dict[str, Any]:
-        """The inputs that belong to the mode, by name; the others are at their defaults."""
+        """Return the inputs that the mode takes, by name."""
         inputs = self.inputs().items()
         return {name: value for name, value in inputs if self.mode in INPUTS[name].modes}
 
@@ -411,7 +357,7 @@ class ResolvedRequest(Request):
     """A request with nothing left open, checked against the family that runs it.
 
     Attributes:
-        tokens: The LoRA's tokens that go in front of the prompt; "" for none.
+        tokens: the LoRA's trigger tokens that precede the prompt, "" for none.
     """
 
     width: int
@@ -423,16 +369,16 @@ class ResolvedRequest(Request):
 
     @property
     def full_prompt(self) -> str:
-        """The prompt, after the tokens that go in front of it."""
+        """Return the prompt after the tokens that precede it."""
         return f"{self.tokens} {self.prompt}" if self.tokens else self.prompt
 
     @property
-    def closed_axis(self) -> Literal["x", "y"] | None:
-        """The axis along which the panorama closes, if it does: a ring's is its longer side."""
+    def closed_axis(self) -> Literal["", "x", "y"]:
+        """Return the axis along which the panorama closes, "" for none."""
         if self.mode in ALWAYS_CLOSED:
             return "x"
         if not self.loop_closure:
-            return None
+            return ""
         return "x" if self.width >= self.height else "y"
 
 
@@ -441,177 +387,87 @@ def _inputs() -> Mapping[str, Input]:
     table = {}
     for f in dataclasses.fields(Request):
         options = get_args(types[f.name]) or (types[f.name],)
-        table[f.name] = Input(
-            name=f.name,
-            kind=next(t for t in options if t is not NoneType),
-            optional=NoneType in options,
-            default=f.default,
-            modes=tuple(m for m, own in OWN_INPUTS.items() if f.name in own) or tuple(OWN_INPUTS),
-            **f.metadata,
-        )
+        kind = next(t for t in options if t is not NoneType)
+        table[f.name] = Input(f.name, kind, NoneType in options, f.default, **f.metadata)
     return MappingProxyType(table)
 
 
 INPUTS = _inputs()
 
 
-def check_size(name: str, size: int, multiple: int, smallest: int) -> None:
-    """Checks a width or a height, pixels.
+def _check_size(sides: Mapping[str, int], settings: ModeSettings, origin: str) -> None:
+    """Check that sides are whole cells, large enough, and not too large together.
 
     Args:
-        name: "width" or "height".
-        size: What is asked for.
-        multiple: Of what it has to be a multiple.
-        smallest: The least that the model can make, a multiple too.
-
-    Raises:
-        ValueError: As for `Request`.
+        sides: width and height, pixels.
+        settings: those of the mode.
+        origin: words to add to the rule.
     """
-    if size < smallest:
-        rule = f"be at least {smallest}, the least that the model can make"
-        raise INPUTS[name].refuse(size, rule, smallest)
-    if size % multiple:
-        raise INPUTS[name].refuse(size, f"be a multiple of {multiple}", size // multiple * multiple)
+    legal = _nearest_size(sides, settings)
+    wrong = [name for name in sides if sides[name] != legal[name]]
+    if not wrong:
+        return
+    rule = f"be a multiple of {settings.multiple}, at least {settings.smallest}"
+    if prod(sides.values()) > settings.largest:
+        rule += f", and at most {settings.largest} pixels in all"
+    found, advice = (
+        " and ".join(f"{name}={size[name]}" for name in wrong) for size in (sides, legal)
+    )
+    raise ValueError(f"{found}: must {rule}{origin}; try {advice}")
 
 
-def check_guidance(guidance_scale: float, negative_prompt: str, least: float) -> None:
-    """Checks that the guidance has a meaning, and that a negative prompt is read.
+def _nearest_size(sides: Mapping[str, int], settings: ModeSettings) -> dict[str, int]:
+    """Return the legal width and height nearest to some, of about their shape."""
+    multiple, rule = settings.multiple, INPUTS["width"]
+    least = ceil(max(settings.smallest, rule.minimum) / multiple) * multiple
+    greatest = int(rule.maximum) // multiple * multiple
+    shrink = sqrt(settings.largest / prod(sides.values()))
 
-    Args:
-        guidance_scale: Weight of classifier-free guidance; 1 is none.
-        negative_prompt: What only guidance reads.
-        least: The least guidance_scale that there is a meaning to.
+    def legal(side: int) -> int:
+        multiples = floor(side * shrink / multiple) if shrink < 1 else round(side / multiple)
+        return min(max(multiples * multiple, least), greatest)
 
-    Raises:
-        ValueError: As for `Request`.
+    return {name: legal(side) for name, side in sides.items()}
+
+
+def _check_negative_prompt(request: ResolvedRequest) -> None:
+    """Check that guidance reads the negative prompt."""
+    if request.negative_prompt and request.guidance_scale == 1:
+        rule = "be empty with guidance_scale=1, which ignores it"
+        raise INPUTS["negative_prompt"].refuse(request.negative_prompt, rule, "")
+
+
+def _check_stride(request: ResolvedRequest, window: int, speed: SpeedSettings) -> None:
+    """Check that windows leave no gaps, and overlap on a ring.
+
+    The windows of a ring start at even distances of at most `stride`. At the distance of a whole
+    window they would touch without overlapping, and their joints would stay open.
     """
-    if not guidance_scale >= least:
-        rule = f"be at least {least}, which is no guidance, in this mode"
-        raise INPUTS["guidance_scale"].refuse(guidance_scale, rule, least)
-    if negative_prompt and guidance_scale == 1:
-        rule = f"be empty with guidance_scale={guidance_scale}, at which nothing reads it"
-        raise INPUTS["negative_prompt"].refuse(negative_prompt, rule, "")
-
-
-def _check_speed(request: Request) -> None:
-    """A stride is of windows that overlap."""
     rule = INPUTS["stride"]
-    if SPEEDS[request.speed].disjoint and request.stride != rule.default:
-        reason = f"be left out with speed={request.speed!r}, which lays its windows itself"
-        raise rule.refuse(request.stride, reason, rule.default)
+    if not speed.takes_stride:
+        if request.stride != rule.default:
+            reason = f"not be set with speed={request.speed!r}, which places its windows itself"
+            raise rule.refuse(request.stride, reason, rule.default)
+        return
+    largest = window - 1 if request.loop_closure else window
+    if request.stride > largest:
+        ring = " on a ring" if request.loop_closure else ""
+        reason = f"be at most {largest}{ring}, with windows of {window} latent cells"
+        raise rule.refuse(request.stride, reason, window // 2)
 
 
-def _tokens(request: Request, settings: ModeSettings) -> str:
-    """The LoRA's tokens, if the LoRA is on and the prompt names none of them."""
+def _lora(request: Request, settings: ModeSettings) -> dict[str, Any]:
+    """Return the LoRA's scale, and the tokens that the prompt needs for it.
+
+    In a family without a LoRA, 0 replaces the default scale.
+
+    Raises:
+        ValueError: the family has no LoRA, and the request sets a scale.
+    """
+    rule, scale = INPUTS["lora_scale"], request.lora_scale
+    if request.mode in rule.modes and not settings.tokens:
+        if scale not in (0, rule.default):
+            raise rule.refuse(scale, "not be set with a model family without a LoRA", 0.0)
+        scale = 0.0
     named = any(token in request.prompt for token in settings.tokens)
-    return "" if named or not request.lora_scale else "".join(settings.tokens)
-
-
-def _lora_scale(request: Request, settings: ModeSettings) -> float:
-    """The scale that is asked for; where there is no LoRA, 0 stands for the default."""
-    rule = INPUTS["lora_scale"]
-    idle = request.mode in rule.modes and not settings.tokens and request.lora_scale == rule.default
-    return 0.0 if idle else request.lora_scale
-
-
-def _depth_sizes(request: Request, settings: ModeSettings) -> dict[str, int]:
-    """The depth image's own width and height, as far as the request leaves them open."""
-    if request.depth_image is None:
-        return {}
-    height, width = depth.read(request.depth_image).shape
-    given = {"width": request.width, "height": request.height}
-    own = {"width": width, "height": height}
-    sizes = {name: size for name, size in own.items() if given[name] is None}
-    if not sizes:
-        return {}
-    across = prod(size for size in given.values() if size is not None)
-    legal = _nearest(sizes, settings, settings.largest / across)
-    if sizes != legal:
-        advice = " and ".join(f"{name}={size}" for name, size in legal.items())
-        area = "" if settings.largest == inf else f" and make up to {settings.largest} pixels"
-        raise ValueError(
-            f"depth_image has {width} x {height} pixels: width and height must be multiples of "
-            f"{settings.multiple} from {_least(settings)} to {INPUTS['width'].maximum}{area}; "
-            f"{advice} would do"
-        )
-    return sizes
-
-
-def _least(settings: ModeSettings) -> int:
-    """The least width and height that are legal, pixels."""
-    least = max(settings.smallest, INPUTS["width"].minimum)
-    return ceil(least / settings.multiple) * settings.multiple
-
-
-def _nearest(sizes: Mapping[str, int], settings: ModeSettings, largest: float) -> dict[str, int]:
-    """The legal sizes, by name, that are nearest to some; smaller alike if `largest` asks for it.
-
-    Args:
-        sizes: width, height or both, pixels.
-        settings: of the mode.
-        largest: what they may make when multiplied.
-    """
-    multiple, least, most = settings.multiple, _least(settings), INPUTS["width"].maximum
-
-    def legal(size: float, whole: Callable[[float], int]) -> int:
-        return int(min(max(whole(size / multiple) * multiple, least), most // multiple * multiple))
-
-    near = {name: legal(size, round) for name, size in sizes.items()}
-    if (area := prod(near.values())) <= largest:
-        return near
-    shrink = (largest / area) ** (1 / len(near))
-    return {name: legal(size * shrink, floor) for name, size in near.items()}
-
-
-def _check_sizes(request: ResolvedRequest, settings: ModeSettings) -> None:
-    """Sizes are whole latent cells, large enough for the model, and not too large together."""
-    sizes = {"width": request.width, "height": request.height}
-    for name, size in sizes.items():
-        check_size(name, size, settings.multiple, settings.smallest)
-    if prod(sizes.values()) > settings.largest:
-        (across, shorter), (name, longer) = sorted(sizes.items(), key=lambda item: item[1])
-        legal = int(settings.largest / shorter) // settings.multiple * settings.multiple
-        rule = f"be at most {legal} with {across}={shorter}, for {settings.largest} pixels in all"
-        raise INPUTS[name].refuse(longer, rule, legal)
-
-
-def _check_stride(request: ResolvedRequest, settings: ModeSettings) -> None:
-    """Beyond a window's side there would be gaps between the windows."""
-    if not SPEEDS[request.speed].disjoint and request.stride > settings.window:
-        rule = f"be at most {settings.window}, the side of a window in latent cells"
-        raise INPUTS["stride"].refuse(request.stride, rule, settings.window)
-
-
-def _check_ring(request: ResolvedRequest, settings: ModeSettings) -> None:
-    """Around a ring there are windows enough to overlap, or the joints between them stay open.
-
-    They start at even distances of at most `stride` cells. At a whole window's distance they
-    would touch and not overlap. Any ring of at least one window will do: a ring of just one is
-    laid at least twice, and each window covers the other's joint.
-    """
-    overlapping = not SPEEDS[request.speed].disjoint
-    if overlapping and request.loop_closure and request.stride >= settings.window:
-        rule = f"be less than {settings.window} on a ring: it would have too few windows to close"
-        raise INPUTS["stride"].refuse(request.stride, rule, settings.window // 2)
-
-
-def _check_guidance(request: ResolvedRequest, settings: ModeSettings) -> None:
-    """The guidance is one that the mode knows, and reads the negative prompt."""
-    check_guidance(request.guidance_scale, request.negative_prompt, settings.least_guidance)
-
-
-def _check_lora(request: ResolvedRequest, settings: ModeSettings) -> None:
-    """There is a LoRA for the scale to be of."""
-    if request.lora_scale and not settings.tokens:
-        rule = "be left out with a model family that has no LoRA"
-        raise INPUTS["lora_scale"].refuse(request.lora_scale, rule, 0.0)
-
-
-_FAMILY_CHECKS = {
-    "width": _check_sizes,
-    "guidance_scale": _check_guidance,
-    "stride": _check_stride,
-    "loop_closure": _check_ring,
-    "lora_scale": _check_lora,
-}
-"""What is checked against the family, by the input that it is about."""
+    return {"lora_scale": scale, "tokens": "" if named or not scale else "".join(settings.tokens)}

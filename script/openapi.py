@@ -1,7 +1,7 @@
-"""Prints the OpenAPI document of the server, made from the signature of Predictor.predict.
+"""Print the server's OpenAPI document, made from the signature of Predictor.predict.
 
-It has the form that `cog build` gives it. The server reads from it which inputs there are and
-what they may be, and serves it as /openapi.json.
+It has the form that `cog build` gives it. The server checks inputs against it, and serves it as
+/openapi.json.
 """
 
 import inspect
@@ -24,33 +24,33 @@ JSON = "application/json"
 
 
 def ref(name: str) -> dict[str, str]:
-    """A reference to a schema of the document."""
+    """Refer to a schema of the document."""
     return {"$ref": f"#/components/schemas/{name}"}
 
 
 def titled(name: str, **schema: Any) -> dict[str, Any]:
-    """A schema with the title that Cog gives a field of that name."""
+    """Build a schema with the title that Cog gives a field of that name."""
     return {"title": name.replace("_", " ").title(), **schema}
 
 
 def string(name: str, **schema: Any) -> dict[str, Any]:
-    """The schema of a text field."""
+    """Build the schema of a text field."""
     return titled(name, type="string", **schema)
 
 
-def thing(title: str, **schema: Any) -> dict[str, Any]:
-    """The schema of an object."""
+def object_schema(title: str, **schema: Any) -> dict[str, Any]:
+    """Build the schema of an object."""
     return {"title": title, "type": "object", **schema}
 
 
 def fields() -> dict[str, Any]:
-    """What `predict` says of each of its inputs, by name."""
+    """Return the `Input` of every parameter of `predict`, by name."""
     parameters = list(inspect.signature(Predictor.predict).parameters.values())[1:]  # not self
     return {parameter.name: parameter.default for parameter in parameters}
 
 
 def choices() -> dict[str, Any]:
-    """The schema of every input that is one of a list, by name."""
+    """Build the schema of every input with a list of choices, by name."""
     return {
         name: {
             "title": name,
@@ -64,7 +64,7 @@ def choices() -> dict[str, Any]:
 
 
 def input_schema() -> dict[str, Any]:
-    """The schema of a prediction's inputs."""
+    """Build the schema of the inputs of a prediction."""
     hints = get_type_hints(Predictor.predict)
     properties = {}
     for order, (name, field) in enumerate(fields().items()):
@@ -81,11 +81,11 @@ def input_schema() -> dict[str, Any]:
         schema |= {key: bound for key, bound in bounds.items() if bound is not None}
         properties[name] = {**schema, "x-order": order}
     required = [name for name, schema in properties.items() if "default" not in schema]
-    return thing("Input", properties=properties, required=required)
+    return object_schema("Input", properties=properties, required=required)
 
 
 def schemas() -> dict[str, Any]:
-    """Every schema of the document by name."""
+    """Build every schema of the document, by name."""
     times = ("created_at", "started_at", "completed_at")
     response = {
         "input": ref("Input"),
@@ -105,26 +105,30 @@ def schemas() -> dict[str, Any]:
         "Input": input_schema(),
         "Output": string("output", format="uri"),
         **choices(),
-        "PredictionRequest": thing(
+        "PredictionRequest": object_schema(
             "PredictionRequest", properties={"id": string("id"), "input": ref("Input")}
         ),
-        "PredictionResponse": thing("PredictionResponse", properties=response),
+        "PredictionResponse": object_schema("PredictionResponse", properties=response),
         "Status": string(
             "status", enum=["starting", "processing", "succeeded", "canceled", "failed"]
         ),
-        "HTTPValidationError": thing("HTTPValidationError", properties={"detail": problems}),
-        "ValidationError": thing("ValidationError", properties=problem, required=list(problem)),
+        "HTTPValidationError": object_schema(
+            "HTTPValidationError", properties={"detail": problems}
+        ),
+        "ValidationError": object_schema(
+            "ValidationError", properties=problem, required=list(problem)
+        ),
     }
 
 
 def operation(summary: str, operation_id: str, answer: Any, **more: Any) -> dict[str, Any]:
-    """One operation, which answers with the schema `answer`."""
+    """Build an operation that answers with the schema `answer`."""
     ok = {"description": "Successful Response", "content": {JSON: {"schema": answer}}}
     return {"summary": summary, "operationId": operation_id, "responses": {"200": ok}, **more}
 
 
 def paths() -> dict[str, Any]:
-    """Every operation by path and method."""
+    """Build every operation, by path and method."""
     predict = operation(
         "Predict",
         "predict_predictions_post",
@@ -154,7 +158,7 @@ def paths() -> dict[str, Any]:
 
 
 def document() -> dict[str, Any]:
-    """The whole document."""
+    """Build the whole document."""
     return {
         "openapi": "3.0.2",
         "info": {"title": "Cog", "version": cog.__version__},

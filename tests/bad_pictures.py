@@ -1,4 +1,4 @@
-"""Pictures that must be refused before they cost anything."""
+"""Images that must be refused before they cost anything."""
 
 import zlib
 

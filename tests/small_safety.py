@@ -11,7 +11,7 @@ ALL, NONE = -1.0, 1.0  # thresholds of a cosine
 
 
 def save_checker(folder: Path, threshold: float) -> None:
-    """Writes a checker that flags a picture when its cosine with a concept is above a threshold."""
+    """Write a checker that flags an image whose cosine with a concept is above a threshold."""
     torch.manual_seed(0)
     vision = {
         "hidden_size": 16,

@@ -1,5 +1,6 @@
 """A small random model of the shape of SDXL base 1.0 with its ControlNet, and a LoRA for it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,29 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     EulerDiscreteScheduler,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
-from panorama.sdxl import SDXL360
-from weights.train.diffusion import build_tokenizer
+from panorama.base_model import BaseModel
+from panorama.conditioning.lora import load_lora, load_tokens
+from panorama.conditioning.prompts import TextEncoder
+from panorama.sampling.perceptual import LPIPS
 
 HIDDEN = (16, 24)  # of the text encoders
+TOKENIZER = Path(__file__).parents[1] / "weights" / "tiny" / "sd2" / "tokenizer"
+
+
+def tokenizer() -> CLIPTokenizer:
+    """A tokenizer to change, without trigger tokens; contexts of 32."""
+    return CLIPTokenizer.from_pretrained(TOKENIZER)
 
 
 def text_encoder(kind: type[nn.Module], tokenizer: Any, hidden: int) -> nn.Module:
@@ -38,8 +51,16 @@ def text_encoder(kind: type[nn.Module], tokenizer: Any, hidden: int) -> nn.Modul
     )
 
 
-def build(folder: Path) -> SDXL360:
-    """The classes and the wiring of SDXL base 1.0 and its ControlNet, small."""
+def small_perceptual() -> LPIPS:
+    torch.manual_seed(0)
+    return LPIPS(channels=((4,), (8,), (8,)))
+
+
+def build() -> BaseModel:
+    """The classes and the wiring of SDXL base 1.0 and its ControlNet, small; no LoRA.
+
+    Windows of 16 x 16 latents, factor 8, sizes that are multiples of 32 pixels.
+    """
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
         sample_size=16,
@@ -68,38 +89,54 @@ def build(folder: Path) -> SDXL360:
         latent_channels=4,
         scaling_factor=0.13025,
     )
-    return assemble(folder, unet, controlnet, vae, HIDDEN)
+    return assemble(unet, controlnet, vae, HIDDEN)
 
 
 def assemble(
-    folder: Path,
     unet: UNet2DConditionModel,
     controlnet: ControlNetModel,
     vae: AutoencoderKL,
     hidden: tuple[int, int],
-) -> SDXL360:
-    """Puts models together with small text encoders of some hidden sizes."""
-    tokenizers = [build_tokenizer(folder / name) for name in ("tokenizer", "tokenizer_2")]
-    text = StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=text_encoder(CLIPTextModel, tokenizers[0], hidden[0]),
-        text_encoder_2=text_encoder(CLIPTextModelWithProjection, tokenizers[1], hidden[1]),
-        tokenizer=tokenizers[0],
-        tokenizer_2=tokenizers[1],
+) -> BaseModel:
+    """Put models together with small text encoders of some hidden sizes, ready to run."""
+    kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+    tokenizers = [tokenizer() for _ in kinds]
+    models = map(text_encoder, kinds, tokenizers, hidden)
+    base = BaseModel(
         unet=unet,
+        vae=vae,
+        text_encoders=tuple(map(TextEncoder, tokenizers, models)),
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
         ),
-        add_watermarker=False,
+        controlnet=controlnet,
+        perceptual=small_perceptual(),
     )
-    return SDXL360(text, controlnet)
+    for network in base.networks():
+        network.eval()
+    return base
 
 
-def cog_sdxl(pipe: SDXL360, path: Path, prefix: str = "") -> Path:
-    """Writes a LoRA on the UNet's attention, with the keys of cog-sdxl."""
+def components(base: BaseModel) -> dict[str, Any]:
+    """The parts of a base model by the names that diffusers' pipelines have for them."""
+    parts = {"unet": base.unet, "vae": base.vae, "scheduler": base.scheduler}
+    for suffix, encoder in zip(("", "_2"), base.text_encoders, strict=False):
+        parts |= {f"text_encoder{suffix}": encoder.model, f"tokenizer{suffix}": encoder.tokenizer}
+    return parts | ({"controlnet": base.controlnet} if base.controlnet else {})
+
+
+def save(base: BaseModel, folder: Path) -> dict[str, Path]:
+    """Write a base model but for LPIPS; return its components, as `load_base_model` reads them."""
+    for name, part in components(base).items():
+        part.save_pretrained(folder / name)
+    return {name: folder / name for name in components(base)}
+
+
+def cog_sdxl(base: BaseModel, path: Path, prefix: str = "") -> Path:
+    """Write a LoRA on the UNet's attention, with the keys of cog-sdxl."""
     generator = torch.Generator().manual_seed(5)
     weights = {}
-    for name, module in pipe.text.unet.named_modules():
+    for name, module in base.unet.named_modules():
         attention, _, layer = name.rpartition(".to_")
         if attention and isinstance(module, nn.Linear):
             key = f"{prefix}{attention}.processor.to_{layer.removesuffix('.0')}_lora"
@@ -112,20 +149,27 @@ def cog_sdxl(pipe: SDXL360, path: Path, prefix: str = "") -> Path:
 
 
 def pivotal(path: Path) -> Path:
-    """Writes embeddings of two tokens for both text encoders."""
+    """Write embeddings of two tokens for both text encoders."""
     generator = torch.Generator().manual_seed(6)
     shapes = {f"text_encoders_{k}": (2, hidden) for k, hidden in enumerate(HIDDEN)}
     save_file({key: torch.randn(s, generator=generator) for key, s in shapes.items()}, path)
     return path
 
 
-def save_family(folder: Path, **mode: Any) -> None:
-    """Writes a family of the mode sdxl-360 alone, with a LoRA."""
-    own = folder / "sdxl-360"
-    pipe = build(folder / "tokenizers")
-    pipe.text.save_pretrained(own)
-    pipe.depth.controlnet.save_pretrained(own / "controlnet")
-    cog_sdxl(pipe, own / "lora.safetensors")
-    pivotal(own / "embeddings.safetensors")
-    lines = [f"{name} = {value}" for name, value in mode.items()]
-    (folder / "family.toml").write_text("\n".join(["[sdxl-360]", *lines]))
+def add_lora(base: BaseModel, folder: Path) -> BaseModel:
+    """Load a LoRA and its tokens into a base model, by way of files in a folder."""
+    load_lora(base.unet, cog_sdxl(base, folder / "lora.safetensors"))
+    load_tokens(base.text_encoders, pivotal(folder / "embeddings.safetensors"))
+    return base
+
+
+def save_family(folder: Path, modes: Sequence[str] = ("sdxl-360",), **defaults: Any) -> None:
+    """Write a family of SDXL's modes, with a LoRA; every mode has the same defaults."""
+    base = build()
+    save(base, folder / "sdxl")
+    cog_sdxl(base, folder / "sdxl" / "lora.safetensors")
+    pivotal(folder / "sdxl" / "embeddings.safetensors")
+    base.perceptual.save_pretrained(folder / "perceptual")
+    lines = [f"{name} = {value}" for name, value in defaults.items()]
+    text = "\n".join(line for mode in modes for line in (f"[{mode}]", *lines))
+    (folder / "family.toml").write_text(text)

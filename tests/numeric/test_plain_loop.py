@@ -1,106 +1,66 @@
 """`sample()` against a plain per-window SyncDiffusion loop written from the formulas."""
 
-import copy
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
-from torch import Tensor, nn
 
-from panorama.sampler import sample
-from panorama.synchronize import Synchronizer, SyncSchedule
-from panorama.views import View, make_views, step_views
-from tests.plain_loop import plain_loop
+from benchmarks.plain_loop import plain_loop
+from panorama.sampling.canvas import Canvas
+from panorama.sampling.solver import SCHEDULERS, build_scheduler
+from panorama.sampling.synchronize import SyncSettings
+from panorama.sampling.views import Layout, Sliding, sliding_views
+from tests.small import STEPS, WINDOW, Networks, draw_noise, own_scheduler
 
-SIZE, STEPS, WEIGHT, DECAY, THRESHOLD = 16, 6, 300.0, 0.9, 5
-CANVASES: dict[str, dict[str, Any]] = {
-    "flat": {"height": 16, "width": 44, "stride": 8},
-    "tall": {"height": 40, "width": 16, "stride": 8},
-    "grid": {"height": 27, "width": 30, "stride": 10},
-    "ring": {"height": 16, "width": 48, "stride": 8, "ring_x": True},
-    "tall ring": {"height": 37, "width": 16, "stride": 9, "ring_y": True},
-}
-TURNING = ["ring", "tall ring"]
-SCHEDULERS: dict[str, Callable[..., Any]] = {
-    "ddim": lambda **beta: DDIMScheduler(**beta, clip_sample=False, set_alpha_to_one=False),
-    "dpm-solver++ 2m": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
+THRESHOLD = 5
+CANVASES: dict[str, tuple[Canvas, int]] = {
+    "flat": (Canvas(16, 44), 8),
+    "tall": (Canvas(40, 16), 8),
+    "grid": (Canvas(27, 30), 10),
+    "ring": (Canvas(16, 48, "x"), 8),
+    "tall ring": (Canvas(37, 16, "y"), 9),
 }
 
 
-class Networks(nn.Module):
-    """Small, smooth, nonlinear stand-ins for the UNet, the decoder and the distance."""
+class Still:
+    """Windows that stay in place, as multistep schedulers with one history each need."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.noise = nn.Conv2d(4, 4, 3, padding=1)
-        self.picture = nn.ConvTranspose2d(4, 3, 4, stride=4)
-        self.double()
+    wraps = False
 
-    def predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.tanh(self.noise(x)) * (1 + t / 1000) + 0.1 * x
+    def __init__(self, stride: int) -> None:
+        self.stride = stride
 
-    def decode(self, x: Tensor) -> Tensor:
-        return self.picture(x)
-
-    def embed(self, images: Tensor) -> list[Tensor]:
-        return [images.mean((2, 3)), images.square().mean((2, 3))]
-
-    def distance(self, images: Tensor, features: list[Tensor]) -> Tensor:
-        pairs = zip(self.embed(images), features, strict=True)
-        return torch.stack([(a - b).square().mean(1) for a, b in pairs]).sum(0)
-
-
-def make_scheduler(name: str) -> Any:
-    scheduler = SCHEDULERS[name](beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    scheduler.set_timesteps(STEPS)
-    return scheduler
+    def __call__(self, canvas: Canvas, window: int, steps: int) -> Any:
+        return [sliding_views(canvas, window, self.stride)] * steps
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("freq", [1, 2])
-@pytest.mark.parametrize("canvas", CANVASES)
-def test_sample_equals_the_plain_loop(canvas: str, freq: int, scheduler: str) -> None:
-    layout = CANVASES[canvas]
-    check_against_plain_loop([make_views(size=SIZE, **layout)], layout, freq, scheduler)
+@pytest.mark.parametrize("name", CANVASES)
+def test_sample_equals_the_plain_loop(name: str, freq: int, scheduler: str) -> None:
+    canvas, stride = CANVASES[name]
+    check_against_plain_loop(canvas, Still(stride), freq, scheduler)
 
 
-@pytest.mark.parametrize("canvas", TURNING)
-def test_sample_equals_the_plain_loop_on_turning_windows(canvas: str) -> None:
-    layout = CANVASES[canvas]
-    views = step_views(size=SIZE, **layout)
-    assert len(views) > 1
-    check_against_plain_loop(views, layout, freq=1, scheduler="ddim")
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+@pytest.mark.parametrize("name", ["ring", "tall ring"])
+def test_sample_equals_the_plain_loop_on_turning_windows(name: str, scheduler: str) -> None:
+    canvas, stride = CANVASES[name]
+    assert len(set(Sliding(stride)(canvas, WINDOW, STEPS))) > 1
+    check_against_plain_loop(canvas, Sliding(stride), freq=1, scheduler=scheduler)
 
 
-def check_against_plain_loop(
-    views: Sequence[Sequence[View]], layout: dict[str, Any], freq: int, scheduler: str
-) -> None:
-    networks, solver = Networks(), make_scheduler(scheduler)
-    generator = torch.Generator().manual_seed(1)
-    shape = (1, 4, layout["height"], layout["width"])
-    noise = torch.randn(shape, generator=generator, dtype=torch.float64)
-    synchronizer = Synchronizer(
-        networks.predict_noise, networks.decode, networks, solver.alphas_cumprod
-    )
+def check_against_plain_loop(canvas: Canvas, layout: Layout, freq: int, scheduler: str) -> None:
+    networks, settings = Networks(), SyncSettings(300.0, 0.9, freq, THRESHOLD)
+    ours = networks.run(canvas, layout, settings, scheduler=scheduler, batch_size=3)
 
-    schedule = SyncSchedule(WEIGHT, DECAY, freq, THRESHOLD)
+    theirs = build_scheduler(scheduler, own_scheduler())
+    theirs.set_timesteps(STEPS)
     if scheduler == "unipc":
-        solver.disable_corrector = [k - 1 for k in range(THRESHOLD) if (k + 1) % freq == 0]
-    ours = sample(
-        noise,
-        views,
-        networks.predict_noise,
-        copy.deepcopy(solver),
-        synchronizer=synchronizer,
-        schedule=schedule,
-        view_batch_size=3,
-    )
-
-    plain = plain_loop(noise, views, networks, solver, schedule)
-    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)  # some solvers step in float32
-    unsynchronised = plain_loop(noise, views, networks, solver, SyncSchedule(0.0))
+        theirs.disable_corrector = [k - 1 for k in range(THRESHOLD) if (k + 1) % freq == 0]
+    latents = draw_noise(canvas.height, canvas.width) * theirs.init_noise_sigma
+    views = layout(canvas, WINDOW, STEPS)
+    plain = plain_loop(latents, views, networks, theirs, settings)
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)  # some step in float32
+    unsynchronised = plain_loop(latents, views, networks, theirs, SyncSettings(0.0))
     assert (plain - unsynchronised).abs().max() > 1e-2  # synchronising did something

@@ -11,8 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
-from panorama.perceptual import LPIPS
-from panorama.syncdiffusion import SyncDiffusionPipeline
+from panorama.base_model import BaseModel
+from panorama.pipeline import Pipeline, Settings
+from panorama.sampling.denoiser import Conditioning
+from panorama.sampling.perceptual import LPIPS
+from panorama.sampling.synchronize import SyncSettings
+from panorama.sampling.views import Sliding
 
 DATA = Path(__file__).parent.parent / "data"
 HEADS = Path(__file__).parent.parent.parent / "weights" / "lpips_vgg_heads.safetensors"
@@ -30,31 +34,37 @@ class CoarseColor(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def pipe() -> SyncDiffusionPipeline:
-    pipe = SyncDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(DATA, subfolder="vae"),
-        text_encoder=None,
-        tokenizer=None,
-        unet=UNet2DConditionModel.from_pretrained(DATA, subfolder="unet"),
-        scheduler=DDIMScheduler.from_pretrained(DATA, subfolder="scheduler"),
-        perceptual=CoarseColor(),
+def pipeline() -> Pipeline:
+    return Pipeline(
+        BaseModel(
+            unet=UNet2DConditionModel.from_pretrained(DATA, subfolder="unet"),
+            vae=AutoencoderKL.from_pretrained(DATA, subfolder="vae"),
+            text_encoders=(),
+            scheduler=DDIMScheduler.from_pretrained(DATA, subfolder="scheduler"),
+            perceptual=CoarseColor(),
+        )
     )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_published_latents_are_reproduced(pipe: SyncDiffusionPipeline, name: str) -> None:
-    case = dict(CASES[name])
-    given = load_file(DATA / f"{name}.safetensors")
-    latents = pipe(
-        prompt_embeds=given["prompt_embeds"],
-        negative_prompt_embeds=given["negative_prompt_embeds"],
-        latents=given["noise"],
-        sync_threshold=case.pop("sync_thres"),
-        output_type="latent",
-        **case,
-    ).images
+def test_the_published_latents_are_reproduced(pipeline: Pipeline, name: str) -> None:
+    case, given = CASES[name], load_file(DATA / f"{name}.safetensors")
+    settings = Settings(
+        prompt="",
+        height=case["height"],
+        width=case["width"],
+        num_inference_steps=case["num_inference_steps"],
+        layout=Sliding(case["stride"]),
+        sync=SyncSettings(
+            weight=case["sync_weight"],
+            decay_rate=case["sync_decay_rate"],
+            freq=case.get("sync_freq", 1),
+            threshold=case["sync_thres"],
+        ),
+    )
+    states = torch.cat([given["negative_prompt_embeds"], given["prompt_embeds"]])
+    conditioning = Conditioning(states, None, case["guidance_scale"])
+    latents = pipeline.denoise(settings, conditioning, given["noise"])
     difference = (latents - given["latents"]).abs()
     assert difference.mean() < 1e-3 * given["latents"].std()
     assert difference.max() < 1.5e-2
@@ -64,7 +74,7 @@ LPIPS_CASE = DATA / "lpips_case.safetensors"
 
 
 def reference_lpips() -> LPIPS:
-    """LPIPS with VGG16 convolutions drawn from one generator and the published heads."""
+    """Return LPIPS with VGG16 convolutions drawn from one generator and the published heads."""
     model = LPIPS()
     generator = torch.Generator().manual_seed(20260)
     with torch.no_grad():

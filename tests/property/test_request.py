@@ -1,17 +1,36 @@
 import ast
+import dataclasses
 import re
 from math import inf
 from pathlib import Path
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from panorama.request import INPUTS, NEEDS, OWN_INPUTS, SPEEDS, Input, ModeSettings, Request
-from panorama.views import ring_starts
+from panorama.request import (
+    EVERY_MODE,
+    INPUTS,
+    Input,
+    ModeSettings,
+    Request,
+    SpeedSettings,
+)
+from panorama.sampling.canvas import Canvas
+from panorama.sampling.views import sliding_views
 
 ANYTHING = (
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([10**400])
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.lists(st.integers(), max_size=3)
+    | st.sampled_from([10**400, {"a": 1}, b"bytes"])
 )
+SPEEDS = {"exact": SpeedSettings(50), "fast": SpeedSettings(20, "dpm++", takes_stride=False)}
+
+prompts = st.text(st.characters(codec="utf-8")).filter(str.strip)
 
 
 def legal(rule: Input) -> st.SearchStrategy:
@@ -28,23 +47,14 @@ def legal(rule: Input) -> st.SearchStrategy:
     return st.none() | strategy if rule.optional else strategy
 
 
-prompts = st.text(st.characters(codec="utf-8")).filter(str.strip)
-
-
 def requests_of(mode: str) -> st.SearchStrategy:
     """Requests with any legal value for each input that belongs to a mode and needs no file."""
     rules = {name: rule for name, rule in INPUTS.items() if mode in rule.modes}
-    own = {name: legal(rule) for name, rule in rules.items() if name not in NEEDS}
-    return st.fixed_dictionaries(own | {"mode": st.just(mode)}).map(without_idle_stride)
+    own = {name: legal(rule) for name, rule in rules.items() if not rule.needs}
+    return st.fixed_dictionaries(own | {"mode": st.just(mode)}).map(lambda own: Request(**own))
 
 
-def without_idle_stride(inputs: dict[str, object]) -> Request:
-    """A request with these inputs, but for a stride where windows do not overlap."""
-    idle = SPEEDS[inputs.get("speed", "exact")].disjoint
-    return Request(**inputs | ({"stride": INPUTS["stride"].default} if idle else {}))
-
-
-requests = st.sampled_from(list(OWN_INPUTS)).flatmap(requests_of)
+requests = st.sampled_from(EVERY_MODE).flatmap(requests_of)
 
 
 @st.composite
@@ -57,36 +67,38 @@ def families(draw):
     return ModeSettings(
         width=width,
         height=height,
-        guidance_scale=draw(st.floats(1, 20)),
-        least_guidance=draw(st.sampled_from([0.0, 1.0])),
+        guidance_scale=draw(st.floats(0, 20)),
         multiple=multiple,
         smallest=window * multiple,
         largest=draw(st.just(inf) | st.integers(least, 2 * 10**9)),
-        window=window,
+        window=draw(st.sampled_from([0, window])),
         tokens=draw(st.sampled_from([(), ("<s0>", "<s1>")])),
+        speed=draw(st.sampled_from(list(SPEEDS))),
+        speeds=SPEEDS,
     )
 
 
-FAMILY_RULES = ("width", "height", "guidance_scale", "negative_prompt", "stride", "lora_scale")
-
-
-def advice(error: ValueError) -> tuple[str, object]:
-    """The input that a message names, and the value of which it says that it would do."""
+def advice(error: ValueError) -> dict[str, Any]:
+    """The inputs that a message names, with the values that it suggests."""
     message = str(error)
-    name = message.partition("=")[0]
-    assert f": {name} must " in message
-    value = re.search(r"; (.*) would do$", message, re.DOTALL)[1]
-    return name, ast.literal_eval(value)
+    rule, _, suggested = message.rpartition("; ")
+    names = re.match(r"(\w+)=.*?(?: and (\w+)=\d+)?: must ", rule, re.DOTALL)
+    assert names, message
+    if suggested == "leave it out":
+        return {names[1]: None}
+    value = suggested.removeprefix("try ")
+    if sizes := re.findall(r"(width|height)=(\d+)", value):
+        return {name: int(side) for name, side in sizes}
+    return {names[1]: ast.literal_eval(value)}
 
 
-def follow_advice(inputs: dict[str, object], settings: ModeSettings) -> Request:
-    """Does as each error says; more errors than inputs with rules mean that one advised badly."""
+def follow_advice(inputs: dict[str, Any], settings: ModeSettings) -> Request:
+    """Do as each error says; more errors than inputs with rules mean that one advised badly."""
     for _ in range(2 * len(INPUTS)):
         try:
             return Request(**inputs).resolve(settings)
         except ValueError as error:
-            name, value = advice(error)
-            inputs = inputs | {name: value}
+            inputs = inputs | advice(error)
     raise AssertionError(f"no advice made {inputs} legal")
 
 
@@ -102,36 +114,45 @@ def test_any_value_is_accepted_or_refused_with_advice_that_helps(inputs, setting
 
 
 @given(requests, families())
-def test_what_is_given_is_kept_and_nothing_stays_open(request, settings):
+def test_given_inputs_are_kept_and_nothing_stays_open(request, settings):
     try:
         resolved = request.resolve(settings)
     except ValueError as error:
-        assert advice(error)[0] in FAMILY_RULES
+        assert set(advice(error)) <= {"width", "height", "negative_prompt", "stride", "lora_scale"}
         return
     still_open = {name for name, value in resolved.inputs().items() if value is None}
-    assert still_open <= {"depth_image", "scheduler"}  # none, and the model's own
+    assert still_open <= {"depth_image", "scheduler", "speed"}
+    assert resolved.speed or request.mode not in INPUTS["speed"].modes
     given_inputs = {name: value for name, value in request.inputs().items() if value is not None}
-    if not settings.tokens:  # there is no LoRA: a scale at its default becomes 0
+    if not settings.tokens:  # without a LoRA a scale at its default becomes 0
         given_inputs["lora_scale"] = resolved.lora_scale
     assert resolved.inputs() | given_inputs == resolved.inputs()
-    for size in (resolved.width, resolved.height):
-        assert size % settings.multiple == 0
-        assert size >= settings.smallest
+    for side in (resolved.width, resolved.height):
+        assert side % settings.multiple == 0
+        assert side >= settings.smallest
     assert resolved.width * resolved.height <= settings.largest
 
 
 @given(requests_of("syncdiffusion"), families())
-def test_every_joint_of_a_ring_that_is_accepted_lies_inside_a_window(request, settings):
+def test_every_joint_of_an_accepted_ring_lies_inside_a_window(request, settings):
+    window = settings.smallest // settings.multiple
+    settings = dataclasses.replace(settings, window=window)
     left_out = dict.fromkeys(("width", "height", "guidance_scale"))
     ring = left_out | {"loop_closure": True, "negative_prompt": "", "speed": "exact"}
     request = Request(**request.inputs() | ring)
     try:
         resolved = request.resolve(settings)
     except ValueError:
-        assert request.stride >= settings.window
+        assert request.stride >= window
         return
-    length = max(resolved.width, resolved.height) // settings.multiple
-    starts = ring_starts(length, settings.window, resolved.stride)
-    joints = {start + end for start in starts for end in (0, settings.window)}
+    height, width = (side // settings.multiple for side in (resolved.height, resolved.width))
+    closed = resolved.closed_axis
+    views = sliding_views(Canvas(height, width, closed), window, resolved.stride)
+    length, starts = (
+        (width, {view.left for view in views})
+        if closed == "x"
+        else (height, {view.top for view in views})
+    )
+    joints = {start + end for start in starts for end in (0, window)}
     for joint in joints:
-        assert any(0 < (joint - start) % length < settings.window for start in starts)
+        assert any(0 < (joint - start) % length < window for start in starts)

@@ -172,8 +172,8 @@ def png(prediction: dict[str, Any]) -> bytes:
     return base64.b64decode(data)
 
 
-def picture(prediction: dict[str, Any]) -> Image.Image:
-    """The picture that a prediction answered with, decoded."""
+def decoded(prediction: dict[str, Any]) -> Image.Image:
+    """The image that a prediction answered with."""
     image = Image.open(io.BytesIO(png(prediction)))
     image.load()
     return image

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.bad_pictures import bomb
 from tests.small_sdxl import save_family
 
-from .conftest import Server, picture, png, serving
+from .conftest import Server, decoded, png, serving
 
 pytestmark = pytest.mark.server
 
@@ -69,7 +69,7 @@ def http_url(tmp_path: Path) -> Iterator[str]:
         thread.join()
 
 
-def test_setup_warns_users_of_nothing(server: Server) -> None:
+def test_setup_prints_no_warnings(server: Server) -> None:
     assert "should be kept in float32" not in server.log()
     assert "new embeddings" not in server.log()
     assert "Warning:" not in server.log()
@@ -78,7 +78,7 @@ def test_setup_warns_users_of_nothing(server: Server) -> None:
 def test_a_prediction_from_text_alone(server: Server) -> None:
     code, prediction = server.predict(QUICK)
     assert (code, prediction["status"]) == (200, "succeeded")
-    assert picture(prediction).size == (256, 128)
+    assert decoded(prediction).size == (256, 128)
     assert prediction["logs"].splitlines() == ["seed: 1", "step 1/2", "step 2/2"]
 
 
@@ -86,11 +86,11 @@ def test_a_depth_image_comes_as_a_data_url_or_an_http_url(server: Server, http_u
     _, by_data = server.predict(QUICK | {"depth_image": data_url(depth())})
     _, by_http = server.predict(QUICK | {"depth_image": http_url})
     assert by_data["status"] == "succeeded"
-    assert picture(by_data).size == (192, 64)
+    assert decoded(by_data).size == (192, 64)
     assert by_data["logs"].splitlines() == ["seed: 1", "step 1/2", "step 2/2"]
     assert png(by_data) == png(by_http)
     _, without = server.predict(QUICK | {"width": 192, "height": 64})
-    assert list(picture(without).tobytes()) != list(picture(by_data).tobytes())
+    assert list(decoded(without).tobytes()) != list(decoded(by_data).tobytes())
 
 
 def test_edges_that_do_not_match_are_logged(server: Server) -> None:
@@ -102,15 +102,15 @@ def test_edges_that_do_not_match_are_logged(server: Server) -> None:
 
 
 BAD = {
-    "empty": (data_url(b""), "depth_image must be a whole picture"),
-    "no picture": (data_url(b"<html>404</html>"), "depth_image must be a whole picture"),
-    "truncated": (data_url(depth()[:-40]), "depth_image must be a whole picture"),
-    "a decompression bomb": (data_url(bomb()), "depth_image must be a whole picture"),
-    "too many pixels": (data_url(depth(3200, 3200)), "width=2048 and height=2048 would do"),
-    "1 x 1": (data_url(depth(1, 1)), "must have at least 16 pixels a side"),
-    "odd size": (data_url(depth(60, 190)), "width=192 and height=64 would do"),
-    "a path": ("/etc/passwd", "depth_image='/etc/passwd': depth_image must be a file"),
-    "a file URL": ("file:///etc/passwd", "depth_image must be a file"),
+    "empty": (data_url(b""), ("depth_image=",)),
+    "no image": (data_url(b"<html>404</html>"), ("depth_image=",)),
+    "truncated": (data_url(depth()[:-40]), ("depth_image=",)),
+    "a decompression bomb": (data_url(bomb()), ("depth_image=",)),
+    "too many pixels": (data_url(depth(3200, 3200)), ("3200 x 3200", "width=2048 and height=2048")),
+    "1 x 1": (data_url(depth(1, 1)), ("depth_image=", "16")),
+    "odd size": (data_url(depth(60, 190)), ("190 x 60", "width=192 and height=64")),
+    "a path": ("/etc/passwd", ("depth_image='/etc/passwd'", "file")),
+    "a file URL": ("file:///etc/passwd", ("depth_image=", "file")),
 }
 
 
@@ -118,13 +118,14 @@ BAD = {
 def test_a_bad_depth_image_fails_before_the_first_step_and_leaves_no_file(
     server: Server, temporary: Path, kind: str
 ) -> None:
-    url, message = BAD[kind]
+    url, told = BAD[kind]
     server.wait_until_idle()
     before = set(temporary.rglob("*"))
     assert before  # the folder is the one that the server uses
     code, prediction = server.predict(QUICK | {"depth_image": url})
     assert (code, prediction["status"]) == (200, "failed")
-    assert message in prediction["error"]
+    for words in told:
+        assert words in prediction["error"]
     assert "step" not in prediction["logs"]
     server.wait_until_idle()
     assert set(temporary.rglob("*")) == before
@@ -132,12 +133,13 @@ def test_a_bad_depth_image_fails_before_the_first_step_and_leaves_no_file(
 
 def test_inputs_of_the_other_mode_are_refused_where_they_were_set(server: Server) -> None:
     _, prediction = server.predict(QUICK | {"loop_closure": True})
-    assert "loop_closure must be left out with mode='sdxl-360'" in prediction["error"]
+    assert "loop_closure=True" in prediction["error"]
+    assert "mode='sdxl-360'" in prediction["error"]
     _, prediction = server.predict(QUICK | {"loop_closure": False, "stride": 16})
     assert prediction["status"] == "succeeded"
 
 
 def test_a_mode_that_the_family_lacks_is_refused(server: Server) -> None:
     _, prediction = server.predict({"prompt": "sea"})
-    assert "mode='syncdiffusion': mode must be one that the family" in prediction["error"]
-    assert "offers, sdxl-360; 'sdxl-360' would do" in prediction["error"]
+    assert "mode='syncdiffusion'" in prediction["error"]
+    assert "try 'sdxl-360'" in prediction["error"]

@@ -1,9 +1,12 @@
-"""Many prompts from a file, made by real processes on the embedded family."""
+"""Many prompts from a file, made by real processes on the embedded family, or by fake models."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from panorama.batch import main, read_jobs, read_results
-from panorama.picture import read_metadata
+from panorama.batch import Process, add_result, main, make, read_lines, read_results
+from panorama.images.files import Panorama, read_metadata
 from panorama.request import Request
 
 ROOT = Path(__file__).parents[2]
@@ -25,8 +28,17 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
     return path
 
 
+def files(path: Path) -> list[str]:
+    """The image of each line."""
+    return [line.file for line in read_lines(path)]
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in (folder / "results.jsonl").read_text().splitlines()]
+
+
 def launch(*arguments: object, processes: int = 2, code: int = 0) -> str:
-    """Runs the command as script/batch does; it has to end with a code."""
+    """Run the command as script/batch does; it has to end with a code."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     result = subprocess.run(
         [sys.executable, *launcher, "-m", "panorama.batch", *map(str, arguments)],
@@ -40,114 +52,239 @@ def launch(*arguments: object, processes: int = 2, code: int = 0) -> str:
     return result.stdout
 
 
-def test_processes_share_the_lines_and_what_is_made_stays(tmp_path: Path) -> None:
+def test_processes_share_the_lines_and_one_that_fails_does_not_end_the_other(
+    tmp_path: Path,
+) -> None:
     lines = [SMALL | {"prompt": prompt} for prompt in PROMPTS]
     lines[2]["seed"] = 5
-    prompts, folder = write(tmp_path / "prompts.jsonl", lines), tmp_path / "pictures"
-    assert sorted(launch(prompts, "-o", folder).splitlines()) == [
-        f"0000{number}.png: made" for number in (1, 2, 3)
-    ]
-    results = [json.loads(text) for text in (folder / "results.jsonl").read_text().splitlines()]
-    assert {r["line"]: (r["inputs"], r["seed"]) for r in results} == {
-        1: (lines[0], 1),
-        2: (lines[1], 2),
-        3: (lines[2], 5),
-    }
-    for result in results:
+    prompts, folder = write(tmp_path / "prompts.jsonl", lines), tmp_path / "images"
+    (folder / files(prompts)[1]).mkdir(parents=True)  # where the second process's only image goes
+    launch(prompts, "-o", folder, code=1)
+    by_line = {result["line"]: result for result in results(folder)}
+    assert sorted(by_line) == [1, 2, 3]
+    assert "IsADirectoryError" in by_line.pop(2)["error"]
+    assert by_line[3]["seed"] == 5
+    for number, result in by_line.items():
+        assert result["inputs"] == lines[number - 1]
         made = read_metadata(folder / result["file"])["inputs"]
-        assert made["prompt"] == result["inputs"]["prompt"] and made["seed"] == result["seed"]
-        with Image.open(folder / result["file"]) as picture:
-            assert picture.size == (320, 256)
-
-    before = (folder / "00002.png").read_bytes()
-    (folder / "00003.png").unlink()
-    lines[0]["prompt"] = "sunset over the sea"
-    write(prompts, lines)
-    again = launch(prompts, "-o", folder, processes=1).splitlines()
-    assert again == ["00001.png: made", "00003.png: made"]
-    assert (folder / "00002.png").read_bytes() == before
-    assert read_metadata(folder / "00001.png")["inputs"]["prompt"] == "sunset over the sea"
+        assert (made["prompt"], made["seed"]) == (result["inputs"]["prompt"], result["seed"])
+        with Image.open(folder / result["file"]) as image:
+            assert image.size == (320, 256)
 
 
-def test_one_process_that_fails_does_not_end_the_others(tmp_path: Path) -> None:
-    lines = [SMALL | {"prompt": prompt} for prompt in PROMPTS]
-    prompts, folder = write(tmp_path / "prompts.jsonl", lines), tmp_path / "pictures"
-    (folder / "00002.png").mkdir(parents=True)  # where the second process's only picture goes
-    made = launch(prompts, "-o", folder, code=1).splitlines()
-    assert sorted(line for line in made if line.endswith(": made")) == [
-        "00001.png: made",
-        "00003.png: made",
+def test_processes_make_an_image_together_as_one_does(tmp_path: Path) -> None:
+    modes = [
+        {"mode": "syncdiffusion", "width": 384},
+        {"mode": "syncdiffusion-xl", "width": 768, "height": 512, "sync_weight": 0},
     ]
-    assert any(line.startswith("00002.png: IsADirectoryError") for line in made)
-
-
-def test_another_family_makes_its_own(tmp_path: Path) -> None:
-    result = {"file": "00001.png", "family": "full", "inputs": {"prompt": "sea"}}
-    (tmp_path / "results.jsonl").write_text(json.dumps(result) + "\n")
-    assert read_results(tmp_path) == {}
-    (tmp_path / "00001.png").touch()
-    assert read_results(tmp_path) == {"00001.png": ("full", {"prompt": "sea"})}
-
-
-def test_processes_make_a_picture_together_as_one_does(tmp_path: Path) -> None:
-    prompts = write(tmp_path / "prompts.jsonl", [SMALL | {"prompt": PROMPTS[0], "width": 384}])
+    lines = [SMALL | {"prompt": PROMPTS[0]} | mode for mode in modes]
+    prompts = write(tmp_path / "prompts.jsonl", lines)
     launch(prompts, "-o", tmp_path / "one", processes=1)
-    assert launch(prompts, "-o", tmp_path / "two", "--together") == "00001.png: made\n"
-    pictures = [levels(tmp_path / name / "00001.png") for name in ("one", "two")]
-    assert pictures[0].shape == (256, 384, 3)
-    assert np.abs(pictures[0] - pictures[1]).max() <= 1
+    assert launch(prompts, "-o", tmp_path / "two", "--together").count("made") == 2
+    for file in files(prompts):
+        one, two = (levels(tmp_path / name / file) for name in ("one", "two"))
+        assert np.abs(one - two).max() <= 1
 
 
 def levels(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture, np.int16)
+    with Image.open(path) as image:
+        return np.asarray(image, np.int16)
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "told"),
     [
-        ("{", "line 2: Expecting"),
-        ("[]", "line 2: []: must be an object of inputs"),
-        ('{"width": 512}', "must be an object of inputs"),
-        ('{"prompt": ""}', "line 2: prompt='': prompt must not be empty"),
-        ('{"prompt": "a", "colour": "red"}', "line 2: colour: no such input; there are prompt"),
-        ('{"prompt": "a", "width": 260}', "line 2: width=260: width must be a multiple of 8"),
-        ('{"prompt": "a", "mode": "sdxl-360"}', "line 2: mode='sdxl-360': has no windows"),
+        ("{", "Expecting"),
+        ("[]", "object of inputs"),
+        ('{"width": 512}', "object of inputs"),
+        ('["' + "a" * 1_000_000 + '"]', "object of inputs"),
+        ('{"prompt": ""}', "prompt=''"),
+        ('{"prompt": "a", "colour": "red"}', "'colour'"),
+        ('{"prompt": "a", "width": 260}', "try width=256"),
+        ('{"prompt": "a", "mode": "sdxl-360"}', "mode='sdxl-360'"),
     ],
 )
 def test_a_bad_line_is_refused_by_its_number_before_anything_is_made(
-    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    line: str, told: str, tmp_path: Path, fake: "FakeModels", capsys: pytest.CaptureFixture[str]
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(f'{{"prompt": "sea"}}\n{line}\n')
     with pytest.raises(SystemExit) as exit_:
-        main([str(prompts), "-o", str(tmp_path / "pictures"), "--together"])
+        main([str(prompts), "-o", str(tmp_path / "images"), "--together"])
     assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "pictures").exists()
+    error = capsys.readouterr().err
+    assert "line 2: " in error
+    assert told in error
+    assert len(error) < 1000
+    assert not (tmp_path / "images").exists()
 
 
-def test_what_fails_is_told_and_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = [SMALL | {"prompt": prompt, "width": 256} for prompt in PROMPTS[:2]]
-    prompts, folder = write(tmp_path / "prompts.jsonl", lines), tmp_path / "pictures"
+class FakeModels:
+    """The embedded family without its networks: black images."""
 
-    def failing(self: object, request: Request, **_: object) -> Image.Image:
-        if request.prompt == PROMPTS[0]:
+    family = "tiny"
+    failing = ""  # a prompt
+
+    def settings(self, mode: str) -> Any:
+        from panorama.request import ModeSettings, SpeedSettings
+
+        return ModeSettings(
+            width=256,
+            height=256,
+            guidance_scale=3.0,
+            multiple=8,
+            smallest=256,
+            window=0 if mode == "sdxl-360" else 32,
+            speeds={"exact": SpeedSettings(50)},
+        )
+
+    def prepare(self, request: Request) -> Any:
+        return request.resolve(self.settings(request.mode))
+
+    def generate(self, request: Request) -> Panorama:
+        if request.prompt == self.failing:
             raise MemoryError("no memory")
-        return Image.new("RGB", (256, 256))
-
-    with monkeypatch.context() as patch:
-        patch.setattr("panorama.models.Models.generate", failing)
-        assert main([str(prompts), "-o", str(folder)]) == 1
-    assert "00001.png: MemoryError: no memory\n00002.png: made" in capsys.readouterr().out
-    assert set(read_results(folder)) == {"00002.png"}
-    assert main([str(prompts), "-o", str(folder)]) == 0
-    assert set(read_results(folder)) == {"00001.png", "00002.png"}
+        image = Image.new("RGB", (8, 8))
+        return Panorama(image, "", {"prompt": request.prompt, "seed": request.seed}, {})
 
 
-def test_a_depth_image_is_a_path(tmp_path: Path) -> None:
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeModels:
+    models = FakeModels()
+    monkeypatch.setattr("panorama.modes.load", lambda family, **_: models)
+    return models
+
+
+def run(
+    prompts: Path, folder: Path, capsys: pytest.CaptureFixture[str], code: int = 0
+) -> list[int]:
+    """Make what is missing; returns the numbers of the lines that were made."""
+    assert main([str(prompts), "-o", str(folder)]) == code
+    printed = [line.split(":") for line in capsys.readouterr().out.splitlines()]
+    return [int(line[0].removeprefix("line ")) for line in printed if line[-1] == " made"]
+
+
+def test_what_is_made_stays_when_lines_move(tmp_path, fake, capsys):
+    prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "images"
+    lines = [{"prompt": prompt} for prompt in PROMPTS]
+    write(prompts, lines)
+    assert run(prompts, folder, capsys) == [1, 2, 3]
+    before = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    assert [result["line"] for result in results(folder)] == [1, 2, 3]
+
+    write(prompts, [{"prompt": "fog"}, *reversed(lines)])
+    assert run(prompts, folder, capsys) == [1]
+    assert results(folder)[-1]["line"] == 1
+    for name, content in before.items():
+        assert (folder / name).read_bytes() == content
+
+    (folder / files(prompts)[1]).unlink()
+    assert run(prompts, folder, capsys) == [2]
+    assert run(prompts, folder, capsys) == []
+
+
+def test_a_line_keeps_its_file_and_seed_wherever_it_moves(tmp_path):
+    line, other = {"prompt": "sea", "width": 512}, {"prompt": "fog", "seed": 3}
+    (first,) = read_lines(write(tmp_path / "a.jsonl", [line]))
+    moved = read_lines(write(tmp_path / "b.jsonl", [other, dict(reversed(line.items()))]))[1]
+    assert (moved.file, moved.request) == (first.file, first.request)
+    assert first.request.seed is not None
+    assert read_lines(tmp_path / "b.jsonl")[0].request.seed == 3
+
+
+def test_a_line_that_is_there_twice_gives_two_images(tmp_path, fake, capsys):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "sea"}] * 2)
+    first, second = read_lines(prompts)
+    assert first.file != second.file
+    assert first.request.seed != second.request.seed
+    assert run(prompts, tmp_path / "images", capsys) == [1, 2]
+    write(prompts, [{"prompt": "sea"}] * 3)
+    assert run(prompts, tmp_path / "images", capsys) == [3]
+
+
+def test_a_failed_line_is_reported_and_tried_again(tmp_path, fake, capsys):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    fake.failing = PROMPTS[1]
+    assert run(prompts, tmp_path, capsys, code=1) == [1, 3]
+    assert "no memory" in results(tmp_path)[1]["error"]
+    fake.failing = ""
+    assert run(prompts, tmp_path, capsys) == [2]
+
+
+def test_another_family_makes_its_own(tmp_path, fake, capsys):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "sea"}])
+    assert run(prompts, tmp_path, capsys) == [1]
+    fake.family = "full"
+    assert run(prompts, tmp_path, capsys) == [1]
+    assert read_results(tmp_path) == {files(prompts)[0]: "full"}
+
+
+@pytest.mark.parametrize("torn", ['{"file": "b.p', '{"file": "b.png", "family": "tiny"}', "é"])
+def test_results_with_a_torn_end_are_read_and_added_to(tmp_path, torn):
+    for name in ("a.png", "b.png", "c.png"):
+        (tmp_path / name).touch()
+    add_result(tmp_path, {"file": "a.png", "family": "tiny"})
+    with (tmp_path / "results.jsonl").open("ab") as file:
+        file.write(torn.encode()[:-1] if torn == "é" else torn.encode())
+    assert read_results(tmp_path) == {"a.png": "tiny"}
+    add_result(tmp_path, {"file": "c.png", "family": "tiny"})
+    assert read_results(tmp_path) == {"a.png": "tiny", "c.png": "tiny"}
+
+
+def test_a_results_file_of_only_a_torn_line_has_none(tmp_path):
+    (tmp_path / "results.jsonl").write_text('{"file"')
+    assert read_results(tmp_path) == {}
+
+
+@pytest.mark.parametrize("broken", ['{"file": "b.p', "[]", "{}", ""])
+def test_results_with_a_broken_line_elsewhere_are_refused_by_its_number(
+    broken, tmp_path, fake, capsys
+):
+    whole = json.dumps({"file": "a.png", "family": "tiny"})
+    (tmp_path / "results.jsonl").write_text(f"{whole}\n{broken}\n{whole}\n")
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "sea"}])
+    with pytest.raises(SystemExit):
+        main([str(prompts), "-o", str(tmp_path)])
+    assert "results.jsonl, line 2: " in capsys.readouterr().err
+
+
+def test_line_separators_of_unicode_end_no_line(tmp_path, fake, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "sea\u2028and\x85sky"}\n', encoding="utf-8")
+    assert run(prompts, tmp_path, capsys) == [1]
+    assert run(prompts, tmp_path, capsys) == []
+
+
+def test_results_are_added_under_a_lock(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with path.open("ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        adding = threading.Thread(target=add_result, args=(tmp_path, {"file": "a.png"}))
+        adding.start()
+        adding.join(0.3)
+        assert adding.is_alive()
+        assert path.read_bytes() == b""
+    adding.join(60)
+    assert path.read_bytes() == b'{"file": "a.png"}\n'
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_only_processes_that_work_together_share_windows(
+    together: bool, tmp_path: Path, fake: FakeModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = read_lines(write(tmp_path / "prompts.jsonl", [{"prompt": "sea"}]))
+    entered: list[bool] = []
+    monkeypatch.setattr(
+        "panorama.sampling.ranks.sharing_windows", lambda: nullcontext(entered.append(True))
+    )
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        assert make(line, fake, Process(rank, 2, together), tmp_path / str(rank))
+    assert entered == [True, True] * together
+    assert [(tmp_path / name / line.file).exists() for name in "01"] == [True, not together]
+
+
+def test_a_depth_image_is_a_path(tmp_path):
     line = {"prompt": "bedroom", "mode": "sdxl-360", "depth_image": "depth.png"}
-    (job,) = read_jobs(write(tmp_path / "prompts.jsonl", [line]))
-    assert job.request.depth_image == Path("depth.png")
+    (read,) = read_lines(write(tmp_path / "prompts.jsonl", [line]))
+    assert read.request.depth_image == Path("depth.png")

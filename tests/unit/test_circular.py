@@ -1,12 +1,17 @@
 """Circular padding holds for every convolution, and leaves nothing behind."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from torch import nn
+from torch import Tensor, nn
 
-from panorama.circular import circular
-from tests.small import small_unet, small_vae
+from panorama.sampling.circular import circular, replaced
+from panorama.sampling.gradient import frozen
+from tests.small import saved_bytes, small_unet, small_vae
 
 
 @pytest.fixture(scope="module")
@@ -22,19 +27,20 @@ def state(module: nn.Module) -> list[tuple[str, ...]]:
 def test_decoding_commutes_with_rolling(vae: AutoencoderKL, axes: str, dims: tuple[int]) -> None:
     latents = torch.randn(1, 4, 8, 10, dtype=torch.float64)
     with torch.no_grad(), circular(vae, axes=axes):
-        picture = vae.decode(latents).sample
+        image = vae.decode(latents).sample
         for cells in (1, 3, 7):
             rolled = vae.decode(latents.roll([cells] * len(dims), dims)).sample
-            expected = picture.roll([4 * cells] * len(dims), dims)
+            expected = image.roll([4 * cells] * len(dims), dims)
             torch.testing.assert_close(rolled, expected, atol=1e-9, rtol=0)
 
 
-def test_only_the_axes_asked_for_wrap(vae: AutoencoderKL) -> None:
+@pytest.mark.parametrize(("axes", "dim"), [("x", -2), ("y", -1), ("", -1)])
+def test_only_the_chosen_axes_wrap(vae: AutoencoderKL, axes: str, dim: int) -> None:
     latents = torch.randn(1, 4, 8, 10, dtype=torch.float64)
-    with torch.no_grad(), circular(vae, axes="x"):
-        picture = vae.decode(latents).sample
-        rolled = vae.decode(latents.roll(1, -2)).sample
-    assert (rolled - picture.roll(4, -2)).abs().max() > 1e-3
+    with torch.no_grad(), circular(vae, axes=axes):
+        image = vae.decode(latents).sample
+        rolled = vae.decode(latents.roll(1, dim)).sample
+    assert (rolled - image.roll(4, dim)).abs().max() > 1e-3
 
 
 def test_a_unet_commutes_with_rolling_by_its_downsampling() -> None:
@@ -46,25 +52,71 @@ def test_a_unet_commutes_with_rolling_by_its_downsampling() -> None:
     torch.testing.assert_close(rolled, noise.roll(6, -1), atol=1e-9, rtol=0)
 
 
+def test_several_modules_wrap_and_one_that_they_share_wraps_once(vae: AutoencoderKL) -> None:
+    latents = torch.randn(1, 4, 8, 10, dtype=torch.float64)
+    before = state(vae)
+    with torch.no_grad(), circular(vae, vae.decoder, nn.Conv2d(1, 1, 3, padding=1)):
+        image = vae.decode(latents).sample
+        rolled = vae.decode(latents.roll(3, -1)).sample
+    torch.testing.assert_close(rolled, image.roll(12, -1), atol=1e-9, rtol=0)
+    assert state(vae) == before
+
+
+Contexts = Callable[[nn.Module], AbstractContextManager[Any]]
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner"), [(circular, frozen), (frozen, circular)], ids=["frozen in", "circular in"]
+)
+def test_frozen_and_circular_hold_together_in_either_order(
+    outer: Contexts, inner: Contexts
+) -> None:
+    vae = small_vae().double()
+    latents = torch.randn(1, 4, 8, 10, dtype=torch.float64).requires_grad_()
+
+    def decode(x: Tensor) -> Tensor:
+        image: Tensor = vae.decode(x).sample
+        return image
+
+    with circular(vae):
+        (expected,) = torch.autograd.grad(decode(latents).square().mean(), latents)
+    with frozen(vae), saved_bytes(vae) as alone:
+        decode(latents)
+    before = state(vae)
+    with outer(vae), inner(vae):
+        with saved_bytes(vae) as both:
+            image = decode(latents)
+        assert both.total == alone.total  # no input of a convolution, padded or not
+        torch.testing.assert_close(
+            decode(latents.roll(3, -1)), image.roll(12, -1), atol=1e-9, rtol=0
+        )
+        (of_x,) = torch.autograd.grad(image.square().mean(), latents)
+    torch.testing.assert_close(of_x, expected, rtol=1e-9, atol=1e-12)
+    assert state(vae) == before
+
+
 def test_nothing_is_left_behind(vae: AutoencoderKL) -> None:
     latents = torch.randn(1, 4, 8, 10, dtype=torch.float64)
-    before, picture = state(vae), vae.decode(latents).sample
+    before, image = state(vae), vae.decode(latents).sample
     with pytest.raises(RuntimeError, match="stop"), circular(vae), circular(vae, axes="y"):
         raise RuntimeError("stop")
     assert state(vae) == before
-    assert torch.equal(vae.decode(latents).sample, picture)
+    assert torch.equal(vae.decode(latents).sample, image)
 
 
-def test_the_inner_of_nested_blocks_holds_and_the_outer_comes_back() -> None:
+def test_the_innermost_block_applies_and_the_outer_one_comes_back() -> None:
     conv = nn.Conv2d(1, 1, 3, padding=1).double()
     x = torch.randn(1, 1, 5, 5, dtype=torch.float64)
     with torch.no_grad():
+        flat = conv(x)
         with circular(conv, axes="y"):
             vertical = conv(x)
         with circular(conv, axes="x"):
             horizontal = conv(x)
             with circular(conv, axes="y"):
                 assert torch.equal(conv(x), vertical)
+            with circular(conv, axes=""):
+                assert torch.equal(conv(x), flat)
             assert torch.equal(conv(x), horizontal)
     assert not torch.equal(vertical, horizontal)
 
@@ -94,5 +146,18 @@ def test_strides_dilation_groups_and_named_padding() -> None:
 
 
 def test_unknown_axes_are_refused() -> None:
-    with pytest.raises(ValueError, match="axes='z'"), circular(nn.Conv2d(1, 1, 3), axes="z"):
+    with pytest.raises(ValueError, match=r"axes='z'.*'x'"), circular(nn.Conv2d(1, 1, 3), axes="z"):
         pass
+
+
+@pytest.mark.parametrize("before", [{}, {"name": None}, {"name": 1}])
+def test_a_replaced_attribute_comes_back_even_if_it_was_none(before: dict[str, Any]) -> None:
+    class Owner:
+        name = "of the class"
+
+    owner = Owner()
+    vars(owner).update(before)
+    with pytest.raises(RuntimeError), replaced(owner, "name", 2):
+        assert owner.name == 2
+        raise RuntimeError
+    assert vars(owner) == before

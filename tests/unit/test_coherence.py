@@ -1,15 +1,14 @@
-"""The measures of `script/coherence`."""
+"""The measures of `script/coherence`, and what it makes to measure."""
 
 from argparse import Namespace
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import Tensor
 
-from script import coherence
-from script.coherence import SCHARR, discontinuity_score, seam_ratio
+from benchmarks import coherence
+from benchmarks.coherence import SCHARR, discontinuity_score, seam_ratio
 from tests.small_sdxl import save_family
 
 
@@ -27,7 +26,7 @@ def test_a_seam_shows() -> None:
         assert score(waves(320)) > 2 * score(waves(384))
 
 
-def test_a_seam_shows_wherever_the_picture_is_cut() -> None:
+def test_a_seam_shows_wherever_the_image_is_cut() -> None:
     whole, cut = waves(384), waves(320)
     assert discontinuity_score(whole.roll(50, -1)) < 1.1
     assert discontinuity_score(cut.roll(50, -1)) < discontinuity_score(cut)
@@ -38,8 +37,8 @@ def test_one_colour_has_no_discontinuity() -> None:
 
 
 def test_the_discontinuity_score_is_that_of_its_formula() -> None:
-    picture = torch.rand(1, 3, 6, 10, generator=torch.Generator().manual_seed(1))
-    grey = 0.299 * picture[0, 0] + 0.587 * picture[0, 1] + 0.114 * picture[0, 2]
+    image = torch.rand(1, 3, 6, 10, generator=torch.Generator().manual_seed(1))
+    grey = 0.299 * image[0, 0] + 0.587 * image[0, 1] + 0.114 * image[0, 2]
     rows, total = len(grey), 0.0
     for y in range(rows):
         edges = []
@@ -51,21 +50,34 @@ def test_the_discontinuity_score_is_that_of_its_formula() -> None:
                         edge += SCHARR[dy + 1][dx + 1] * float(grey[y + dy, x + dx])
             edges.append(abs(edge))
         total += edges[1] / (edges[0] + 0.1) + edges[2] / (edges[3] + 0.1)
-    assert discontinuity_score(picture) == pytest.approx(total / (2 * rows), rel=1e-4)
+    assert discontinuity_score(image) == pytest.approx(total / (2 * rows), rel=1e-4)
+
+
+def measure(mode: str, folder: Path, **options: object) -> None:
+    save_family(folder, modes=[mode], width=128, height=128, guidance_scale=3.0)
+    arguments = Namespace(family=str(folder), mode=mode, prompt="sea", seeds=2, **options)
+    coherence.TABLES[mode](arguments)
 
 
 def test_sdxl_360_is_measured_as_it_is_used_and_without_its_lora(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_family(tmp_path, width=128, height=64, guidance_scale=3.0)
-    load = Mock(side_effect=coherence.load)
-    monkeypatch.setattr(coherence, "load", load)
-    keep = tmp_path / "pictures"
-    coherence.table_sdxl_360(
-        Namespace(family=str(tmp_path), prompt="sea", seeds=2, steps=1, keep=keep)
-    )
-    assert load.call_args.kwargs["device"] == "cpu"  # where the stock pipelines' noise is
+    keep = tmp_path / "images"
+    measure("sdxl-360", tmp_path, steps=1, keep=keep)
     rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]]
     assert rows == [["0.8", "circular"], ["0.8", "zeros"], ["0", "circular"], ["0", "zeros"]]
-    pictures = {path.read_bytes() for path in keep.iterdir()}
-    assert len(pictures) == 8
+    images = {path.read_bytes() for path in keep.iterdir()}
+    assert len(images) == 8
+
+
+def test_rings_of_sdxl_windows_are_measured_with_and_without_synchronising(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep = tmp_path / "images"
+    options = {"steps": 1, "speed": None, "weights": [0.0, 20.0], "distance_scale": None}
+    measure("syncdiffusion-xl", tmp_path, keep=keep, **options)
+    title, _, *rows = capsys.readouterr().out.splitlines()
+    assert "640 x 128" in title
+    assert [row.split()[0] for row in rows] == ["0", "20"]
+    images = {path.read_bytes() for path in keep.iterdir()}
+    assert len(images) == 4

@@ -1,27 +1,32 @@
+"""The command line, with fake models but for one run."""
+
 import subprocess
 import sys
 from pathlib import Path
-from unittest.mock import Mock
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from panorama.__main__ import main, parse_inputs
-from panorama.request import Request
+from panorama.images.files import Panorama, read_metadata
+from panorama.request import INPUTS, Request
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_values_get_the_types_of_their_inputs():
-    pairs = ["prompt=a=b", "width=512", "sync_weight=3", "loop_closure=True", "negative_prompt="]
-    inputs = parse_inputs(pairs)
-    assert inputs == {
+    pairs = ["prompt=a=b", "width=512", "sync_weight=3.5", "loop_closure=True", "negative_prompt="]
+    assert parse_inputs(pairs) == {
         "prompt": "a=b",
         "width": 512,
-        "sync_weight": 3.0,
+        "sync_weight": 3.5,
         "loop_closure": True,
         "negative_prompt": "",
     }
-    assert isinstance(inputs["sync_weight"], float)
+    request = Request(**parse_inputs(["prompt=1", "width=512.0", "sync_weight=3"]))
+    assert (request.prompt, request.width, request.sync_weight) == ("1", 512, 3.0)
 
 
 def test_a_file_is_marked_by_an_at_sign():
@@ -30,32 +35,28 @@ def test_a_file_is_marked_by_an_at_sign():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "named", "told"),
     [
-        ([], "prompt: missing; give it as -i prompt=..."),
-        (["-i", "prompt="], "prompt='': prompt must not be empty"),
-        (["-i", "prompt"], "-i prompt: must be NAME=VALUE"),
-        (["-i", "prompt=a", "-i", "prompt=b"], "prompt: given twice"),
-        (["-i", "prompt=a", "-i", "colour=red"], "colour: no such input; there are prompt, "),
-        (["-i", "prompt=a", "-i", "width=wide"], "width='wide': width must be an integer"),
-        (["-i", "prompt=a", "-i", "width=512.5"], "width='512.5': width must be an integer"),
-        (["-i", "prompt=a", "-i", "guidance_scale=nan"], "guidance_scale=nan: guidance_scale must"),
-        (
-            ["-i", "prompt=a", "-i", "loop_closure=yes"],
-            "loop_closure='yes': loop_closure must be true",
-        ),
-        (
-            ["-i", "prompt=a", "-i", "depth_image=depth.png"],
-            "depth_image='depth.png': depth_image must be a file, sent as a data or http URL, or ",
-        ),
-        (["-i", "prompt=a", "-o", "a.jpg"], "-o a.jpg: must be a file that ends in .png"),
-        (["-i", "prompt=a", "-o", "."], "-o .: must be a file that ends in .png"),
-        (["-i", "prompt=a", "-o", "none/a.png"], "-o none/a.png: there is no folder none"),
-        (["-i", "prompt=a", "--colour"], "unrecognized arguments: --colour"),
+        ([], "prompt", "try -i prompt="),
+        (["-i", "prompt="], "prompt=''", "empty"),
+        (["-i", "prompt"], "-i 'prompt'", "NAME=VALUE"),
+        (["-i", "prompt=a", "-i", "prompt=b"], "prompt", "once"),
+        (["-i", "prompt=a", "-i", "colour=red"], "-i 'colour'", "negative_prompt"),
+        (["-i", "prompt=a", "-i", "width=wide"], "width='wide'", "integer; try 1024"),
+        (["-i", "prompt=a", "-i", "seed=none"], "seed='none'", "integer; try 1"),
+        (["-i", "prompt=a", "-i", "width=512.5"], "width=512.5", "integer; try 1024"),
+        (["-i", "prompt=a", "-i", "guidance_scale=nan"], "guidance_scale=nan", "at least 0.0"),
+        (["-i", "prompt=a", "-i", "loop_closure=yes"], "loop_closure='yes'", "true or false"),
+        (["-i", "prompt=a", "-i", "depth_image=a.png"], "depth_image='a.png'", "file"),
+        (["-i", "prompt=" + "a" * 10_001], "prompt='aaa", "10000 characters"),
+        (["-i", "prompt=a", "-o", "a.jpg"], "-o a.jpg", ".png"),
+        (["-i", "prompt=a", "-o", "."], "-o .", ".png"),
+        (["-i", "prompt=a", "-o", "none/a.png"], "-o none/a.png", "folder"),
+        (["-i", "prompt=a", "--colour"], "unrecognized", "--colour"),
     ],
 )
 def test_a_bad_command_gets_one_line_and_writes_nothing(
-    arguments, message, capsys, tmp_path, monkeypatch
+    arguments, named, told, capsys, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit_:
@@ -63,44 +64,77 @@ def test_a_bad_command_gets_one_line_and_writes_nothing(
     assert exit_.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"panorama: {message}")
+    assert err.startswith(f"panorama: {named}")
+    assert told in err
     assert err.count("\n") == 1
+    assert len(err) < 600
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, rule in INPUTS.items() if rule.kind in (int, float)]
+)
+def test_following_the_advice_for_a_word_makes_a_legal_command(name, capsys):
+    with pytest.raises(SystemExit):
+        main(["-i", "prompt=a", "-i", f"{name}=some"])
+    advice = capsys.readouterr().err.rpartition("; try ")[2].strip()
+    mode = INPUTS[name].modes[-1]
+    needed = {INPUTS[name].needs: Path("depth.png")} if INPUTS[name].needs else {}
+    inputs = parse_inputs(["prompt=a", f"mode={mode}", f"{name}={advice}"])
+    assert Request(**inputs | needed)
+
+
+class FakeModels:
+    """Models that draw a black image in two steps, or fail in the second."""
+
+    failure: BaseException | None = None
+
+    def prepare(self, request: Request) -> SimpleNamespace:
+        return SimpleNamespace(request=SimpleNamespace(seed=5, prompt=request.prompt))
+
+    def run(self, job: SimpleNamespace, on_step: Any) -> Panorama:
+        on_step(1, 2)
+        if self.failure:
+            raise self.failure
+        on_step(2, 2)
+        return Panorama(Image.new("RGB", (8, 8)), "", {"prompt": job.request.prompt}, {})
 
 
 @pytest.fixture
-def predictor(monkeypatch):
-    fake = Mock()
-    monkeypatch.setattr("panorama.__main__.load_predictor", lambda: fake)
+def models(monkeypatch):
+    fake = FakeModels()
+    monkeypatch.setattr("panorama.__main__.load_models", lambda: fake)
     return fake
 
 
-def test_a_request_is_resolved_once_and_then_made(predictor, tmp_path):
-    made = tmp_path / "made.png"
-    made.write_bytes(b"picture")
-    predictor.make.return_value = made
-    assert main(["-i", "prompt=sea", "-o", str(tmp_path / "out.png")]) == 0
-    assert (tmp_path / "out.png").read_bytes() == b"picture"
-    predictor.resolve.assert_called_once_with(Request(prompt="sea").inputs())
-    predictor.make.assert_called_once_with(predictor.resolve.return_value)
-    predictor.predict.assert_not_called()
+def test_a_panorama_is_written_and_its_seed_and_steps_printed(models, tmp_path, capsys):
+    path = tmp_path / "out.png"
+    assert main(["-i", "prompt=sea", "-o", str(path)]) == 0
+    assert capsys.readouterr().out == f"seed: 5\nstep 1/2\nstep 2/2\n{path}\n"
+    assert read_metadata(path) == {"prompt": "sea"}
 
 
-def test_a_picture_that_fails_prints_its_traceback_and_writes_nothing(predictor, tmp_path, capsys):
-    predictor.make.side_effect = RuntimeError("no memory")
-    assert main(["-i", "prompt=sea", "-o", str(tmp_path / "out.png")]) == 1
-    assert capsys.readouterr().err.endswith("RuntimeError: no memory\n")
+@pytest.mark.parametrize(
+    ("failure", "code", "told"),
+    [(RuntimeError("no memory"), 1, "RuntimeError: no memory\n"), (KeyboardInterrupt(), 130, "")],
+)
+def test_a_failure_prints_its_traceback_and_writes_nothing(
+    models, failure, code, told, tmp_path, capsys
+):
+    models.failure = failure
+    assert main(["-i", "prompt=sea", "-o", str(tmp_path / "out.png")]) == code
+    assert capsys.readouterr().err.endswith(told)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_family_cannot_make_gets_one_line_too(tmp_path):
+def test_an_image_that_the_family_cannot_make_gets_one_line_too(tmp_path):
     output = tmp_path / "out.png"
     command = [sys.executable, "-m", "panorama", "-i", "prompt=sea", "-i", "width=72"]
     result = subprocess.run(
         [*command, "-o", output], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 2
-    assert result.stdout == "safety checker: none\n"  # what setup says
-    assert result.stderr.startswith("panorama: width=72: width must be at least ")
+    assert result.stdout == "safety checker: none\n"
+    assert result.stderr.startswith("panorama: width=72: must be a multiple of 8, at least 256")
     assert result.stderr.count("\n") == 1
     assert not output.exists()

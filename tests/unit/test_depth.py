@@ -1,5 +1,6 @@
 """Depth images as users send them."""
 
+import hashlib
 import logging
 import os
 import warnings
@@ -10,7 +11,7 @@ import pytest
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
 
-from panorama.depth import read, resize, warn_of_step
+from panorama.conditioning.depth import MAX_PIXELS, read, resize, warn_of_open_edges
 from tests.bad_pictures import bomb
 
 
@@ -25,9 +26,20 @@ def saved(path: Path, pixels: np.ndarray, mode: str | None = None) -> Path:
     return path
 
 
+def values(path: Path) -> np.ndarray:
+    return read(path).values
+
+
+def test_it_knows_its_size_and_its_file(tmp_path):
+    path = saved(tmp_path / "a.png", np.zeros((32, 64), np.uint8))
+    depth = read(path)
+    assert depth.size == (64, 32)
+    assert depth.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def test_eight_and_sixteen_bits_mean_the_same(tmp_path):
-    eight = read(saved(tmp_path / "8.png", (ramp() * 255).round().astype(np.uint8)))
-    sixteen = read(saved(tmp_path / "16.png", (ramp() * 65535).round().astype(np.uint16)))
+    eight = values(saved(tmp_path / "8.png", (ramp() * 255).round().astype(np.uint8)))
+    sixteen = values(saved(tmp_path / "16.png", (ramp() * 65535).round().astype(np.uint16)))
     assert eight.shape == sixteen.shape == (32, 64)
     assert eight.dtype == sixteen.dtype == np.float32
     assert np.abs(eight - ramp()).max() <= 0.5 / 255 + 1e-6
@@ -40,29 +52,29 @@ def test_eight_and_sixteen_bits_mean_the_same(tmp_path):
 )
 def test_colour_is_read_by_its_brightness(tmp_path, name, mode):
     grey = (ramp() * 255).round().astype(np.uint8)
-    depth = read(saved(tmp_path / name, grey, mode))
+    depth = values(saved(tmp_path / name, grey, mode))
     assert np.abs(depth - ramp()).max() <= 2 / 255
 
 
 @pytest.mark.parametrize("name", ["a.tif", "a.pgm"])
 def test_other_formats_have_sixteen_bits_too(tmp_path, name):
     path = saved(tmp_path / name, (ramp() * 65535).round().astype(np.uint16))
-    assert np.abs(read(path) - ramp()).max() <= 1e-4
+    assert np.abs(values(path) - ramp()).max() <= 1e-4
 
 
 def test_floats_are_taken_from_black_to_white_or_not_at_all(tmp_path):
     path = saved(tmp_path / "a.tif", ramp().astype(np.float32))
-    assert np.allclose(read(path), ramp())
-    for values in (ramp() * 10, np.full((32, 64), np.nan)):
+    assert np.allclose(values(path), ramp())
+    for wrong in (ramp() * 10, ramp() - 0.5, np.full((32, 64), np.nan)):
         with pytest.raises(ValueError, match="not 0 to 1"):
-            read(saved(tmp_path / "a.tif", values.astype(np.float32)))
+            read(saved(tmp_path / "a.tif", wrong.astype(np.float32)))
 
 
 def test_what_is_transparent_is_black(tmp_path):
     pixels = np.full((32, 64, 4), 200, np.uint8)
     pixels[:16, :, 3] = 0
     pixels[16:, :, 3] = 255
-    depth = read(saved(tmp_path / "a.png", pixels))
+    depth = values(saved(tmp_path / "a.png", pixels))
     assert depth[:16].max() == 0
     assert np.allclose(depth[16:], 200 / 255)
 
@@ -75,26 +87,27 @@ def test_a_palette_may_be_transparent(tmp_path, transparency):
     image.save(tmp_path / "a.png", transparency=transparency)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        depth = read(tmp_path / "a.png")
+        depth = values(tmp_path / "a.png")
     assert depth[:16].max() == 0
     assert depth[16:].min() == 1
 
 
 @pytest.mark.parametrize(("kind", "white"), [(np.uint8, 255), (np.uint16, 65535)])
-def test_a_picture_is_turned_the_way_up_that_its_file_says(tmp_path, kind, white):
+def test_an_image_is_turned_the_way_up_that_its_file_says(tmp_path, kind, white):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # its top is on the right
     image = Image.fromarray((ramp() * white).astype(kind))
     image.save(tmp_path / "a.png", exif=exif)
     turned = read(tmp_path / "a.png")
+    assert turned.size == (32, 64)
     image.save(tmp_path / "a.png")
-    assert np.array_equal(turned, np.rot90(read(tmp_path / "a.png"), -1))
+    assert np.array_equal(turned.values, np.rot90(values(tmp_path / "a.png"), -1))
 
 
-def test_of_several_pictures_it_is_the_first(tmp_path):
+def test_of_several_images_it_is_the_first(tmp_path):
     frames = [Image.new("L", (64, 32), level) for level in (51, 255)]
     frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
-    assert np.allclose(read(tmp_path / "a.tif"), 0.2)
+    assert np.allclose(values(tmp_path / "a.tif"), 0.2)
 
 
 def truncated(path: Path) -> None:
@@ -112,7 +125,7 @@ BAD = {
     "missing": (lambda path: None, "No such file"),
     "a folder": (Path.mkdir, "directory"),
     "empty": (Path.touch, "cannot identify"),
-    "no picture": (lambda path: path.write_text("<html>404</html>"), "cannot identify"),
+    "no image": (lambda path: path.write_text("<html>404</html>"), "cannot identify"),
     "truncated": (truncated, "truncated"),
     "a decompression bomb": (lambda path: path.write_bytes(bomb()), "decompression bomb"),
     "too many bytes": (lambda path: sparse(path, 3 * 10**8), "it has 300000000 bytes"),
@@ -132,10 +145,11 @@ def test_what_is_no_depth_image_is_refused(tmp_path, kind):
     make(path)
     with pytest.raises(ValueError) as error:
         read(path)
-    assert str(error.value).startswith("depth_image='depth.png': depth_image must ")
-    assert reason in str(error.value)
-    assert str(tmp_path) not in str(error.value)
-    assert str(error.value).endswith(" would do")
+    message = str(error.value)
+    assert message.startswith("depth_image='depth.png': ") and " must " in message
+    assert reason in message
+    assert str(tmp_path) not in message
+    assert "; try " in message
 
 
 @pytest.mark.parametrize(
@@ -148,40 +162,70 @@ def test_too_many_pixels_are_not_decoded_and_not_warned_of(tmp_path, monkeypatch
     monkeypatch.setattr(PngImageFile, "load", None)
     with warnings.catch_warnings(record=True) as seen, pytest.raises(ValueError) as error:
         read(path)
-    assert f"at most {8192 * 4096} pixels" in str(error.value)
+    assert f"at most {MAX_PIXELS} pixels" in str(error.value)
     assert reason in str(error.value)
     assert seen == []
 
 
-def test_the_size_it_has_needs_no_resampling():
+@pytest.mark.parametrize("closed", ["", "x", "y"])
+def test_the_size_it_has_needs_no_resampling(closed):
     depth = ramp().astype(np.float32)
-    assert resize(depth, 32, 64) is depth
+    assert resize(depth, 32, 64, closed) is depth
 
 
-@pytest.mark.parametrize(("height", "width"), [(16, 32), (64, 128), (8, 16), (32, 48), (40, 128)])
-def test_resampling_commutes_with_rolling(height, width):
+SIZES = [(16, 32), (64, 128), (8, 16), (32, 48), (40, 128)]
+
+
+@pytest.mark.parametrize("closed", ["x", "y"])
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_resampling_commutes_with_rolling_around_the_axis_that_closes(height, width, closed):
     depth = np.random.default_rng(0).random((32, 64), np.float32)
-    resized = resize(depth, height, width)
-    assert resized.shape == (height, width)
+    resized = resize(depth, height, width, closed)
+    assert resized.shape == (height, width) and resized.dtype == np.float32
     assert resized.min() >= 0 and resized.max() <= 1
-    quarter = resize(np.roll(depth, 16, axis=1), height, width)
-    assert np.abs(quarter - np.roll(resized, width // 4, axis=1)).max() < 1e-6
+    axis = 1 if closed == "x" else 0
+    quarter = resize(np.roll(depth, depth.shape[axis] // 4, axis), height, width, closed)
+    assert np.abs(quarter - np.roll(resized, resized.shape[axis] // 4, axis)).max() < 1e-6
 
 
-def test_resampling_keeps_what_is_constant():
-    assert np.allclose(resize(np.full((20, 30), 0.25, np.float32), 64, 128), 0.25)
+@pytest.mark.parametrize("closed", ["", "x", "y"])
+@pytest.mark.parametrize(("height", "width"), SIZES)
+def test_an_axis_that_does_not_close_keeps_its_edges_apart(height, width, closed):
+    """Away from the edges that do close, resampling is that of Pillow."""
+    depth = np.random.default_rng(0).random((32, 64), np.float32)
+    resized = resize(depth, height, width, closed)
+    image = Image.fromarray(depth).resize((width, height), Image.Resampling.BILINEAR)
+    plain = np.asarray(image)
+    rows = slice(None) if closed != "y" else slice(height // 4, -height // 4)
+    columns = slice(None) if closed != "x" else slice(width // 4, -width // 4)
+    assert np.abs(resized - plain)[rows, columns].max() < 1e-6
+
+
+@pytest.mark.parametrize("closed", ["", "x", "y"])
+def test_resampling_keeps_what_is_constant(closed):
+    assert np.allclose(resize(np.full((20, 30), 0.25, np.float32), 64, 128, closed), 0.25)
 
 
 def columns(values: np.ndarray) -> np.ndarray:
     return np.tile(values.astype(np.float32), (32, 1))
 
 
-def test_edges_that_do_not_meet_make_a_warning_with_the_step(caplog):
-    warn_of_step(columns(np.linspace(0, 0.75, 64)))
+@pytest.mark.parametrize(("closed", "edges"), [("x", "left and right"), ("y", "top and bottom")])
+def test_edges_that_do_not_meet_make_a_warning_with_the_step(caplog, closed, edges):
+    depth = columns(np.linspace(0, 0.75, 64))
+    warn_of_open_edges(depth if closed == "x" else depth.T, closed)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "edges differ by 0.750" in record.getMessage()
-    assert "neighbouring columns by 0.012" in record.getMessage()
+    message = record.getMessage()
+    assert f"its {edges} edges differ by 0.750" in message
+    assert "neighbouring pixels by 0.012" in message
+
+
+@pytest.mark.parametrize("closed", ["", "x", "y"])
+def test_edges_that_are_not_closed_make_none(caplog, closed):
+    depth = columns(np.linspace(0, 0.75, 64))
+    warn_of_open_edges(depth.T if closed == "x" else depth, closed)
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize(
@@ -193,6 +237,7 @@ def test_edges_that_do_not_meet_make_a_warning_with_the_step(caplog):
     ],
     ids=["a wave", "constant", "noise"],
 )
-def test_edges_that_meet_make_none(caplog, depth):
-    warn_of_step(depth)
+@pytest.mark.parametrize("closed", ["x", "y"])
+def test_edges_that_meet_make_none(caplog, closed, depth):
+    warn_of_open_edges(depth if closed == "x" else depth.T, closed)
     assert caplog.records == []

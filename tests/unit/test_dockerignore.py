@@ -1,30 +1,23 @@
-"""What goes into the container: all that predict.py needs, and little else."""
+"""The container holds everything that predict.py needs, and little else."""
 
 import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from panorama import manifest
-
 ROOT = Path(__file__).parents[2]
 LARGE = 100_000  # bytes; below it, a file that nobody needs does no harm
-NEEDED = {
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+BUNDLE = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+NEEDED = (
     *("predict.py", "cog.yaml", "requirements.txt", "LICENSE", ".cog/openapi_schema.json"),
-    *("weights/manifest.toml", "weights/lpips_vgg_heads.safetensors"),
-    *("weights/lpips_vgg_heads.LICENSE", "weights/full/family.toml"),
-} | {
-    f"weights/{family}/{file.target}"
-    for family, parts in manifest.read(ROOT / "weights" / "manifest.toml").items()
-    for part in parts
-    for file in part.files
-    if not part.sources
-}
-FOLDERS = ("panorama", "weights/tiny")
+    *("panorama", "weights/lpips_vgg_heads.LICENSE", *BUNDLE),
+)
 UNWANTED = (
     ".git/config",
     ".hypothesis/examples/a",
@@ -32,10 +25,11 @@ UNWANTED = (
     ".pytest_cache/v/cache",
     ".ruff_cache/a",
     ".venv/bin/python",
+    "benchmarks/bench.py",
     "docs/sunset.png",
     "out.png",
     "panorama/__pycache__/views.cpython-311.pyc",
-    "script/bench.py",
+    "script/bench",
     "tests/data/cases.json",
     "weights/full/unet/model.safetensors.part",
     "weights/train/judges/windows.safetensors",
@@ -44,7 +38,7 @@ UNWANTED = (
 
 
 def expression(pattern: str) -> re.Pattern[str]:
-    """Docker's patterns: from the root, `*` within a name, `**` over any number of folders."""
+    """A pattern of Docker: from the root, `*` within a name, `**` over any number of folders."""
     parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.strip("/"))
     text = "".join(parts.get(piece, re.escape(piece)) for piece in pieces)
@@ -78,31 +72,33 @@ def context(root: Path = ROOT) -> Iterator[Path]:
         ("weights/train", "weights/train/work/a", "weights/training"),
     ],
 )
-def test_the_matcher_is_docker_s(pattern, matching, other):
+def test_patterns_match_as_in_docker(pattern, matching, other):
     assert expression(pattern).fullmatch(matching)
     assert not expression(pattern).fullmatch(other)
 
 
 @pytest.mark.parametrize("path", UNWANTED)
-def test_what_only_developers_need_is_left_out(path):
+def test_files_for_developers_are_left_out(path):
     assert ignored(path)
 
 
-def test_what_is_large_is_a_weight_of_a_family():
+def test_large_files_are_weights_of_a_family():
     for path in context():
         if (ROOT / path).stat().st_size > LARGE:
             assert path.suffix == ".safetensors" and path.parts[0] == "weights", path
             assert path.parts[1] != "train", path
 
 
-def test_what_the_predictor_needs_is_in():
+def test_everything_that_the_predictor_needs_is_included():
     given = {path.as_posix() for path in context()}
-    files = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
-    needed = {path.relative_to(ROOT).as_posix() for path in files if path.suffix != ".pyc"}
-    assert given >= NEEDED | needed
+    for name in NEEDED:
+        files = [ROOT / name, *(ROOT / name).rglob("*")]
+        needed = {path.relative_to(ROOT).as_posix() for path in files if path.is_file()}
+        assert needed
+        assert {name for name in needed if not name.endswith(".pyc")} <= given
 
 
-def test_what_is_in_is_enough_to_make_a_picture(tmp_path):
+def test_the_container_has_enough_to_make_an_image(tmp_path):
     for path in context():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).symlink_to(ROOT / path)  # there may be gigabytes of other families

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from panorama.models import MODES, SCHEDULERS, Models, load
+from panorama.modes import MODES, Models, load
+from panorama.pipeline import Pipeline, Settings
 from panorama.request import INPUTS, Request
+from panorama.sampling.views import Spanning
 from weights.train.diffusion import build_tokenizer
 
 TINY = Path(__file__).parents[2] / "weights" / "tiny"
@@ -24,7 +26,7 @@ def models() -> Models:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> CLIPTokenizer:
-    return CLIPTokenizer.from_pretrained(TINY / "syncdiffusion" / "tokenizer")
+    return CLIPTokenizer.from_pretrained(TINY / "sd2" / "tokenizer")
 
 
 def test_it_is_small() -> None:
@@ -46,44 +48,52 @@ def test_it_does_not_tell_where_it_was_trained() -> None:
 
 
 def test_its_modes_are_those_of_requests(models: Models) -> None:
-    assert set(models.pipelines) == set(MODES) == set(INPUTS["mode"].choices)
-    for mode in models.pipelines:
-        Request(prompt="night", mode=mode).resolve(models.settings(mode))
-
-
-def test_its_solvers_are_those_of_requests() -> None:
-    assert set(SCHEDULERS) == set(INPUTS["scheduler"].choices)
+    assert set(models.bases) == set(MODES) == set(INPUTS["mode"].choices)
+    for mode in models.bases:
+        models.prepare(Request(prompt="night", mode=mode))
 
 
 @pytest.mark.parametrize("lora_scale", [0.0, 0.8])
-@pytest.mark.parametrize("followed", [False, True])
-def test_rolling_the_noise_and_the_depth_rolls_a_360_picture(
-    models: Models, followed: bool, lora_scale: float
+@pytest.mark.parametrize("follows", [False, True], ids=["text", "depth"])
+def test_rolling_the_noise_and_the_depth_rolls_a_360_image(
+    models: Models, follows: bool, lora_scale: float
 ) -> None:
-    pipe, cells = models.pipelines["sdxl-360"], 4
+    pipe, cells = Pipeline(models.bases["sdxl-360"]), 4
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(1, 4, 16, 32, generator=generator)
     depth = torch.rand(128, 256, generator=generator)
 
     def make(turn: int) -> torch.Tensor:
-        return pipe(
+        settings = Settings(
             "<s0><s1> hdri view, bedroom in the color of blue",
             *depth.shape,
+            closed="x",
             num_inference_steps=2,
             guidance_scale=4.0,
-            depth=depth.roll(turn * 8, -1) if followed else None,
+            layout=Spanning(),
+            depth=depth.roll(turn * 8, -1) if follows else None,
             lora_scale=lora_scale,
-            latents=noise.roll(turn, -1),
-            output_type="pt",
         )
+        latents = pipe.denoise(settings, pipe.encode(settings), noise.roll(turn, -1))
+        return pipe.decode(latents, "x")
 
     assert (make(cells) - make(0).roll(cells * 8, -1)).abs().max() < 1e-4
 
 
+def test_a_strip_of_sdxl_windows_is_made_in_every_shape(models: Models) -> None:
+    inputs = {"mode": "syncdiffusion-xl", "num_inference_steps": 1, "seed": 1}
+    side = models.settings("syncdiffusion-xl").smallest
+    for width, height in ((2 * side, side), (side, 2 * side)):
+        request = Request(prompt="bedroom", width=width, height=height, loop_closure=True, **inputs)
+        panorama = models.generate(request)
+        assert panorama.image.size == (width, height)
+        assert panorama.closed == ("x" if width > height else "y")
+
+
 def test_an_unknown_family_or_mode_is_refused_by_name() -> None:
-    with pytest.raises(FileNotFoundError, match=r"no model family 'huge'.*there is full, tiny"):
+    with pytest.raises(FileNotFoundError, match=r"'huge'.*full, tiny"):
         load("huge")
-    with pytest.raises(ValueError, match="mode='flat': mode must be one that the family"):
+    with pytest.raises(ValueError, match=r"^mode='flat': .*tiny.*; try"):
         load("tiny", modes=["flat"])
 
 

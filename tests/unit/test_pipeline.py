@@ -1,5 +1,8 @@
-"""SyncDiffusionPipeline as users call it, on a small random model."""
+"""Pipeline as users call it, on a small random model of Stable Diffusion 2's shape."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,323 +10,365 @@ import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
 
-from panorama.perceptual import LPIPS
-from panorama.sampler import sample
-from panorama.syncdiffusion import SyncDiffusionPipeline
-from tests.small import small_unet, small_vae
-from weights.train.diffusion import build_text_encoder, build_tokenizer
+from panorama.base_model import BaseModel, load_base_model
+from panorama.conditioning.prompts import encode_prompts
+from panorama.pipeline import Pipeline, Settings
+from panorama.sampling.canvas import View
+from panorama.sampling.sampler import OnStep, sample
+from panorama.sampling.synchronize import SyncSettings
+from panorama.sampling.views import Disjoint, Sliding, Spanning
+from tests.small_sd2 import build
+from tests.small_sdxl import save
+from tests.state import State
 
 LONG = "sunset over snowy mountains with trees under clouds, " * 9
+STRONG = SyncSettings(weight=30.0)
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> SyncDiffusionPipeline:
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-    pipe = SyncDiffusionPipeline(
-        vae=small_vae(),
-        text_encoder=build_text_encoder(tokenizer),
-        tokenizer=tokenizer,
-        unet=small_unet(),
-        scheduler=DDIMScheduler(clip_sample=False),
-        perceptual=LPIPS(channels=((4,), (8,), (8,))),
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+def base() -> BaseModel:
+    return build()
 
 
-def run(pipe: SyncDiffusionPipeline, **changes: Any) -> Any:
-    """A small panorama, three windows wide, as latents."""
-    arguments: dict[str, Any] = {
-        "prompt": "night over the sea",
-        "height": 64,
-        "width": 128,
-        "num_inference_steps": 3,
-        "stride": 8,
-        "generator": torch.Generator().manual_seed(0),
-        "output_type": "latent",
-    }
-    if "prompt_embeds" in changes:
-        del arguments["prompt"]
-    return pipe(**arguments | changes).images
+def settings(**changes: Any) -> Settings:
+    """A small panorama, three windows wide."""
+    inputs: dict[str, Any] = {"prompt": "night over the sea", "height": 64, "width": 128}
+    inputs |= {"num_inference_steps": 3, "layout": Sliding(8), "sync": SyncSettings()}
+    return Settings(**inputs | changes)
 
 
-def test_the_kinds_of_output_agree(pipe: SyncDiffusionPipeline) -> None:
-    (image,), tensor = run(pipe, output_type="pil"), run(pipe, output_type="pt")
-    assert image.size == (128, 64)
-    assert tensor.shape == (1, 3, 64, 128) and tensor.min() >= 0 and tensor.max() <= 1
-    levels = torch.tensor(list(image.get_flattened_data())).view(64, 128, 3).permute(2, 0, 1)
-    assert (levels - tensor[0] * 255).abs().max() <= 0.5 + 1e-3
-    assert run(pipe).shape == (1, 4, 16, 32)
+def denoise(base: BaseModel, on_step: OnStep | None = None, **changes: Any) -> Tensor:
+    """Its latents."""
+    return denoise_with(Pipeline(base), settings(**changes), on_step)
 
 
-def test_the_size_has_a_default(pipe: SyncDiffusionPipeline) -> None:
-    assert run(pipe, height=None, width=None, num_inference_steps=1).shape == (1, 4, 16, 64)
+def denoise_with(pipe: Pipeline, chosen: Settings, on_step: OnStep | None = None) -> Tensor:
+    noise = pipe.noise(chosen, torch.Generator().manual_seed(0))
+    return pipe.denoise(chosen, pipe.encode(chosen), noise, on_step)
 
 
-def test_one_run_leaves_no_trace_in_the_next(pipe: SyncDiffusionPipeline) -> None:
-    multistep = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
-    for scheduler in (pipe.scheduler, multistep):
-        pipe.register_modules(scheduler=scheduler)
-        before = run(pipe)
-
-        def stop(*_: Any) -> dict[str, Tensor]:
-            raise InterruptedError
-
-        with pytest.raises(InterruptedError):
-            run(pipe, callback_on_step_end=stop, loop_closure=True)
-        assert all(p.requires_grad for p in pipe.unet.parameters())
-        assert torch.equal(run(pipe), before)
+def test_an_image_is_what_the_stages_make_one_after_the_other(base: BaseModel) -> None:
+    pipe, ring = Pipeline(base), settings(closed="x")
+    latents = denoise_with(pipe, ring)
+    assert latents.shape == (1, 4, 16, 32)
+    image = pipe(ring, torch.Generator().manual_seed(0))
+    assert torch.equal(image, pipe.decode(latents, "x"))
+    assert not torch.equal(image, pipe.decode(latents, ""))
+    assert image.shape == (1, 3, 64, 128) and image.dtype == torch.float32
+    assert image.min() >= 0 and image.max() <= 1
 
 
-def test_synchronising_and_closing_change_the_picture(pipe: SyncDiffusionPipeline) -> None:
-    plain = run(pipe, sync_weight=0.0)
-    assert torch.equal(plain, run(pipe, sync_threshold=0))
-    assert not torch.allclose(plain, run(pipe, sync_weight=30.0))
-    assert not torch.allclose(plain, run(pipe, sync_weight=0.0, loop_closure=True))
-
-
-def test_the_callback_sees_every_step_and_may_change_the_latents(
-    pipe: SyncDiffusionPipeline,
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_and_latents_are_in_single_precision_whatever_the_unet_is_in(
+    dtype: torch.dtype,
 ) -> None:
+    base = build()
+    base.unet.to(dtype)
+    pipe, seen = Pipeline(base), []
+
+    def note(step: int, t: Tensor, latents: Tensor) -> Tensor:
+        seen.append(latents.dtype)
+        return latents
+
+    noise = pipe.noise(settings(), torch.Generator().manual_seed(5))
+    expected = torch.randn(1, 4, 16, 32, generator=torch.Generator().manual_seed(5))
+    assert noise.dtype == torch.float32
+    assert torch.equal(noise, expected)
+    # A run starts from just that noise, unrounded.
+    fed: list[Tensor] = []
+    hook = base.unet.register_forward_pre_hook(lambda _, args: fed.append(args[0]))
+    started = pipe(settings(num_inference_steps=1), torch.Generator().manual_seed(5), note)
+    hook.remove()
+    assert started.isfinite().all()
+    assert seen == [torch.float32]
+    assert torch.equal(fed[0][:1], expected[..., 8:24].to(dtype))  # of the anchor
+
+
+def test_one_run_leaves_no_trace_in_the_next(base: BaseModel) -> None:
+    def stop(*_: Any) -> Tensor:
+        raise InterruptedError
+
+    for scheduler in (None, "unipc"):
+        first = denoise(base, scheduler=scheduler)
+        before = State.of(base)
+        assert any(before.learning)
+        with pytest.raises(InterruptedError):
+            denoise(base, stop, closed="x", scheduler=scheduler)
+        before.check(base)
+        assert torch.equal(denoise(base, scheduler=scheduler), first)
+        before.check(base)
+
+
+def test_synchronising_and_closing_change_the_image(base: BaseModel) -> None:
+    plain = denoise(base, sync=None)
+    assert torch.equal(plain, denoise(base, sync=SyncSettings(weight=0.0)))
+    assert torch.equal(plain, denoise(base, sync=SyncSettings(threshold=0)))
+    assert not torch.allclose(plain, denoise(base, sync=STRONG))
+    assert not torch.allclose(plain, denoise(base, sync=None, closed="x"))
+
+
+def test_the_callback_sees_every_step_and_may_change_the_latents(base: BaseModel) -> None:
     steps = []
 
-    def note(_: Any, step: int, t: Tensor, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        steps.append((step, int(t), tuple(state["latents"].shape)))
-        return {"latents": torch.zeros_like(state["latents"])} if step == 2 else {}
+    def note(step: int, t: Tensor, latents: Tensor) -> Tensor:
+        steps.append((step, int(t), tuple(latents.shape)))
+        return torch.zeros_like(latents) if step == 2 else latents
 
-    latents = run(pipe, callback_on_step_end=note)
+    latents = denoise(base, note)
     assert [step for step, _, _ in steps] == [0, 1, 2]
-    assert [t for _, t, _ in steps] == sorted((t for _, t, _ in steps), reverse=True)
+    assert [t for _, t, _ in steps] == sorted({t for _, t, _ in steps}, reverse=True)
     assert {shape for _, _, shape in steps} == {(1, 4, 16, 32)}
     assert not latents.any()
 
 
-@pytest.mark.parametrize("text", ["", "night over the sea", "word " * 30, LONG])
-def test_a_short_text_is_embedded_as_the_tokenizer_pads_it(
-    pipe: SyncDiffusionPipeline, text: str
-) -> None:
-    embeds, negative = pipe.encode_prompt(text, "")
-    assert embeds.shape == negative.shape
-    length = pipe.tokenizer.model_max_length
-    ids = pipe.tokenizer(text, padding="max_length", truncation=True, return_tensors="pt").input_ids
-    with torch.no_grad():
-        first = pipe.text_encoder(ids).last_hidden_state
-    torch.testing.assert_close(embeds[:, :length], first)
-
-
-def test_texts_of_any_length_make_a_picture(pipe: SyncDiffusionPipeline) -> None:
-    plain = run(pipe)
-    long_negative = run(pipe, negative_prompt=LONG)
+def test_texts_of_any_length_make_an_image(base: BaseModel) -> None:
+    plain = denoise(base)
+    long_negative = denoise(base, negative_prompt=LONG)
     assert not torch.allclose(plain, long_negative)
-    assert not torch.allclose(long_negative, run(pipe, negative_prompt=LONG + "no rain"))
-    assert run(pipe, prompt=LONG).isfinite().all()
+    assert not torch.allclose(long_negative, denoise(base, negative_prompt=LONG + "no rain"))
+    assert denoise(base, prompt=LONG).isfinite().all()
 
 
-def test_embeddings_stand_in_for_texts(pipe: SyncDiffusionPipeline) -> None:
-    embeds, negative = pipe.encode_prompt("night over the sea", "people")
-    given = run(pipe, prompt_embeds=embeds, negative_prompt_embeds=negative)
-    assert torch.equal(given, run(pipe, negative_prompt="people"))
+def test_embeddings_stand_in_for_texts(base: BaseModel) -> None:
+    pipe, chosen = Pipeline(base), settings(prompt="something else")
+    conditioning = encode_prompts(base.text_encoders, None, "night over the sea", "people", 7.5)
+    noise = pipe.noise(chosen, torch.Generator().manual_seed(0))
+    given = pipe.denoise(chosen, conditioning, noise)
+    assert torch.equal(given, denoise(base, negative_prompt="people"))
 
 
-def test_without_guidance_the_negative_prompt_has_no_say(pipe: SyncDiffusionPipeline) -> None:
-    plain = run(pipe, guidance_scale=1.0)
-    assert torch.equal(plain, run(pipe, guidance_scale=1.0, negative_prompt="people"))
+def test_guidance_weighs_the_difference_of_the_prompts(base: BaseModel) -> None:
+    """Also below 1, where it is between them."""
+    pipe, one_step = Pipeline(base), settings(num_inference_steps=1, sync=None)
+    noise = pipe.noise(one_step, torch.Generator().manual_seed(0))
+    results = {}
+    for scale in (0.0, 0.5, 1.0, 3.0):
+        chosen = replace(one_step, guidance_scale=scale)
+        results[scale] = pipe.denoise(chosen, pipe.encode(chosen), noise)
+    uncond, text = results[0.0], results[1.0]
+    assert not torch.allclose(uncond, text)
+    for scale in (0.5, 3.0):  # a step is affine in the noise
+        expected = uncond + scale * (text - uncond)
+        torch.testing.assert_close(results[scale], expected, atol=1e-3, rtol=1e-3)
 
 
-def test_it_comes_back_from_its_folder(pipe: SyncDiffusionPipeline, tmp_path: Path) -> None:
-    pipe.save_pretrained(tmp_path)
-    again = SyncDiffusionPipeline.from_pretrained(tmp_path)
-    again.set_progress_bar_config(disable=True)
-    torch.testing.assert_close(run(again), run(pipe), rtol=1e-4, atol=1e-3)
+def test_it_comes_back_from_its_files(base: BaseModel, tmp_path: Path) -> None:
+    parts = save(base, tmp_path)
+    base.perceptual.save_pretrained(tmp_path / "perceptual")
+    loaded = load_base_model(parts | {"perceptual": tmp_path / "perceptual"}, torch.float32)
+    assert torch.equal(denoise(loaded), denoise(base))
+    assert type(loaded.scheduler) is DDIMScheduler
 
 
-def test_the_distance_stays_in_single_precision(
-    pipe: SyncDiffusionPipeline, tmp_path: Path
+def test_half_precision_files_are_loaded_where_there_are_no_others(
+    base: BaseModel, tmp_path: Path
 ) -> None:
-    pipe.perceptual.save_pretrained(tmp_path)
-    half = LPIPS.from_pretrained(tmp_path, torch_dtype=torch.float16)
+    parts = save(base, tmp_path)
+    half = build().unet.half()
+    for file in (tmp_path / "unet").glob("*.safetensors"):
+        file.unlink()
+    half.save_pretrained(tmp_path / "unet", variant="fp16")
+    loaded = load_base_model(parts, torch.float32).unet
+    assert all(map(torch.equal, loaded.parameters(), half.float().parameters()))
+
+
+def test_the_distance_stays_in_single_precision(base: BaseModel, tmp_path: Path) -> None:
+    parts = save(base, tmp_path)
+    base.perceptual.save_pretrained(tmp_path / "perceptual")
+    half = load_base_model(parts | {"perceptual": tmp_path / "perceptual"}, torch.float16)
+    # SD 2's VAE does not overflow, so it is as precise as the rest.
+    assert half.unet.dtype == half.vae.dtype == torch.float16
     images = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.no_grad():
-        distance = half.distance(images, half.embed(images[:1]))
-        expected = pipe.perceptual.distance(images, pipe.perceptual.embed(images[:1]))
+        distance = half.perceptual.distance(images, half.perceptual.embed(images[:1]))
+        expected = base.perceptual.distance(images, base.perceptual.embed(images[:1]))
     torch.testing.assert_close(distance, expected)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "words"),
     [
-        ({"prompt": None}, "either prompt or prompt_embeds"),
-        ({"prompt": ["a", "b"]}, "one text"),
-        ({"prompt_embeds": torch.zeros(1, 32, 128)}, "negative_prompt_embeds=None"),
-        ({"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 32, 128)}, "beside"),
-        ({"negative_prompt_embeds": torch.zeros(1, 9, 128)}, "shape"),
-        ({"width": 60}, "width=60: width must be at least 64.*64 would do"),
-        ({"height": 66}, "height=66.*64 would do"),
-        ({"height": 0}, "height=0"),
-        ({"stride": 17}, "stride=17"),
-        ({"stride": 16, "loop_closure": True}, "stride=16.*8 would do"),
-        ({"num_inference_steps": 0}, "num_inference_steps=0: must be at least 1"),
-        ({"sync_freq": 0}, "sync_freq=0"),
-        ({"sync_weight": float("nan")}, "sync_weight=nan"),
-        ({"view_batch_size": 0}, "view_batch_size=0"),
-        ({"output_type": "np"}, "output_type='np': must be one of pil, pt, latent"),
-        ({"latents": torch.zeros(1, 4, 8, 8)}, "latents has shape"),
+        ({"width": 60}, ["width=60", "at least 64", "try 64"]),
+        ({"height": 66}, ["height=66", "multiple of 4", "try 64"]),
+        ({"height": 0}, ["height=0", "multiple of 4", "try 64"]),
+        ({"height": 0, "layout": Spanning()}, ["height=0", "multiple of 8", "try 8"]),
+        ({"width": 132, "layout": Spanning()}, ["width=132", "multiple of 8", "try 128"]),
+        ({"layout": Sliding(17)}, ["stride=17", "16 latent cells", "try 8"]),
+        ({"layout": Sliding(16), "closed": "x"}, ["stride=16", "less than", "try 8"]),
+        ({"num_inference_steps": 0}, ["num_inference_steps=0", "at least 1", "try 1"]),
+        ({"guidance_scale": -1}, ["guidance_scale=-1", "at least 0", "try 0"]),
+        ({"guidance_scale": float("nan")}, ["guidance_scale=nan", "at least 0", "try 0"]),
+        (
+            {"controlnet_conditioning_scale": -0.5},
+            ["controlnet_conditioning_scale=-0.5", "at least 0"],
+        ),
+        (
+            {"guidance_scale": 1.0, "negative_prompt": "fog" * 1000},
+            ["negative_prompt='fogfog", "must be empty", "guidance_scale=1"],
+        ),
+        ({"scheduler": "pndm"}, ["scheduler='pndm'", "one of", "unipc", "try 'ddim'"]),
+        ({"scheduler": EulerAncestralDiscreteScheduler()}, ["scheduler=EulerAncestral", "affine"]),
+        ({"depth": torch.zeros(64, 127)}, ["depth", "(64, 127)", "(64, 128)"]),
+        ({"depth": torch.zeros(64, 128)}, ["depth", "ControlNet"]),
+        ({"sync": SyncSettings(pooling=3)}, ["pooling=3", "divide", "16", "try 2"]),
     ],
 )
-def test_bad_arguments_are_refused(
-    pipe: SyncDiffusionPipeline, changes: dict[str, Any], message: str
+def test_bad_settings_are_refused(
+    base: BaseModel, changes: dict[str, Any], words: Sequence[str]
 ) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(pipe, **changes)
+    with pytest.raises(ValueError) as error:
+        denoise(base, **changes)
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert len(message) < 400
 
 
-def test_a_scheduler_that_cannot_be_fused_is_refused(pipe: SyncDiffusionPipeline) -> None:
-    kept = pipe.scheduler
-    try:
-        pipe.scheduler = EulerDiscreteScheduler.from_config(kept.config)
-        with pytest.raises(ValueError, match="scheduler=EulerDiscreteScheduler"):
-            run(pipe)
-    finally:
-        pipe.scheduler = kept
+def test_noise_of_another_shape_is_refused(base: BaseModel) -> None:
+    pipe, chosen = Pipeline(base), settings()
+    with pytest.raises(ValueError, match=r"noise has shape \(1, 4, 8, 8\).*\(1, 4, 16, 32\)"):
+        pipe.denoise(chosen, pipe.encode(chosen), torch.zeros(1, 4, 8, 8))
 
 
-def test_every_lever_changes_the_picture_and_all_go_together(pipe: SyncDiffusionPipeline) -> None:
+def test_synchronising_needs_a_distance(base: BaseModel) -> None:
+    with pytest.raises(ValueError, match=r"sync: .*perceptual.*sync=None"):
+        denoise(replace(base, perceptual=None))
+    assert denoise(replace(base, perceptual=None), sync=None).isfinite().all()
+
+
+def test_every_lever_changes_the_image_and_all_go_together(base: BaseModel) -> None:
+    strong = SyncSettings(weight=3000.0)
     levers: list[dict[str, Any]] = [
-        {},
-        {"disjoint": True},
-        {"sync_on_x0": True},
-        {"sync_pooling": 2},
-        {"scheduler": DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)},
+        {"sync": strong},
+        {"sync": strong, "layout": Disjoint()},
+        {"sync": replace(strong, through_unet=False)},
+        {"sync": replace(strong, pooling=2)},
+        {"sync": strong, "scheduler": "dpm++"},
+        {
+            "sync": replace(strong, through_unet=False, pooling=2),
+            "layout": Disjoint(),
+            "scheduler": "dpm++",
+        },
     ]
-    levers.append({name: value for lever in levers for name, value in lever.items()})
-    pictures = [run(pipe, width=192, sync_weight=3000.0, **lever) for lever in levers]
-    for index, picture in enumerate(pictures):
-        assert picture.isfinite().all()
-        assert not any(torch.equal(picture, other) for other in pictures[:index])
+    results = [denoise(base, width=192, **lever) for lever in levers]
+    for index, latents in enumerate(results):
+        assert latents.isfinite().all()
+        assert not any(torch.equal(latents, other) for other in results[:index])
 
 
 def test_disjoint_windows_overlap_at_the_last_step_whatever_the_solver_makes_of_their_number(
-    pipe: SyncDiffusionPipeline, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    solver = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
-    solver.set_timesteps(3)
-    steps = len(solver.timesteps)
+    scheduler = PNDMScheduler.from_config(base.scheduler.config, skip_prk_steps=True)
+    trial = PNDMScheduler.from_config(scheduler.config)
+    trial.set_timesteps(3)
+    steps = len(trial.timesteps)
     assert steps != 3
-    seen: list[Any] = []
+    seen: list[Sequence[View]] = []
 
-    def watched(latents: torch.Tensor, views: Any, *args: Any, **options: Any) -> torch.Tensor:
+    def watched(latents: Tensor, views: Any, *args: Any, **options: Any) -> Tensor:
         seen.extend(views)
         return sample(latents, views, *args, **options)
 
-    monkeypatch.setattr("panorama.syncdiffusion.sample", watched)
-    run(pipe, width=128, num_inference_steps=3, disjoint=True, scheduler=solver)
+    monkeypatch.setattr("panorama.pipeline.sample", watched)
+    denoise(base, layout=Disjoint(), scheduler=scheduler)
     assert len(seen) == steps
     assert all(len(views) <= 3 for views in seen[:-1])
     assert [view.left for view in seen[-1]] == [0, 8, 16]
 
 
-def test_checkpointing_changes_nothing_and_leaves_nothing(pipe: SyncDiffusionPipeline) -> None:
-    plain = run(pipe, sync_weight=30.0)
-    torch.testing.assert_close(run(pipe, sync_weight=30.0, checkpointing=True), plain)
-    assert not pipe.unet.is_gradient_checkpointing and not pipe.vae.is_gradient_checkpointing
+def test_checkpointing_changes_nothing_and_leaves_nothing(base: BaseModel) -> None:
+    plain, pipe = denoise(base, sync=STRONG), Pipeline(base, checkpointing=True)
+    torch.testing.assert_close(denoise_with(pipe, settings(sync=STRONG)), plain)
+    before = State.of(base)  # only now: diffusers notes in every block that it is off
+    assert not any(network.is_gradient_checkpointing for network in (base.unet, base.vae))
+    denoise_with(pipe, settings(sync=STRONG))
+    before.check(base)
+
+
+@contextmanager
+def sizes_seen(network: Any) -> Iterator[list[torch.Size]]:
+    """Note the shapes that a network is given."""
+    sizes: list[torch.Size] = []
+    hook = network.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape))
+    try:
+        yield sizes
+    finally:
+        hook.remove()
 
 
 def test_every_step_runs_on_lean_networks_in_batches_of_the_size_asked_for(
-    pipe: SyncDiffusionPipeline,
+    base: BaseModel,
 ) -> None:
-    batches: list[int] = []
+    networks = (base.unet, base.vae)
     seen: list[tuple[bool, bool, bool]] = []
 
-    def look(*_: Any) -> dict[str, Tensor]:
-        networks = (pipe.unet, pipe.vae)
+    def look(step: int, t: Tensor, latents: Tensor) -> Tensor:
         seen.append(
             (
                 any(p.requires_grad for n in networks for p in n.parameters()),
-                "_conv_forward" in vars(pipe.unet.conv_in)
-                and "_conv_forward" in vars(pipe.vae.decoder.conv_in),
+                all(
+                    "_conv_forward" in vars(conv)
+                    for conv in (base.unet.conv_in, base.vae.decoder.conv_in)
+                ),
                 all(n.is_gradient_checkpointing for n in networks),
             )
         )
-        return {}
+        return latents
 
-    counter = pipe.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
-    try:
+    chosen = settings(width=192, num_inference_steps=2, sync=SyncSettings(threshold=1))
+    with sizes_seen(base.unet) as sizes:
         for checkpointing in (False, True):
-            run(
-                pipe,
-                width=192,
-                sync_threshold=1,
-                num_inference_steps=2,
-                view_batch_size=4,
-                checkpointing=checkpointing,
-                callback_on_step_end=look,
-            )
-    finally:
-        counter.remove()
+            pipe = Pipeline(base, batch_size=4, checkpointing=checkpointing)
+            denoise_with(pipe, chosen, look)
     assert seen == [(False, True, False)] * 2 + [(False, True, True)] * 2
-    # Of both halves of guidance: the anchor; three times two windows, each moved and seen again;
-    # then the plain step.
-    assert batches == 2 * [2, *[4, 4] * 2, 8, 2]
+    # Of both halves of guidance: the anchor; two batches of two windows, each moved and seen
+    # again; then the plain step, of five windows.
+    batches = [2, *[4, 4] * 2, 8, 2]
+    recomputed = [size[0] for size in sizes]
+    assert recomputed == 2 * batches
 
 
-def test_a_large_canvas_is_decoded_in_slices_as_asked(pipe: SyncDiffusionPipeline) -> None:
-    sizes: list[int] = []
-    counter = pipe.vae.decoder.register_forward_pre_hook(
-        lambda _, inputs: sizes.append(inputs[0].shape[-1])
-    )
-    options = {"width": 640, "num_inference_steps": 1, "sync_weight": 0.0, "output_type": "pt"}
-    try:
-        run(pipe, **options)
-        run(pipe, **options, max_cells=1)
-    finally:
-        counter.remove()
-    assert sizes == [160, 32, 128, 128]
+def test_a_large_canvas_is_decoded_in_slices_as_asked(base: BaseModel) -> None:
+    chosen = settings(width=640, num_inference_steps=1, sync=None)
+    with sizes_seen(base.vae.decoder) as sizes:
+        Pipeline(base)(chosen)
+        Pipeline(base, max_cells=1)(chosen)
+    assert [size[-1] for size in sizes] == [160, 32, 128, 128]
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
-def test_it_runs_in_inference_mode(pipe: SyncDiffusionPipeline, guidance_scale: float) -> None:
-    expected = run(pipe, guidance_scale=guidance_scale)
+def test_it_runs_in_inference_mode(base: BaseModel, guidance_scale: float) -> None:
+    chosen, pipe = settings(guidance_scale=guidance_scale), Pipeline(base)
+    expected = pipe.decode(denoise_with(pipe, chosen))
     with torch.inference_mode():
         noise = torch.randn(1, 4, 16, 32, generator=torch.Generator().manual_seed(0))
-        prompt, negative = pipe.encode_prompt("night over the sea")
-        found = run(
-            pipe,
-            guidance_scale=guidance_scale,
-            latents=noise,
-            prompt_embeds=prompt,
-            negative_prompt_embeds=negative,
-        )
-    assert torch.equal(found, expected)
+        conditioning = encode_prompts(base.text_encoders, None, chosen.prompt, "", guidance_scale)
+        latents = pipe.denoise(chosen, conditioning, noise)
+        assert torch.equal(pipe.decode(latents), expected)
+        assert torch.equal(pipe(chosen, torch.Generator().manual_seed(0)), expected)
 
 
-@pytest.mark.parametrize("solver", [DDIMScheduler, UniPCMultistepScheduler])
-def test_one_window_is_never_synchronised(pipe: SyncDiffusionPipeline, solver: Any) -> None:
-    scheduler = solver.from_config(pipe.scheduler.config)
-    pictures = [
-        run(pipe, width=64, num_inference_steps=6, scheduler=scheduler, sync_threshold=threshold)
-        for threshold in (0, 5)
+@pytest.mark.parametrize("scheduler", [None, "unipc"])
+def test_one_window_is_never_synchronised(base: BaseModel, scheduler: str | None) -> None:
+    results = [
+        denoise(base, width=64, num_inference_steps=6, scheduler=scheduler, sync=sync)
+        for sync in (None, SyncSettings())
     ]
-    assert torch.equal(*pictures)
+    assert torch.equal(*results)
 
 
-def test_a_scheduler_for_one_call_is_neither_kept_nor_changed(pipe: SyncDiffusionPipeline) -> None:
-    own, before = pipe.scheduler, run(pipe)
-    solver = UniPCMultistepScheduler.from_config(own.config)
+def test_a_scheduler_for_one_run_is_neither_kept_nor_changed(base: BaseModel) -> None:
+    before = denoise(base)
+    solver = UniPCMultistepScheduler.from_config(base.scheduler.config)
     solver.set_timesteps(3)
-    first = run(pipe, scheduler=solver)
-    assert torch.equal(run(pipe, scheduler=solver), first)
-    assert pipe.scheduler is own and torch.equal(run(pipe), before)
+    first = denoise(base, scheduler=solver)
+    assert torch.equal(denoise(base, scheduler=solver), first)
+    assert torch.equal(denoise(base, scheduler="unipc"), first)
+    assert torch.equal(denoise(base), before) and not torch.equal(first, before)
     assert not any(output is not None for output in solver.model_outputs)
-
-
-def test_pooling_has_to_divide_a_window(pipe: SyncDiffusionPipeline) -> None:
-    with pytest.raises(ValueError, match="sync_pooling=3: must divide the window's 16 latent"):
-        run(pipe, sync_pooling=3)

@@ -14,7 +14,7 @@ import pytest
 from cog import BasePredictor
 
 from panorama.request import INPUTS
-from predict import Predictor, asked_modes
+from predict import Predictor
 
 ROOT = Path(__file__).parents[2]
 SIGNATURE = inspect.signature(Predictor.predict)
@@ -84,27 +84,3 @@ def test_the_openapi_document_is_that_of_predict():
     )
     committed = (ROOT / ".cog" / "openapi_schema.json").read_bytes()
     assert made.stdout == committed, "run script/openapi"
-
-
-@pytest.mark.parametrize(
-    ("asked", "modes"),
-    [
-        ("", ("syncdiffusion", "sdxl-360")),
-        ("sdxl-360", ("sdxl-360",)),
-        (" sdxl-360, syncdiffusion,", ("sdxl-360", "syncdiffusion")),
-        ("sdxl-360,sdxl-360", ("sdxl-360",)),
-    ],
-)
-def test_the_modes_of_a_container_are_those_that_are_asked_for(monkeypatch, asked, modes):
-    monkeypatch.setenv("PANORAMA_MODES", asked)
-    assert asked_modes("full") == modes
-
-
-def test_a_mode_that_the_family_does_not_have_is_refused_by_name(monkeypatch):
-    monkeypatch.setenv("PANORAMA_MODES", "syncdiffusion,flat")
-    message = (
-        "PANORAMA_MODES: 'flat' must be one that the family full offers, syncdiffusion, sdxl-360; "
-        "syncdiffusion would do"
-    )
-    with pytest.raises(ValueError, match=f"^{message}$"):
-        asked_modes("full")

@@ -1,38 +1,44 @@
+"""README.md against the code."""
+
 import re
 from math import inf
 from pathlib import Path
 
-from panorama.request import INPUTS, OWN_INPUTS, Input
+from panorama.request import EVERY_MODE, INPUTS, Input
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
 
 
 def row(rule: Input) -> str:
     default = "required" if rule.required else "" if rule.default is None else f"`{rule.default!r}`"
     limits = [str(limit) for limit in (rule.minimum, rule.maximum) if abs(limit) != inf]
     allowed = " to ".join(limits) if len(limits) == 2 else "".join(f"from {x}" for x in limits)
-    mode = "" if rule.modes == tuple(OWN_INPUTS) else ", ".join(rule.modes)
-    cells = (f"`{rule.name}`", rule.kind.__name__, default, allowed, mode, rule.description)
+    allowed = allowed or ", ".join(rule.choices)
+    modes = "" if rule.modes == EVERY_MODE else ", ".join(rule.modes)
+    cells = (f"`{rule.name}`", rule.kind.__name__, default, allowed, modes, rule.description)
     return f"| {' | '.join(cells)} |"
 
 
+def table() -> str:
+    head = ["| input | type | default | legal | only in | |", "|---|---|---|---|---|---|"]
+    return "\n".join(head + [row(rule) for rule in INPUTS.values()])
+
+
 def test_the_table_of_inputs_is_that_of_request():
-    head = ["| input | type | default | range | only in mode | |", "|---|---|---|---|---|---|"]
-    table = "\n".join(head + [row(rule) for rule in INPUTS.values()])
     _, _, rest = README.read_text().partition("<!-- inputs -->\n")
     written = rest.partition("\n<!-- /inputs -->")[0]
-    assert written == table, f"between its markers, README.md must have:\n{table}"
+    assert written == table(), f"between its markers, README.md must have:\n{table()}"
 
 
-def test_what_it_links_to_exists():
-    texts = [README, README.parent / "weights" / "tiny" / "README.md"]
-    for text in texts:
+def test_link_targets_exist():
+    for text in (README, ROOT / "weights" / "tiny" / "README.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", text.read_text()):
             assert (text.parent / target).exists(), f"{text}: {target}"
 
 
 def test_the_table_of_environment_variables_names_all_that_are_read():
     written = README.read_text().partition("<!-- environment -->")[2].partition("<!-- /env")[0]
-    sources = [README.parent / "predict.py", *(README.parent / "panorama").glob("*.py")]
+    sources = [ROOT / "predict.py", *(ROOT / "panorama").rglob("*.py")]
     read = {name for path in sources for name in re.findall(r"PANORAMA_[A-Z]+", path.read_text())}
     assert read == set(re.findall(r"^\| `(PANORAMA_[A-Z]+)`", written, re.MULTILINE))

@@ -1,18 +1,21 @@
-"""The recipe of the embedded SDXL family: what in it can be wrong without any training."""
+"""The recipe of the embedded family, as far as it can be tested without training."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from panorama.models import load
+from panorama.base_model import BaseModel, load_base_model
+from panorama.conditioning.lora import TOKENS, load_lora, load_tokens, lora_applied
+from panorama.modes import load
 from panorama.request import Request
-from panorama.sdxl import SDXL360, TOKENS, load_lora, load_tokens, lora_applied
-from tests.small_sdxl import build, save_family
+from tests import small_sd2
+from tests.small_sdxl import build, components, save_family
 from weights.train import (
     controlnet,
     dataset,
@@ -35,17 +38,22 @@ SCENE = scenes.Scene("noon", "desert", trees=True, clouds=False)
 
 
 @pytest.fixture
-def pipe(tmp_path: Path) -> SDXL360:
-    return build(tmp_path)
+def base() -> BaseModel:
+    return build()
 
 
-def text_to_sphere(pipe: SDXL360) -> TextToSphere:
-    text = pipe.text
-    return TextToSphere(text.text_encoder, text.text_encoder_2, text.unet).eval()
+def text_to_sphere(base: BaseModel) -> TextToSphere:
+    first, second = (encoder.model for encoder in base.text_encoders)
+    return TextToSphere(first, second, base.unet).eval()
 
 
-def captions(pipe: SDXL360, texts: list[str], given: list[bool]) -> Captions:
-    ids = diffusion.tokenize(pipe.text.tokenizer, texts)
+def stock_pipeline(base: BaseModel) -> StableDiffusionXLPipeline:
+    parts = {name: part for name, part in components(base).items() if name != "controlnet"}
+    return StableDiffusionXLPipeline(**parts, add_watermarker=False)
+
+
+def captions(base: BaseModel, texts: list[str], given: list[bool]) -> Captions:
+    ids = diffusion.tokenize(base.text_encoders[0].tokenizer, texts)
     sizes = torch.tensor([[64, 128]] * len(texts))
     return Captions(ids, torch.tensor(given), time_ids(sizes))
 
@@ -124,29 +132,29 @@ def test_the_vocabulary_is_the_same_every_time(tmp_path: Path) -> None:
     assert all(other == first for other in others)
 
 
-def test_conditions_are_those_of_the_stock_pipeline(pipe: SDXL360) -> None:
+def test_conditions_are_those_of_the_stock_pipeline(base: BaseModel) -> None:
     with torch.no_grad():
-        own = text_to_sphere(pipe).conditions(captions(pipe, PROMPTS, [True, True]))
-        states, _, pooled, _ = pipe.text.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+        own = text_to_sphere(base).conditions(captions(base, PROMPTS, [True, True]))
+        stock = stock_pipeline(base)
+        states, _, pooled, _ = stock.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
     torch.testing.assert_close(own["encoder_hidden_states"], states)
     torch.testing.assert_close(own["added_cond_kwargs"]["text_embeds"], pooled)
-    ids = pipe.text._get_add_time_ids(
-        (64, 128), (0, 0), (64, 128), torch.float32, pipe.text.text_encoder_2.config.projection_dim
-    )
+    dim = stock.text_encoder_2.config.projection_dim
+    ids = stock._get_add_time_ids((64, 128), (0, 0), (64, 128), torch.float32, dim)
     assert torch.equal(own["added_cond_kwargs"]["time_ids"], ids.expand(2, -1))
 
 
-def test_a_caption_left_out_is_that_of_an_empty_negative_prompt(pipe: SDXL360) -> None:
+def test_a_caption_left_out_is_that_of_an_empty_negative_prompt(base: BaseModel) -> None:
     with torch.no_grad():
-        own = text_to_sphere(pipe).conditions(captions(pipe, PROMPTS, [False, True]))
-        _, negative, _, pooled = pipe.text.encode_prompt(PROMPTS[0])
+        own = text_to_sphere(base).conditions(captions(base, PROMPTS, [False, True]))
+        _, negative, _, pooled = stock_pipeline(base).encode_prompt(PROMPTS[0])
     assert torch.equal(own["encoder_hidden_states"][:1], negative)
     assert torch.equal(own["added_cond_kwargs"]["text_embeds"][:1], pooled)
 
 
-def test_batches_follow_from_their_generator_and_are_rolled_pictures(pipe: SDXL360) -> None:
+def test_batches_follow_from_their_generator_and_are_rolled_pictures(base: BaseModel) -> None:
     latents = torch.randn(4, 4, 8, 16)
-    spheres = Spheres(latents, [ROOM, SCENE] * 2, pipe.text.tokenizer)
+    spheres = Spheres(latents, [ROOM, SCENE] * 2, base.text_encoders[0].tokenizer)
     draws = [spheres.draw(torch.Generator().manual_seed(1)) for _ in range(2)]
     assert draws[0] == draws[1]
     index, shift = draws[0]
@@ -218,9 +226,9 @@ def test_crisp_pictures_keep_areas_and_part_their_edges() -> None:
     assert (changed[:, 32] > picture[:, 32] + 10).all()
 
 
-def test_a_style_loads_as_it_was_trained(pipe: SDXL360, tmp_path: Path) -> None:
-    base = text_to_sphere(pipe)
-    trained = style.build(base)
+def test_a_style_loads_as_it_was_trained(base: BaseModel, tmp_path: Path) -> None:
+    model = text_to_sphere(base)
+    trained = style.build(model)
     learned = [name for name, p in trained.named_parameters() if p.requires_grad]
     assert learned and all("lora_" in name or name.endswith(".tokens") for name in learned)
     for name, parameter in trained.named_parameters():
@@ -230,44 +238,56 @@ def test_a_style_loads_as_it_was_trained(pipe: SDXL360, tmp_path: Path) -> None:
     extended = [f"{''.join(TOKENS)} {PROMPTS[0]}"]
     save_file(style.lora_weights(trained.unet), tmp_path / "lora.safetensors")
     save_file(style.token_embeddings(trained), tmp_path / "embeddings.safetensors")
-    load_tokens(pipe.text, tmp_path / "embeddings.safetensors")
-    words = captions(pipe, extended, [True])
+    load_tokens(base.text_encoders, tmp_path / "embeddings.safetensors")
+    words = captions(base, extended, [True])
     with torch.no_grad():
         expected = trained(latents, t, words)
-        assert (base(latents, t, words) - expected).abs().max() > 1e-2
-        load_lora(pipe.text.unet, tmp_path / "lora.safetensors")
-        with lora_applied(pipe.text.unet, 1.0):
-            torch.testing.assert_close(base(latents, t, words), expected)
+        assert (model(latents, t, words) - expected).abs().max() > 1e-2
+        load_lora(base.unet, tmp_path / "lora.safetensors")
+        with lora_applied(base.unet, 1.0):
+            torch.testing.assert_close(model(latents, t, words), expected)
 
 
 def test_the_export_loads_and_shares_the_autoencoder(
-    pipe: SDXL360, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "sdxl-360"
     monkeypatch.setattr(export, "TINY", tmp_path)
-    monkeypatch.setattr(export, "SPHERES", folder)
-    pipe.text.vae.save_pretrained(tmp_path / "syncdiffusion" / "vae")
-    weights = (
-        tmp_path / "syncdiffusion" / "vae" / "diffusion_pytorch_model.safetensors"
-    ).read_bytes()
-    base = text_to_sphere(pipe)
+    base.vae.save_pretrained(tmp_path / "sd2" / "vae")
+    shared = (tmp_path / "sd2" / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    model, tokenizer = text_to_sphere(base), base.text_encoders[0].tokenizer
     for _ in range(2):  # the second time the link is there already
-        export.export_base(base, pipe.text.tokenizer)
-    _, tokenizer, loaded_base = export.load_base()
-    words = captions(pipe, PROMPTS, [True, True])
-    assert torch.equal(diffusion.tokenize(tokenizer, PROMPTS), words.ids)
+        export.export_base(model, tokenizer)
+    _, read_tokenizer, read_model = export.load_base()
+    words = captions(base, PROMPTS, [True, True])
+    assert torch.equal(diffusion.tokenize(read_tokenizer, PROMPTS), words.ids)
     latents, t = torch.randn(2, 4, 8, 16), torch.tensor([500, 20])
     with torch.no_grad():
-        written = base.float()  # saved in half precision
-        assert torch.equal(loaded_base(latents, t, words), written(latents, t, words))
-    export.export_style(style.build(loaded_base))
-    export.export_controlnet(pipe.depth.controlnet)
-    assert (folder / "vae").readlink() == Path("../syncdiffusion/vae")
-    shared = (folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
-    assert shared == weights
-    loaded = SDXL360.from_pretrained(folder, torch.float32)
+        written = model.float()  # saved in half precision
+        assert torch.equal(read_model(latents, t, words), written(latents, t, words))
+    export.export_style(style.build(read_model))
+    export.export_controlnet(base.controlnet)
+    folder = tmp_path / "sdxl"
+    assert (folder / "vae").readlink() == Path("../sd2/vae")
+    assert (folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == shared
+    loaded = load_base_model({path.name: path for path in folder.iterdir()}, torch.float32)
     assert loaded.tokens == TOKENS
-    assert loaded.text.config.force_zeros_for_empty_prompt
+    assert loaded.controlnet is not None
+
+
+def test_the_first_model_and_its_features_load_from_where_they_are_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "TINY", tmp_path)
+    base = small_sd2.build()
+    (encoder,) = base.text_encoders
+    model = diffusion.TextToImage(encoder.model, base.unet)
+    export.export_sd2(base.vae, model, encoder.tokenizer, base.perceptual)
+    folders = [*(tmp_path / "sd2").iterdir(), tmp_path / "perceptual"]
+    loaded = load_base_model({path.name: path for path in folders}, torch.float32)
+    assert loaded.perceptual.config.distance_scale == export.DISTANCE_SCALE
+    assert loaded.window == 16
+    stored = load_file(tmp_path / "sd2" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in stored.values()} == {torch.float16}
 
 
 def pictures(kind: str, count: int) -> dataset.Pictures:
@@ -287,20 +307,40 @@ def test_windows_come_from_all_sets_and_are_labelled() -> None:
             assert values[answers[name][i]] == window.attributes.get(name)
 
 
+def read_pixels(image: torch.Tensor) -> np.ndarray:
+    return image[0].permute(1, 2, 0).mul(255).round().byte().numpy()
+
+
 def test_spheres_are_measured_as_requests_make_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    save_family(tmp_path, width=128, height=64, guidance_scale=3.0)
+    save_family(tmp_path, width=128, height=128, guidance_scale=3.0)
     models = load(str(tmp_path), device="cpu")
     settings = models.settings("sdxl-360")
     assert measure.lora_scales(settings) == (0.8, 0.0)
     monkeypatch.setattr(measure, "STEPS", 2)
-    pictures = []
+    made = []
     for scale in measure.lora_scales(settings):
-        make = measure.make_spheres(models.pipelines["sdxl-360"], settings, scale)
-        pictures.append(make("sea", 5)[0].permute(1, 2, 0).mul(255).round().byte().numpy())
+        made.append(read_pixels(measure.make_spheres(models, "sdxl-360", scale)("sea", 5)))
         request = Request(
             prompt="sea", mode="sdxl-360", seed=5, num_inference_steps=2, lora_scale=scale
         )
-        assert np.array_equal(models.generate(request.resolve(settings)), pictures[-1])
-    assert not np.array_equal(*pictures)
+        assert np.array_equal(models.generate(request).image, made[-1])
+    assert not np.array_equal(*made)
+
+
+@pytest.mark.parametrize("mode", measure.SPHERES)
+def test_spheres_follow_a_depth_image(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_family(tmp_path, modes=[mode], width=256, height=128, guidance_scale=3.0)
+    monkeypatch.setattr(measure, "STEPS", 1)
+    if measure.SPHERES[mode]:
+        small = {**measure.SPHERES[mode], "width": 256, "height": 128}
+        monkeypatch.setitem(measure.SPHERES, mode, small)
+    make = measure.make_spheres(load(str(tmp_path), device="cpu"), mode, 0.8)
+    depth = torch.rand(128, 256, generator=torch.Generator().manual_seed(0))
+    without, followed, again = (make("sea", 5, depth=d) for d in (None, depth, depth))
+    assert without.shape == followed.shape == (1, 3, 128, 256)
+    assert torch.equal(followed, again)
+    assert not torch.equal(without, followed)

@@ -1,437 +1,306 @@
-"""SDXL around a full turn, on a random model of SDXL's shape."""
+"""SDXL around a full turn and through windows, on a random model of SDXL's shape."""
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from PIL import Image
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from panorama.circular import circular, padded_convolutions
-from panorama.decode import MAX_CELLS
-from panorama.models import MODES, Models, load
-from panorama.request import INPUTS, OWN_INPUTS, Request
-from panorama.sdxl import LORA, SDXL360, TOKENS, load_lora, load_tokens, lora_applied
-from tests.small_sdxl import build, cog_sdxl, pivotal, save_family
+from panorama.base_model import BaseModel, load_base_model
+from panorama.conditioning.lora import LORA
+from panorama.pipeline import Pipeline, Settings
+from panorama.sampling.circular import padded_convolutions
+from panorama.sampling.sampler import OnStep
+from panorama.sampling.synchronize import SyncSettings
+from panorama.sampling.views import Disjoint, Sliding, Spanning
+from tests.small_sdxl import build, save
+from tests.state import State
 
-HEIGHT, WIDTH = 64, 256  # pixels; the least multiple is 32
-PROMPT = "hdri view, bedroom in the color of blue"
+HEIGHT, WIDTH = 64, 256  # pixels; a view that wraps has multiples of 32
 FACTOR = 8
-DEPTH = torch.rand(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(3))
-PICTURES = {
-    "text": {},
-    "depth": {"depth": DEPTH, "controlnet_conditioning_scale": 1.0},
-}
+PROMPT = "hdri view, bedroom in the color of blue"
+
+
+def random_depth(height: int, width: int) -> Tensor:
+    return torch.rand(height, width, generator=torch.Generator().manual_seed(3))
+
+
+DEPTH = random_depth(HEIGHT, WIDTH)
+IMAGES = {"text": {}, "depth": {"depth": DEPTH, "controlnet_conditioning_scale": 1.0}}
 
 
 @pytest.fixture(scope="module")
-def pipe(tmp_path_factory: pytest.TempPathFactory) -> SDXL360:
+def base() -> BaseModel:
     """Without a LoRA; for tests that leave it as it was."""
-    return build(tmp_path_factory.mktemp("sdxl"))
-
-
-@pytest.fixture
-def fresh(tmp_path: Path) -> SDXL360:
-    """One to change."""
-    return build(tmp_path)
+    return build()
 
 
 @pytest.fixture(scope="module")
-def convolutional(tmp_path_factory: pytest.TempPathFactory) -> SDXL360:
+def convolutional() -> BaseModel:
     """With a LoRA on convolutions, those of the UNet's first and last layer among them."""
-    pipe = build(tmp_path_factory.mktemp("convolutional"))
+    base = build()
     layers = ["conv_in", "conv_out", "conv1", "conv2", "to_q"]
     config = LoraConfig(r=4, target_modules=layers, init_lora_weights="gaussian")
-    pipe.text.unet.add_adapter(config, adapter_name=LORA)
-    for name, parameter in pipe.text.unet.named_parameters():
+    base.unet.add_adapter(config, adapter_name=LORA)
+    for name, parameter in base.unet.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.05)
-    pipe.text.unet.disable_lora()
-    return pipe
+    base.unet.disable_lora()
+    return base
 
 
-def noise() -> Tensor:
-    shape = (1, 4, HEIGHT // FACTOR, WIDTH // FACTOR)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+def spanning(**changes: Any) -> Settings:
+    """A full turn in one view."""
+    inputs: dict[str, Any] = {"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "closed": "x"}
+    inputs |= {"num_inference_steps": 2, "guidance_scale": 3.0, "layout": Spanning()}
+    return Settings(**inputs | changes)
 
 
-ARGUMENTS: dict[str, Any] = {
-    "prompt": PROMPT,
-    "height": HEIGHT,
-    "width": WIDTH,
-    "num_inference_steps": 2,
-    "guidance_scale": 3.0,
-    "latents": noise(),
-    "output_type": "pt",
-}
+def windowed(**changes: Any) -> Settings:
+    """A strip of four windows and a half."""
+    inputs: dict[str, Any] = {"prompt": PROMPT, "height": 128, "width": 576}
+    inputs |= {"num_inference_steps": 3, "guidance_scale": 3.0, "layout": Sliding(8)}
+    return Settings(**inputs | changes)
 
 
-def run(pipe: SDXL360, **changes: Any) -> Tensor:
-    """A small picture (3, H, W) in [0, 1]."""
-    return pipe(**ARGUMENTS | changes)[0]
+def noise_for(base: BaseModel, settings: Settings) -> Tensor:
+    return Pipeline(base).noise(settings, torch.Generator().manual_seed(1))
 
 
-def stock(pipe: SDXL360, **changes: Any) -> Tensor:
-    """The picture (3, H, W) in [0, 1] of the stock pipeline, nothing wrapping."""
-    chosen = pipe.depth if "image" in changes else pipe.text
-    with torch.no_grad():
-        return chosen(**ARGUMENTS | changes).images[0]
+def denoise(
+    base: BaseModel, settings: Settings, noise: Tensor | None = None, on_step: OnStep | None = None
+) -> Tensor:
+    """The latents that a seed's noise, or a given one, becomes."""
+    pipe = Pipeline(base)
+    noise = noise_for(base, settings) if noise is None else noise
+    return pipe.denoise(settings, pipe.encode(settings), noise, on_step)
 
 
-def shifts(pipe: SDXL360) -> range:
-    """Every roll that the UNet's downsampling allows, latent cells."""
-    least = 2 ** (len(pipe.text.unet.config.block_out_channels) - 1)
-    assert least == 4  # as SDXL's
-    return range(least, WIDTH // FACTOR, least)
+def image(base: BaseModel, settings: Settings, noise: Tensor | None = None) -> Tensor:
+    """The image (3, H, W) in [0, 1]."""
+    return Pipeline(base).decode(denoise(base, settings, noise), settings.closed)[0]
+
+
+# --- a full turn in one view ---
 
 
 @pytest.mark.parametrize("lora", ["without", "with a convolutional"])
-@pytest.mark.parametrize("kind", PICTURES)
-def test_rolling_the_noise_and_the_depth_rolls_the_picture(
-    pipe: SDXL360, convolutional: SDXL360, kind: str, lora: str
+@pytest.mark.parametrize("kind", IMAGES)
+def test_rolling_the_noise_and_the_depth_rolls_the_image(
+    base: BaseModel, convolutional: BaseModel, kind: str, lora: str
 ) -> None:
-    tested = pipe if lora == "without" else convolutional
-    options = PICTURES[kind] | {"lora_scale": 1.0}
-    picture = run(tested, **options)
-    for cells in shifts(tested):
+    tested = base if lora == "without" else convolutional
+    options = IMAGES[kind] | {"lora_scale": 1.0}
+    settings = spanning(**options)
+    still, noise = image(tested, settings), noise_for(tested, settings)
+    assert tested.divisor == 4  # as SDXL's: the least roll, in latent cells
+    for cells in range(tested.divisor, WIDTH // FACTOR, tested.divisor):
         moved = {"depth": DEPTH.roll(cells * FACTOR, -1)} if kind == "depth" else {}
-        rolled = run(tested, **options | moved | {"latents": noise().roll(cells, -1)})
-        assert (rolled - picture.roll(cells * FACTOR, -1)).abs().max() < 1e-4
+        rolled = image(tested, spanning(**options | moved), noise.roll(cells, -1))
+        assert (rolled - still.roll(cells * FACTOR, -1)).abs().max() < 1e-4
 
 
-def test_without_the_patch_it_does_not(pipe: SDXL360) -> None:
-    options: dict[str, dict[str, Any]] = {
-        "text": {},
-        "depth": {"image": DEPTH.expand(1, 3, -1, -1), "controlnet_conditioning_scale": 1.0},
-    }
-    for option in options.values():
-        picture = stock(pipe, **option)
-        if option:
-            option["image"] = option["image"].roll(16 * FACTOR, -1)
-        rolled = stock(pipe, **option, latents=noise().roll(16, -1))
-        assert (rolled - picture.roll(16 * FACTOR, -1)).abs().max() > 0.03
+@pytest.mark.parametrize("kind", IMAGES)
+def test_on_a_canvas_that_does_not_close_it_does_not(base: BaseModel, kind: str) -> None:
+    settings = spanning(**IMAGES[kind], closed="")
+    still, noise = image(base, settings), noise_for(base, settings)
+    moved = {"depth": DEPTH.roll(16 * FACTOR, -1)} if kind == "depth" else {}
+    rolled = image(base, replace(settings, **moved), noise.roll(16, -1))
+    assert (rolled - still.roll(16 * FACTOR, -1)).abs().max() > 0.03
 
 
-def test_every_part_takes_part(pipe: SDXL360, convolutional: SDXL360) -> None:
-    """Or the equivariance of the whole would say nothing about it."""
-    text = run(pipe)
-    assert (run(pipe, **PICTURES["depth"]) - text).abs().max() > 0.01
-    assert (
-        run(convolutional, lora_scale=1.0) - run(convolutional, lora_scale=0)
-    ).abs().max() > 0.01
+def test_a_canvas_closes_top_to_bottom_too(base: BaseModel) -> None:
+    depth = random_depth(WIDTH, HEIGHT)
+    settings = spanning(height=WIDTH, width=HEIGHT, closed="y", depth=depth)
+    still, noise = image(base, settings), noise_for(base, settings)
+    moved = replace(settings, depth=depth.roll(12 * FACTOR, 0))
+    rolled = image(base, moved, noise.roll(12, -2))
+    assert (rolled - still.roll(12 * FACTOR, -2)).abs().max() < 1e-4
 
 
-@dataclass
-class State:
-    """All of a pipeline's models that a run could change."""
-
-    attributes: list[tuple[str, ...]]
-    scalings: list[dict[str, float]]  # of LoRAs
-    parameters: list[Tensor]
-    learning: list[bool]
-
-    @classmethod
-    def of(cls, pipe: SDXL360) -> Self:
-        models = [m for m in pipe.depth.components.values() if isinstance(m, nn.Module)]
-        modules = [module for model in models for module in model.modules()]
-        parameters = [parameter for model in models for parameter in model.parameters()]
-        return cls(
-            [tuple(sorted(vars(module))) for module in modules],
-            [dict(module.scaling) for module in modules if isinstance(module, LoraLayer)],
-            [parameter.detach().clone() for parameter in parameters],
-            [parameter.requires_grad for parameter in parameters],
-        )
-
-    def check(self, pipe: SDXL360) -> None:
-        now = State.of(pipe)
-        assert (now.attributes, now.scalings, now.learning) == (
-            self.attributes,
-            self.scalings,
-            self.learning,
-        )
-        assert all(map(torch.equal, now.parameters, self.parameters))
+def test_every_part_takes_part(base: BaseModel, convolutional: BaseModel) -> None:
+    """Otherwise the equivariance of the whole would say nothing about it."""
+    text = image(base, spanning())
+    assert (image(base, spanning(**IMAGES["depth"])) - text).abs().max() > 0.01
+    off, on = (image(convolutional, spanning(lora_scale=scale)) for scale in (0, 1.0))
+    assert (on - off).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("kind", PICTURES)
-def test_nothing_is_left_behind(convolutional: SDXL360, kind: str) -> None:
-    def stop(*_: Any) -> dict[str, Tensor]:
-        raise RuntimeError("stop")
+@pytest.mark.parametrize("kind", IMAGES)
+def test_nothing_is_left_behind(convolutional: BaseModel, kind: str) -> None:
+    def stop(*_: Any) -> Tensor:
+        raise InterruptedError
 
-    picture = stock(convolutional)
-    before = State.of(convolutional)  # only now: text encoders note that they were used
+    settings = spanning(**IMAGES[kind])
+    first = denoise(convolutional, settings)
+    before = State.of(convolutional)
     assert before.scalings
-    run(convolutional, **PICTURES[kind])
+    with pytest.raises(InterruptedError):
+        denoise(convolutional, settings, on_step=stop)
     before.check(convolutional)
-    assert torch.equal(stock(convolutional), picture)
-    with pytest.raises(RuntimeError, match="stop"):
-        run(convolutional, **PICTURES[kind], callback_on_step_end=stop)
+    assert torch.equal(denoise(convolutional, settings), first)
     before.check(convolutional)
-    assert torch.equal(stock(convolutional), picture)
 
 
-def test_an_autoencoder_that_does_not_overflow_is_as_precise_as_the_rest(
-    fresh: SDXL360, tmp_path: Path
-) -> None:
-    fresh.text.vae.register_to_config(force_upcast=False)
-    fresh.text.save_pretrained(tmp_path)
-    fresh.depth.controlnet.save_pretrained(tmp_path / "controlnet")
-    half = SDXL360.from_pretrained(tmp_path, torch.bfloat16)
-    assert half.text.vae.dtype == torch.bfloat16
+def test_a_conditioning_scale_of_0_gives_the_image_of_the_text(base: BaseModel) -> None:
+    settings = spanning(depth=DEPTH, controlnet_conditioning_scale=0.0)
+    assert torch.equal(denoise(base, settings), denoise(base, spanning()))
 
 
-def test_both_pipelines_share_their_models(pipe: SDXL360) -> None:
-    for name, component in pipe.text.components.items():
-        assert pipe.depth.components[name] is component
-
-
-@pytest.mark.parametrize("kind", PICTURES)
-def test_it_is_the_stock_pipeline_with_every_convolution_wrapping(pipe: SDXL360, kind: str) -> None:
-    condition = dict(PICTURES[kind])
-    if condition:
-        condition["image"] = condition.pop("depth").expand(1, 3, -1, -1)
-    with circular(pipe.text.unet, pipe.text.vae, pipe.depth.controlnet):
-        expected = stock(pipe, **condition)
-    torch.testing.assert_close(run(pipe, **PICTURES[kind]), expected, atol=1e-5, rtol=0)
-
-
-def test_texts_of_any_length_are_read_to_their_end(pipe: SDXL360) -> None:
+def test_texts_of_any_length_are_read_to_their_end(base: BaseModel) -> None:
     long = "a bedroom in the color of blue, " * 8
-    assert len(pipe.text.tokenizer(long).input_ids) > pipe.text.tokenizer.model_max_length
-    assert not torch.equal(run(pipe, prompt=long), run(pipe, prompt=long + "with a red door"))
     assert not torch.equal(
-        run(pipe, negative_prompt=long), run(pipe, negative_prompt=long + "no window")
+        denoise(base, spanning(prompt=long)), denoise(base, spanning(prompt=long + "with a door"))
+    )
+    assert not torch.equal(
+        denoise(base, spanning(negative_prompt=long)),
+        denoise(base, spanning(negative_prompt=long + "no window")),
     )
 
 
-def test_a_conditioning_scale_of_0_gives_the_picture_of_the_text(pipe: SDXL360) -> None:
-    picture = run(pipe, depth=DEPTH, controlnet_conditioning_scale=0.0)
-    assert torch.equal(picture, run(pipe))
-
-
-def test_half_precision_makes_the_same_picture_of_a_seed(pipe: SDXL360, tmp_path: Path) -> None:
-    pipe.text.save_pretrained(tmp_path)
-    pipe.depth.controlnet.save_pretrained(tmp_path / "controlnet")
-    half = SDXL360.from_pretrained(tmp_path, torch.bfloat16)  # CPUs lack much in float16
-    assert half.text.unet.dtype == half.depth.controlnet.dtype == torch.bfloat16
+@pytest.mark.parametrize("kind", IMAGES)
+def test_half_precision_makes_the_same_image_of_a_seed(
+    base: BaseModel, tmp_path: Path, kind: str
+) -> None:
+    half = load_base_model(save(base, tmp_path), torch.bfloat16)  # CPUs lack much in float16
+    assert half.unet.dtype == half.controlnet.dtype == torch.bfloat16
     # The VAE overflows in half precision, and so is not even rounded to it.
-    weights = (p.text.vae.parameters() for p in (half, pipe))
-    assert all(map(torch.equal, *weights))
-    for kind in PICTURES.values():
-        pictures = [
-            run(p, **kind, latents=None, generator=torch.Generator().manual_seed(7))
-            for p in (half, pipe)
-        ]
-        assert (pictures[0] - pictures[1]).abs().mean() < 0.05
-        assert (pictures[0] - run(pipe, **kind)).abs().mean() > 0.1  # which has another seed
+    assert all(map(torch.equal, half.vae.parameters(), base.vae.parameters()))
+    generator = torch.Generator()
+    settings = spanning(**IMAGES[kind])
+    images = [Pipeline(m)(settings, generator.manual_seed(7)) for m in (half, base)]
+    assert (images[0] - images[1]).abs().mean() < 0.05
+    other = Pipeline(base)(settings, generator.manual_seed(8))
+    assert (images[0] - other).abs().mean() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"width": 264}, "width=264: width must be a multiple of 32; 256 would do"),
-        ({"height": 0}, "height=0: height must be at least 32, .*; 32 would do"),
-        ({"depth": DEPTH[:, 1:]}, r"depth has shape \(64, 255\): .*; \(64, 256\) would do"),
-        ({"latents": noise()[..., 1:]}, r"latents has shape .*; \(1, 4, 8, 32\) would do"),
-        ({"output_type": "np"}, "output_type='np': must be one of pil, pt"),
-        ({"guidance_scale": 0.5}, "guidance_scale=0.5: .*must be at least 1.0, .*; 1.0 would do"),
-        (
-            {"guidance_scale": 1.0, "negative_prompt": "fog"},
-            "negative_prompt='fog': .* must be empty with guidance_scale=1.0",
-        ),
-    ],
-)
-def test_bad_arguments_are_refused(pipe: SDXL360, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(pipe, **changes)
+def test_an_autoencoder_that_does_not_overflow_is_as_precise_as_the_rest(tmp_path: Path) -> None:
+    base = build()
+    base.vae.register_to_config(force_upcast=False)
+    half = load_base_model(save(base, tmp_path), torch.bfloat16)
+    assert half.vae.dtype == torch.bfloat16
 
 
-def test_a_lora_loads_with_and_without_the_prefix(tmp_path: Path) -> None:
-    pictures = []
-    for prefix in ("", "unet."):
-        pipe = build(tmp_path)
-        before = run(pipe)
-        load_lora(pipe.text.unet, cog_sdxl(pipe, tmp_path / "lora.safetensors", prefix))
-        assert torch.equal(run(pipe, lora_scale=0), before)
-        pictures.append(run(pipe, lora_scale=0.8))
-        assert (pictures[-1] - before).abs().max() > 0.01
-    assert torch.equal(*pictures)
+# --- windows: syncdiffusion-xl ---
 
 
-def test_a_lora_changes_attention_as_its_formula_says(fresh: SDXL360, tmp_path: Path) -> None:
-    unet, path = fresh.text.unet, tmp_path / "lora.safetensors"
-    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
-    x = torch.randn(1, 5, layer.in_features)
-    weights = load_file(cog_sdxl(fresh, path))
-    key = "mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora"
-    down, up = (weights[f"{key}.{side}.weight"] for side in ("down", "up"))
-    expected = layer(x) + 0.8 * (x @ down.T @ up.T)
-    load_lora(unet, path)
-    layer = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
-    with lora_applied(unet, 0.8):
-        torch.testing.assert_close(layer(x), expected)
-
-
-def test_a_scale_leaves_nothing_to_the_next(convolutional: SDXL360) -> None:
-    first = run(convolutional, lora_scale=0.7)
-    run(convolutional, lora_scale=0.3)
-    run(convolutional, lora_scale=0)
-    assert torch.equal(run(convolutional, lora_scale=0.7), first)
-
-
-def test_a_lora_of_which_anything_is_left_over_is_refused(fresh: SDXL360, tmp_path: Path) -> None:
-    path = cog_sdxl(fresh, tmp_path / "lora.safetensors")
-    weights = load_file(path)
-    count = len(weights)
-    save_file(weights | {f"text_encoder.{key}": w.clone() for key, w in weights.items()}, path)
-    with pytest.raises(ValueError, match=rf"lora\.safetensors: .* of {2 * count} .* {count} have"):
-        load_lora(fresh.text.unet, path)
-
-
-def test_a_lora_with_the_prefix_on_some_keys_only_is_refused(
-    fresh: SDXL360, tmp_path: Path
+@pytest.mark.parametrize("layout", [Sliding(8), Sliding(4), Disjoint()], ids=str)
+@pytest.mark.parametrize("closed", ["x", "y"])
+@pytest.mark.parametrize("follows", [False, True], ids=["text", "depth"])
+def test_rolling_a_ring_by_a_spacing_of_its_windows_rolls_the_image(
+    base: BaseModel, follows: bool, closed: Any, layout: Any
 ) -> None:
-    path = cog_sdxl(fresh, tmp_path / "lora.safetensors")
-    (first, weight), *others = load_file(path).items()
-    save_file(dict(others) | {f"unet.{first}": weight}, path)
-    with pytest.raises(ValueError, match=r"keys must begin with unet\. or none, not 1;"):
-        load_lora(fresh.text.unet, path)
+    dim, height, width = (-1, 128, 256) if closed == "x" else (-2, 256, 128)
+    depth = random_depth(height, width) if follows else None
+    settings = windowed(height=height, width=width, closed=closed, layout=layout, depth=depth)
+    spacing = layout.stride if isinstance(layout, Sliding) else base.window
+    still, noise = image(base, settings), noise_for(base, settings)
+    moved = None if depth is None else depth.roll(spacing * FACTOR, dim)
+    rolled = image(base, replace(settings, depth=moved), noise.roll(spacing, dim))
+    assert (rolled - still.roll(spacing * FACTOR, dim)).abs().max() < 1e-4
 
 
-def test_an_empty_lora_is_refused(pipe: SDXL360, tmp_path: Path) -> None:
-    save_file({}, tmp_path / "lora.safetensors")
-    with pytest.raises(ValueError, match=r"lora\.safetensors: .* of 0 weights 0 have a place"):
-        load_lora(pipe.text.unet, tmp_path / "lora.safetensors")
-
-
-def test_both_encoders_learn_the_tokens(fresh: SDXL360, tmp_path: Path) -> None:
-    embeddings = load_file(pivotal(tmp_path / "embeddings.safetensors"))
-    before = run(fresh)
-    load_tokens(fresh.text, tmp_path / "embeddings.safetensors")
-    assert torch.equal(run(fresh), before)
-    pairs = [(fresh.text.tokenizer, fresh.text.text_encoder)]
-    pairs += [(fresh.text.tokenizer_2, fresh.text.text_encoder_2)]
-    for (tokenizer, encoder), learned in zip(pairs, embeddings.values(), strict=True):
-        _, first, second, *_ = tokenizer("<s0><s1> bedroom").input_ids
-        assert [first, second] == tokenizer.convert_tokens_to_ids(list(TOKENS))
-        table = encoder.get_input_embeddings().weight
-        assert torch.equal(table[[first, second]], learned)
-    assert (run(fresh, prompt="<s0><s1> bedroom") - run(fresh, prompt="bedroom")).abs().max() > 1e-3
-
-
-def test_prompts_with_tokens_are_pooled_as_the_stock_pipeline_does(
-    fresh: SDXL360, tmp_path: Path
-) -> None:
-    """With SDXL's own end token, 2, that is at the last of the tokens, as in cog-sdxl."""
-    load_tokens(fresh.text, pivotal(tmp_path / "embeddings.safetensors"))
-    encoder = fresh.text.text_encoder_2
-    prompts = [f"<s0><s1> {subject}" for subject in ("bedroom", "kitchen")]
-    for end, same in ((encoder.config.eos_token_id, False), (2, True)):
-        encoder.text_model.eos_token_id = end
-        with torch.no_grad():
-            pooled = [fresh._embeds(prompt, "")["pooled_prompt_embeds"] for prompt in prompts]
-            _, _, expected, _ = fresh.text.encode_prompt(prompts)
-        torch.testing.assert_close(torch.cat(pooled), expected)
-        assert torch.equal(*pooled) == same
-
-
-@pytest.mark.parametrize(
-    ("embeddings", "message"),
-    [
-        ({}, r"text_encoders_0 has shape None; \(2, 16\) would do"),
-        ({"text_encoders_0": torch.ones(3, 16)}, r"has shape \(3, 16\); \(2, 16\) would do"),
-    ],
-)
-def test_embeddings_that_do_not_fit_are_refused(
-    pipe: SDXL360, tmp_path: Path, embeddings: dict[str, Tensor], message: str
-) -> None:
-    path = tmp_path / "embeddings.safetensors"
-    save_file(embeddings, path)
-    with pytest.raises(ValueError, match=message):
-        load_tokens(pipe.text, path)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """A family of this mode alone, loaded from its files, with a LoRA."""
-    folder = tmp_path_factory.mktemp("family")
-    save_family(folder, width=WIDTH, height=128, guidance_scale=3.0)
-    return load(str(folder), device="cpu")
-
-
-def generate(models: Models, **inputs: Any) -> Image.Image:
-    request = Request(
-        **{
-            "prompt": PROMPT,
-            "mode": "sdxl-360",
-            "num_inference_steps": 2,
-            "seed": 1,
-            **inputs,
-        }
+@contextmanager
+def watched(network: Any) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Note the arguments of every call of a network, and whether a gradient goes through it."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    hook = network.register_forward_pre_hook(
+        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
     )
-    return models.generate(request.resolve(models.settings("sdxl-360")))
+    try:
+        yield calls
+    finally:
+        hook.remove()
 
 
-def test_a_family_makes_pictures_from_requests(models: Models) -> None:
-    settings = models.settings("sdxl-360")
-    assert (settings.multiple, settings.tokens) == (32, TOKENS)
-    assert settings.least_guidance == 1
-    assert settings.largest == MAX_CELLS * FACTOR**2
-    picture = generate(models)
-    assert picture.size == (WIDTH, 128)
-    assert np.array_equal(picture, generate(models))
-    assert np.array_equal(picture, generate(models, prompt=f"<s0><s1> {PROMPT}"))
-    assert not np.array_equal(picture, generate(models, lora_scale=0))
+def test_each_window_follows_its_own_part_of_the_depth(base: BaseModel) -> None:
+    depth = random_depth(128, 576)
+    settings = windowed(depth=depth, guidance_scale=1.0, num_inference_steps=1)
+    with watched(base.controlnet) as calls:
+        denoise(base, settings)
+    seen = torch.cat([options["controlnet_cond"] for _, options in calls])
+    lefts = range(0, 576 - 128 + 1, 64)
+    assert torch.equal(seen, torch.stack([depth[:, x : x + 128].expand(3, -1, -1) for x in lefts]))
 
 
-def test_a_request_follows_its_depth_image(models: Models, tmp_path: Path) -> None:
-    path = tmp_path / "depth.png"
-    Image.fromarray((DEPTH.numpy() * 255).astype(np.uint8)).save(path)
-    picture = generate(models, depth_image=path)
-    assert picture.size == (WIDTH, HEIGHT)
-    assert not np.array_equal(picture, generate(models, height=HEIGHT))
-    unconditioned = generate(models, depth_image=path, controlnet_conditioning_scale=0)
-    assert np.array_equal(unconditioned, generate(models, height=HEIGHT))
-    assert generate(models, depth_image=path, width=128).size == (128, HEIGHT)
+def test_depth_changes_the_image_where_it_differs(base: BaseModel) -> None:
+    depth = random_depth(128, 576)
+    other = depth.clone()
+    other[:, -64:] = 1 - other[:, -64:]
+    latents = [
+        denoise(base, windowed(depth=d, num_inference_steps=1, controlnet_conditioning_scale=1.0))
+        for d in (depth, other)
+    ]
+    difference = (latents[0] - latents[1]).abs().amax((0, 1, 2))  # by column
+    assert difference[-8:].min() > 1e-4
+    assert not difference[:56].any()  # only the last window, from there on, sees what changed
 
 
-def test_edges_that_do_not_meet_are_warned_of_where_they_are_followed(
-    models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
+EVERYTHING: dict[str, Any] = {
+    "scheduler": "dpm++",
+    "negative_prompt": "people",
+    "depth": random_depth(128, 256),
+    "lora_scale": 0.7,
+    "closed": "x",
+    "width": 256,
+    "sync": SyncSettings(weight=30.0, threshold=2, through_unet=False),
+}
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++", "unipc"])
+@pytest.mark.parametrize("through_unet", [False, True], ids=["fast", "exact"])
+def test_windows_are_synchronised_under_every_scheduler(
+    convolutional: BaseModel, through_unet: bool, scheduler: str
 ) -> None:
-    path = tmp_path / "depth.png"
-    ramp = np.tile(np.linspace(0, 255, WIDTH).astype(np.uint8), (HEIGHT, 1))
-    Image.fromarray(ramp).save(path)
-    for scale, warnings in ((0, 0), (0.5, 1)):
-        caplog.clear()
-        generate(models, depth_image=path, controlnet_conditioning_scale=scale)
-        assert len([r for r in caplog.records if "edges differ" in r.getMessage()]) == warnings
+    sync = SyncSettings(weight=30.0, threshold=2, through_unet=through_unet)
+    synced, plain = (
+        denoise(convolutional, windowed(**EVERYTHING | {"scheduler": scheduler, "sync": settings}))
+        for settings in (sync, None)
+    )
+    assert synced.isfinite().all()
+    assert (synced - plain).abs().max() > 1e-6
 
 
-def test_steps_are_reported(models: Models) -> None:
-    steps = []
-    request = Request(prompt="sea", mode="sdxl-360", num_inference_steps=3, width=64, height=64)
-    resolved = request.resolve(models.settings("sdxl-360"))
-    models.generate(resolved, lambda step, count: steps.append((step, count)))
-    assert steps == [(1, 3), (2, 3), (3, 3)]
+def test_every_input_takes_part_in_synchronised_windows(convolutional: BaseModel) -> None:
+    latents = denoise(convolutional, windowed(**EVERYTHING))
+    changes = {"negative_prompt": "", "depth": None, "lora_scale": 0.0, "closed": "", "sync": None}
+    for name, value in {**changes, "scheduler": "euler"}.items():
+        changed = denoise(convolutional, windowed(**EVERYTHING | {name: value}))
+        assert (changed - latents).abs().max() > 1e-6, name
 
 
-def test_a_mode_that_a_family_lacks_is_refused_with_those_it_has(models: Models) -> None:
-    message = "mode='syncdiffusion': mode must be one that the family .* offers, sdxl-360; "
-    for refused in (models.settings, lambda mode: load(models.family, modes=[mode])):
-        with pytest.raises(ValueError, match=f"{message}'sdxl-360' would do"):
-            refused("syncdiffusion")
+def test_synchronised_windows_leave_nothing_behind(convolutional: BaseModel) -> None:
+    def stop(*_: Any) -> Tensor:
+        raise InterruptedError
+
+    settings = windowed(**EVERYTHING)
+    first = denoise(convolutional, settings)
+    before = State.of(convolutional)
+    with pytest.raises(InterruptedError):
+        denoise(convolutional, settings, on_step=stop)
+    before.check(convolutional)
+    assert torch.equal(denoise(convolutional, settings), first)
 
 
-def test_there_is_a_function_for_every_mode() -> None:
-    assert tuple(MODES) == tuple(OWN_INPUTS) == INPUTS["mode"].choices
+@pytest.mark.parametrize("through_unet", [False, True], ids=["fast", "exact"])
+def test_only_the_exact_gradient_goes_through_the_networks(
+    base: BaseModel, through_unet: bool
+) -> None:
+    depth, sync = random_depth(128, 576), SyncSettings(through_unet=through_unet, threshold=1)
+    with watched(base.unet) as unet, watched(base.controlnet) as controlnet:
+        denoise(base, windowed(depth=depth, sync=sync))
+    for calls in (unet, controlnet):
+        assert any(args[0].requires_grad for args, _ in calls) == through_unet
 
+
+# --- the published models ---
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "sdxl"
 

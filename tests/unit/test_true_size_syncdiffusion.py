@@ -1,7 +1,7 @@
 """Stable Diffusion 2 base with LPIPS on VGG16 at true size, with random weights: load and step.
 
 Activations are the most bytes of tensors alive at once beside the weights, each storage counted
-once: what the gradient step keeps for its way back, and what it works on.
+once: those that the gradient keeps, and those in work.
 """
 
 import json
@@ -17,8 +17,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from panorama.perceptual import LPIPS
-from panorama.syncdiffusion import SyncDiffusionPipeline
+from panorama.sampling.perceptual import LPIPS
 from weights.train.diffusion import build_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -34,35 +33,34 @@ def published(name: str) -> dict[str, Any]:
 
 
 def save_family(family: Path) -> None:
-    """Writes the pipeline in single precision, the one that a CPU runs: nothing is converted."""
-    folder = family / "syncdiffusion"
-    folder.mkdir()
+    """Write the base model in single precision, which a CPU runs, so nothing is converted."""
+    folder = family / "sd2"
     mode = "[syncdiffusion]\nwidth = 2048\nheight = 512\nguidance_scale = 7.5\n"
     (family / "family.toml").write_text(mode)
     torch.manual_seed(0)
-    pipe = SyncDiffusionPipeline(
-        unet=UNet2DConditionModel.from_config(published("unet")),
-        vae=AutoencoderKL.from_config(published("vae")),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**published("text_encoder"))),
-        tokenizer=build_tokenizer(folder / "small"),
-        scheduler=DDIMScheduler.from_config(published("scheduler")),
-        perceptual=LPIPS(),
-    )
-    for name, parameters in PARAMETERS.items():
-        assert sum(p.numel() for p in getattr(pipe, name).parameters()) == parameters
-    assert sum(p.numel() for p in pipe.perceptual.parameters()) == VGG16_CONVOLUTIONS + HEADS
-    pipe.save_pretrained(folder)
+    networks = {
+        "unet": UNet2DConditionModel.from_config(published("unet")),
+        "vae": AutoencoderKL.from_config(published("vae")),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**published("text_encoder"))),
+    }
+    for name, network in networks.items():
+        assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
+        network.save_pretrained(folder / name)
+    perceptual = LPIPS()
+    assert sum(p.numel() for p in perceptual.parameters()) == VGG16_CONVOLUTIONS + HEADS
+    perceptual.save_pretrained(family / "perceptual")
+    build_tokenizer(folder / "tokenizer")
+    DDIMScheduler.from_config(published("scheduler")).save_pretrained(folder / "scheduler")
     publish_names(folder / "text_encoder" / "model.safetensors")
 
 
 def halve(family: Path) -> None:
-    """Turns the files into those of the manifest: half precision, but for LPIPS."""
-    for path in (family / "syncdiffusion").rglob("*.safetensors"):
-        if path.parent.name != "perceptual":
-            weights = {name: weight.half() for name, weight in load_file(path).items()}
-            part = path.with_suffix(".part")
-            save_file(weights, part, metadata={"format": "pt"})
-            part.replace(path)
+    """Turn the files into those of the manifest: half precision, but for LPIPS."""
+    for path in (family / "sd2").rglob("*.safetensors"):
+        weights = {name: weight.half() for name, weight in load_file(path).items()}
+        part = path.with_suffix(".part")
+        save_file(weights, part, metadata={"format": "pt"})
+        part.replace(path)
 
 
 def report(title: str, figures: dict[str, Any]) -> None:
@@ -73,7 +71,7 @@ def report(title: str, figures: dict[str, Any]) -> None:
 
 
 def publish_names(path: Path) -> None:
-    """Gives the text encoder's weights the names that they were published under."""
+    """Give the text encoder's weights the names that they were published under."""
     weights = {f"text_model.{name}": weight for name, weight in load_file(path).items()}
     part = path.with_suffix(".part")  # the weights are still mapped from the file
     save_file(weights, part, metadata={"format": "pt"})
@@ -103,7 +101,7 @@ def test_it_loads_as_fast_as_the_disk_and_steps_in_little_more_memory() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_half_precision_as_published_is_converted_with_no_more_than_one_copy_of_each() -> None:
-    """A CPU needs single precision: the mapped files and what comes of them, and nothing else."""
+    """A CPU needs single precision: memory holds the mapped files, one copy, and nothing else."""
     with TemporaryDirectory() as folder:
         save_family(Path(folder))
         halve(Path(folder))

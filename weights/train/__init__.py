@@ -1,1 +1,1 @@
-"""The recipe of the embedded family: renders its pictures, trains it, measures it."""
+"""The recipe of the embedded family: render its images, train it, measure it."""

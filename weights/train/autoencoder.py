@@ -1,4 +1,4 @@
-"""Trains the autoencoder that both embedded families share."""
+"""Train the autoencoder that both embedded models share."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -21,14 +21,14 @@ LARGE_CROPS: Crops = ((256, 128, 4), (256, 256, 2), (256, 512, 1))
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the training: its crops and how its loss is weighted."""
+    """A part of the training: its crops and the weights of its loss."""
 
     plan: Plan
     crops: Crops  # one size is drawn for each batch
     squared: float  # weight of the squared error
     smooth: float  # weight of the gradients' relative error
     even: float = 0.0  # weight of the difference between the gradients' profiles over a cell
-    encoder: bool = True  # whether the encoder learns too
+    encoder: bool = True  # train the encoder too
 
 
 STAGES = (
@@ -59,7 +59,7 @@ KINDS = {"strips": 0.6, "outdoors": 0.15, "rooms": 0.25}  # shares of a batch
 
 
 def build() -> AutoencoderKL:
-    """The autoencoder before training: factor 8, 4 latent channels, 2.6 M parameters."""
+    """Build the autoencoder: factor 8, 4 latent channels, 2.6 M parameters."""
     channels = (16, 32, 64, 128)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
@@ -76,7 +76,7 @@ def build() -> AutoencoderKL:
 def draw_crop(
     pictures: np.ndarray, height: int, width: int, generator: torch.Generator
 ) -> np.ndarray:
-    """A random crop, across the wrap too, and mirrored half of the time: (height, width, 3)."""
+    """Draw a crop (height, width, 3), across the wrap too, mirrored half of the time."""
 
     def draw(high: int) -> int:
         return int(torch.randint(high, (1,), generator=generator))
@@ -89,16 +89,16 @@ def draw_crop(
 
 
 def to_tensor(pictures: np.ndarray) -> Tensor:
-    """(N, H, W, 3) in [0, 255] to (N, 3, H, W) in [-1, 1]."""
+    """Convert images (N, H, W, 3) in [0, 255] to (N, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def reconstruction_loss(picture: Tensor, target: Tensor, stage: Stage) -> Tensor:
-    """L1, L1 of the gradients, half L1 at two lower resolutions, and what the stage adds to them.
+    """Add up L1, L1 of the gradients, half L1 at two lower resolutions, and the stage's own terms.
 
     The relative error of the gradients weighs a step of one level in a smooth sky as much as one
     of many levels among trees: without it the edges of the latents' cells show in the sky. What
-    remains of them is met by asking that steps be as strong at the cells' edges as inside.
+    remains of them the last term removes: steps must be as strong at the cells' edges as inside.
     """
 
     def l1(a: Tensor, b: Tensor) -> Tensor:
@@ -116,16 +116,16 @@ def reconstruction_loss(picture: Tensor, target: Tensor, stage: Stage) -> Tensor
 
 
 def cell_profile(gradient: Tensor, axis: int) -> Tensor:
-    """How strong a gradient (N, 3, H, W) is at each place in a cell: logarithms (N, CELL)."""
+    """Return the logarithms (N, CELL) of a gradient's (N, 3, H, W) strength by place in a cell."""
     steps = gradient.abs().movedim(axis, -1).mean((1, 2))  # (N, steps)
     steps = steps[:, : steps.shape[1] // CELL * CELL].unflatten(1, (-1, CELL))
     return (steps.mean(1) + LEVEL / 10).log()
 
 
 def train(work: Path) -> AutoencoderKL:
-    """Trains on small crops, then on large ones, then the decoder alone.
+    """Train on small crops, then on large ones, then the decoder alone.
 
-    GroupNorm sees whole pictures when the model is used; small crops alone leave large areas in
+    GroupNorm sees whole images when the model is used; small crops alone leave large areas in
     wrong colours. The last stage leaves the latents as they are, so a UNet can be trained beside.
     """
     torch.manual_seed(0)
@@ -159,7 +159,7 @@ def train(work: Path) -> AutoencoderKL:
 
 @torch.no_grad()
 def latent_std(model: AutoencoderKL, pictures: np.ndarray) -> float:
-    """Standard deviation of the latents, whose inverse is the scaling factor."""
+    """Return the standard deviation of the latents; its inverse is the scaling factor."""
     step = max(1, len(pictures) // 64)
     latents = [model.encode(to_tensor(p[None])).latent_dist.mean for p in pictures[::step]]
     return float(torch.stack(latents).std())
@@ -167,7 +167,7 @@ def latent_std(model: AutoencoderKL, pictures: np.ndarray) -> float:
 
 @torch.no_grad()
 def psnr(model: AutoencoderKL, pictures: np.ndarray) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio of decode(encode(picture)), in dB."""
+    """Return the mean peak signal-to-noise ratio of decode(encode(picture)), in dB."""
     values = []
     for picture in pictures:
         target = to_tensor(picture[None])

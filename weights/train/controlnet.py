@@ -1,4 +1,4 @@
-"""Trains the ControlNet that follows depth images, on the frozen base."""
+"""Train the ControlNet that follows depth images, on the frozen base."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,10 +29,10 @@ SCALES = (0.5, 1.0)
 
 
 def build(base: TextToSphere) -> ControlNetModel:
-    """A copy of the base's first half, which changes nothing before it is trained.
+    """Copy the base's first half, so that it changes nothing before it is trained.
 
-    Its outputs begin at zero, and the depth image's embedding at full strength: as diffusers begins
-    it, next to nothing of it is left behind layers that each shrink it.
+    Its outputs start at zero, and the depth image's embedding at full strength: with diffusers' own
+    initialisation, layers that each shrink it would leave next to nothing of it.
     """
     controlnet = ControlNetModel.from_unet(
         base.unet, conditioning_embedding_out_channels=(8, 16, 32, 64)
@@ -48,8 +48,8 @@ def build(base: TextToSphere) -> ControlNetModel:
 class LatentReader(nn.Module):
     """A small network that reads depth off latents.
 
-    It teaches the ControlNet. What measures is another, `depths.DepthReader`, which has no part in
-    making pictures.
+    It teaches the ControlNet. Another network measures, `depths.DepthReader`, which has no part in
+    making images.
     """
 
     def __init__(self, channels: tuple[int, ...] = (48, 64, 96, 128)) -> None:
@@ -59,7 +59,7 @@ class LatentReader(nn.Module):
         self.head = build_head(sum(channels))
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents (N, 4, h, w) to depth (N, h, w) in [0, 1]."""
+        """Read depth (N, h, w) in [0, 1] off latents (N, 4, h, w)."""
         features = [self.stem(latents)]
         for block in self.blocks:
             features.append(block(F.gelu(features[-1])))
@@ -69,12 +69,12 @@ class LatentReader(nn.Module):
 def depth_images(
     distances: Sequence[NDArray[np.float16]], index: list[int], shift: list[int]
 ) -> Tensor:
-    """The depth images (N, 3, H, W) in [0, 1] of pictures, rolled by cells.
+    """Return the depth images (N, 3, H, W) in [0, 1] of images, rolled by cells.
 
     Args:
-        distances: (M, H, W) metres for each kind of picture.
-        index: numbers of pictures, kind after kind.
-        shift: how far each is rolled, in latent cells.
+        distances: (M, H, W) metres for each kind of image.
+        index: numbers of images, kind after kind.
+        shift: the cells that each is rolled by.
     """
     rolled = []
     for i, turn in zip(index, shift, strict=True):
@@ -86,15 +86,15 @@ def depth_images(
 
 @dataclass(frozen=True)
 class Lessons:
-    """What reader and ControlNet learn from: pictures with their depth, and the frozen base."""
+    """The lessons of reader and ControlNet: images with their depth, and the frozen base."""
 
     base: TextToSphere
     spheres: Spheres
-    distances: list[NDArray[np.float16]]  # (M, H, W) metres for each kind of picture
+    distances: list[NDArray[np.float16]]  # (M, H, W) metres for each kind of image
     scheduler: DDIMScheduler
 
     def draw(self, generator: torch.Generator) -> tuple[Noisy, Tensor, dict[str, Any]]:
-        """Noisy latents, depth images (N, 3, H, W) in [0, 1], and what the base is told."""
+        """Draw noisy latents, depth images (N, 3, H, W) in [0, 1], and the base's conditions."""
         index, shift = self.spheres.draw(generator)
         captions = self.spheres.captions(index, generator, DROPPED)
         noisy = add_noise(self.spheres.rolled(index, shift), self.scheduler, generator)
@@ -102,7 +102,7 @@ class Lessons:
 
 
 def train_reader(work: Path, lessons: Lessons) -> nn.Module:
-    """Trains on what the base sees in noisy latents, however little that is."""
+    """Train on the base's predictions from noisy latents, however vague they are."""
 
     def loss(generator: torch.Generator) -> Tensor:
         with mixed_precision():
@@ -119,7 +119,7 @@ def train_reader(work: Path, lessons: Lessons) -> nn.Module:
 def train(
     work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, base: TextToSphere
 ) -> ControlNetModel:
-    """Trains on the rendered distances.
+    """Train on the rendered distances.
 
     The error of the noise alone says little of the depth: after a thousand steps no depth was
     followed. A reader of depth says more (ControlNet++, arXiv 2404.07987).

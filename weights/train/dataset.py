@@ -1,7 +1,7 @@
-"""The pictures that everything in `weights/train/` is trained and judged on.
+"""Render the images that everything in `weights/train/` is trained and judged on.
 
 Rendered once into memory-mapped arrays in the work folder; sample i of a kind is always the same
-picture, drawn from its own generator, so that a longer set begins with a shorter one.
+image, drawn from its own generator, so that a longer set begins with a shorter one.
 """
 
 import json
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kind:
-    """A set of pictures: how each is drawn, how large it is and how many there are."""
+    """A set of images: its renderer, the size of each, and their numbers."""
 
     draw: Callable[[np.random.Generator], Picture]
     width: int
@@ -35,19 +35,19 @@ class Kind:
 
 
 def draw_strip(rng: np.random.Generator) -> Picture:
-    """A landscape, 360 degrees round and 90 high."""
+    """Draw a landscape, 360 degrees round and 90 high."""
     scene = scenes.draw_scene(rng)
     return *scenes.render(scene, rng, scenes.STRIP), asdict(scene)
 
 
 def draw_outdoors(rng: np.random.Generator) -> Picture:
-    """A landscape on the whole sphere."""
+    """Draw a landscape on the whole sphere."""
     scene = scenes.draw_scene(rng)
     return *scenes.render(scene, rng, scenes.EQUIRECT), asdict(scene)
 
 
 def draw_room(rng: np.random.Generator) -> Picture:
-    """A room on the whole sphere."""
+    """Draw a room on the whole sphere."""
     room = rooms.Room(str(rng.choice(rooms.KINDS)), str(rng.choice(list(rooms.COLORS))))
     return *rooms.render(room, rng), asdict(room)
 
@@ -62,7 +62,7 @@ SPLITS = {"train": 0, "test": 1}
 
 @dataclass(frozen=True)
 class Pictures:
-    """One split of one kind, as it lies on the disk."""
+    """One split of one kind, mapped from the disk."""
 
     rgb: NDArray[np.uint8]  # (N, H, W, 3) in [0, 255]
     distance: NDArray[np.float16]  # (N, H, W) metres, inf for the sky
@@ -70,7 +70,7 @@ class Pictures:
 
 
 def load(work: Path, kind: str, split: str) -> Pictures:
-    """Opens what `render` has written."""
+    """Open the files that `render` wrote."""
     folder = work / "pictures"
     return Pictures(
         np.load(folder / f"{kind}-{split}-rgb.npy", mmap_mode="r"),
@@ -80,11 +80,11 @@ def load(work: Path, kind: str, split: str) -> Pictures:
 
 
 def locate(sizes: Iterable[int], index: int) -> tuple[int, int]:
-    """Which of some sets one after the other a picture is in, and its number there.
+    """Return the number of an image's set, and its number in that set.
 
     Args:
-        sizes: of the sets.
-        index: the picture's number among all.
+        sizes: of the sets, one after the other.
+        index: the image's number among all.
     """
     for chosen, size in enumerate(sizes):
         if index < size:
@@ -94,14 +94,14 @@ def locate(sizes: Iterable[int], index: int) -> tuple[int, int]:
 
 
 def render(work: Path, workers: int = 2) -> None:
-    """Renders every set that is not there yet."""
+    """Render every set that is missing."""
     for kind in KINDS:
         for split in SPLITS:
             render_set(work, kind, split, workers)
 
 
 def render_set(work: Path, kind: str, split: str, workers: int) -> None:
-    """Renders one split of one kind, if its attributes (written last) are missing."""
+    """Render one split of one kind, if its attributes (written last) are missing."""
     folder = work / "pictures"
     done = folder / f"{kind}-{split}.json"
     if done.exists():
@@ -123,6 +123,6 @@ def render_set(work: Path, kind: str, split: str, workers: int) -> None:
 
 
 def draw_one(kind: str, split: str, index: int) -> Picture:
-    """Sample `index` of a split: its generator's seed names kind, split and index."""
+    """Draw sample `index` of a split, whose seed names kind, split and index."""
     seed = [list(KINDS).index(kind), SPLITS[split], index]
     return KINDS[kind].draw(np.random.default_rng(seed))

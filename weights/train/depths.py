@@ -1,4 +1,4 @@
-"""Depth images, and the network that reads depth off pictures to see whether they followed one."""
+"""Depth images, and a network that reads depth off images, to check that they followed one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ CELL = 2**FINEST  # pixels
 
 
 def depth_image(distance: NDArray[np.floating]) -> NDArray[np.float32]:
-    """The depth image of a picture: the square root of the nearest distance over each distance.
+    """Return the depth image of an image: the root of the nearest distance over each distance.
 
     The root keeps apart what is far off: 0.17 and 0.12 for ridges at 200 m and 400 m above ground
     at 6 m.
@@ -37,7 +37,7 @@ def depth_image(distance: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 class DepthReader(nn.Module):
-    """A small network that reads depth off pictures; it has no part in making them."""
+    """A small network that reads depth off images; it has no part in making them."""
 
     def __init__(self, channels: tuple[int, ...] = (24, 40, 64, 96, 128)) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class DepthReader(nn.Module):
         self.head = build_head(sum(channels[FINEST - 1 :]))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [-1, 1] to depth (N, H / 8, W / 8) in [0, 1]."""
+        """Read depth (N, H / 8, W / 8) in [0, 1] off images (N, 3, H, W) in [-1, 1]."""
         features = []
         x = images
         for block in self.blocks:
@@ -56,18 +56,18 @@ class DepthReader(nn.Module):
 
 
 def build_head(channels: int) -> nn.Sequential:
-    """From features to a score of depth."""
+    """Build the layers from features to a score of depth."""
     return nn.Sequential(nn.Conv2d(channels, 64, 3, padding=1), nn.GELU(), nn.Conv2d(64, 1, 1))
 
 
 def at_finest(features: Sequence[Tensor]) -> Tensor:
-    """Features (N, C, h, w) of several sizes at the first one's, one after the other."""
+    """Concatenate features (N, C, h, w) of several sizes at the size of the first."""
     size = features[0].shape[-2:]
     return torch.cat([F.interpolate(f, size, mode="bilinear") for f in features], 1)
 
 
 def train(work: Path) -> nn.Module:
-    """Trains the reader on renders, rolled and mirrored at random."""
+    """Train the reader on renders, rolled and mirrored at random."""
     torch.manual_seed(8)
     model = DepthReader()
     sets = [dataset.load(work, kind, "train") for kind in ("outdoors", "rooms")]
@@ -88,21 +88,21 @@ def train(work: Path) -> nn.Module:
 
 
 def cells(depth: Tensor) -> Tensor:
-    """Depth (N, H, W) to its means over the reader's cells (N, H / 8, W / 8)."""
+    """Average depth (N, H, W) over the reader's cells, (N, H / 8, W / 8)."""
     return F.avg_pool2d(depth[:, None], CELL)[:, 0]
 
 
 def correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Pearson's correlation (N,) of depths (N, h, w), picture by picture."""
+    """Return Pearson's correlation (N,) of depths (N, h, w), image by image."""
     pair = torch.stack([first, second]).flatten(2)
     pair = F.normalize(pair - pair.mean(-1, keepdim=True), dim=-1)
     return (pair[0] * pair[1]).sum(-1)
 
 
 def around(depth: Tensor) -> Tensor:
-    """Depth (N, h, w) less the mean of each row: what is nearer or farther than all around.
+    """Subtract the mean of each row from depth (N, h, w).
 
-    All landscapes have their ground below and their sky above; what is left does not follow from
-    the elevation.
+    All landscapes have their ground below and their sky above; the rest does not follow from the
+    elevation.
     """
     return depth - depth.mean(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Trains the first family's text encoder and UNet on the latents of the strips."""
+"""Train the first model's text encoder and UNet on the latents of the strips."""
 
 import json
 import logging
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from panorama.synchronize import predict_x0
 from weights.train import dataset, rooms, scenes
 from weights.train.autoencoder import to_tensor
 from weights.train.fit import Plan, fit, mixed_precision
@@ -33,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A CLIP tokenizer of a few hundred words; its bytes make any other text out of pieces."""
+    """Build a CLIP tokenizer of a few hundred words; its bytes spell any other text."""
     special = ["<|startoftext|>", "<|endoftext|>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -65,7 +64,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def words() -> Iterator[str]:
-    """Every caption's words, those of the rooms too: the vocabulary serves both families."""
+    """Yield the words of every caption, of rooms too: both models share the vocabulary."""
     for table in (scenes.TIME_WORDS, scenes.LAND_WORDS):
         for synonyms in table.values():
             yield from dict.fromkeys(synonyms)
@@ -77,7 +76,7 @@ def words() -> Iterator[str]:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two small layers; trained together with the UNet."""
+    """Build two small layers, to be trained together with the UNet."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -95,7 +94,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """6 M parameters for windows of 32 x 32 latents."""
+    """Build a UNet of 6 M parameters for windows of 32 x 32 latents."""
     return UNet2DConditionModel(
         sample_size=WINDOW,
         block_out_channels=(48, 96, 144),
@@ -110,12 +109,12 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """The schedule of SD 2 base."""
+    """Build a scheduler with the noise schedule of SD 2 base."""
     return DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
 
 
 class TextToImage(nn.Module):
-    """What is trained: the text encoder and the UNet."""
+    """The trained networks: the text encoder and the UNet."""
 
     def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
         super().__init__()
@@ -123,7 +122,7 @@ class TextToImage(nn.Module):
         self.unet = unet
 
     def forward(self, latents: Tensor, t: Tensor, ids: Tensor) -> Tensor:
-        """The noise in latents (N, 4, h, w) at timesteps (N,) under captions (N, L)."""
+        """Predict the noise in latents (N, 4, h, w) at timesteps (N,) under captions (N, L)."""
         states = self.text_encoder(ids).last_hidden_state  # (N, L, D)
         return self.unet(latents, t, encoder_hidden_states=states).sample
 
@@ -132,16 +131,16 @@ class TextToImage(nn.Module):
 def encode(
     work: Path, vae: AutoencoderKL, name: str, pictures: Iterable[NDArray[np.uint8]]
 ) -> Tensor:
-    """The scaled latents of pictures that close left to right, kept in the work folder.
+    """Encode images that close left to right; a file in the work folder keeps the latents.
 
     Args:
         work: the folder.
-        vae: what encodes them; other weights of its encoder are other latents.
-        name: of the set of pictures.
-        pictures: (H, W, 3) in [0, 255] each; only looked at if their latents are not there yet.
+        vae: the autoencoder; a change of its encoder's weights makes another file.
+        name: of the set of images.
+        pictures: (H, W, 3) in [0, 255] each; read only if the file is missing.
 
     Returns:
-        (N, 4, H / 8, W / 8).
+        The scaled latents, (N, 4, H / 8, W / 8).
     """
     encoder = nn.ModuleList([vae.encoder, vae.quant_conv])
     weights = torch.cat([p.flatten() for p in encoder.parameters()]).numpy().tobytes()
@@ -163,10 +162,10 @@ def encode(
 
 
 def uneven_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Noise (N, C, h, w) with somewhat more of its lowest frequencies than white noise has.
+    """Draw noise (N, C, h, w) with somewhat more low frequencies than white noise.
 
-    The schedule ends with a little signal left, enough to read a picture's large areas off white
-    noise. Pictures begin with no signal at all, so their colours have to come from the caption:
+    The schedule ends with a little signal left, enough to read an image's large areas off white
+    noise. Images begin with no signal at all, so their colours have to come from the caption:
     this noise hides them in training too ("offset noise").
     """
     noise = torch.randn(shape, generator=generator)
@@ -177,7 +176,7 @@ def uneven_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
 
 
 def loss_weight(alpha_bar: Tensor, low: float = 0.2, high: float = 5.0) -> Tensor:
-    """The loss's weight at alpha_bar (N,): SNR clamped to [low, high], as a weight of x0's error.
+    """Return the loss's weight at alpha_bar (N,), for x0's error: SNR clamped to [low, high].
 
     The upper bound is that of Min-SNR (arXiv 2303.09556). The lower one makes up for how little
     the error of the noise says of x0 where there is next to nothing but noise, which is where the
@@ -192,22 +191,22 @@ class Noisy:
     """Latents with noise."""
 
     latents: Tensor  # (N, C, h, w)
-    noise: Tensor  # (N, C, h, w), what is in them
+    noise: Tensor  # (N, C, h, w), the noise in them
     t: Tensor  # (N,)
     alpha_bar: Tensor  # (N, 1, 1, 1)
 
     def error(self, noise_pred: Tensor) -> Tensor:
-        """The weighted error of the noise that a model found."""
+        """Return the weighted error of the predicted noise."""
         error = F.mse_loss(noise_pred, self.noise, reduction="none").mean((1, 2, 3))
         return (error * loss_weight(self.alpha_bar.flatten())).mean()
 
     def x0(self, noise_pred: Tensor) -> Tensor:
-        """The latents (N, C, h, w) that the noise found leaves."""
-        return predict_x0(self.latents, noise_pred, self.alpha_bar)
+        """Return the clean latents (N, C, h, w) that the predicted noise leaves."""
+        return (self.latents - (1 - self.alpha_bar).sqrt() * noise_pred) / self.alpha_bar.sqrt()
 
 
 def add_noise(x0: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) -> Noisy:
-    """Draws timesteps and noise for latents x0 (N, C, h, w)."""
+    """Draw timesteps and noise for latents x0 (N, C, h, w)."""
     t = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), generator=generator)
     noise = uneven_noise(x0.shape, generator)
     alpha_bar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
@@ -220,12 +219,12 @@ def denoising_loss(
     scheduler: DDIMScheduler,
     generator: torch.Generator,
 ) -> Tensor:
-    """The weighted error of the noise that a model finds.
+    """Return the weighted error of the noise that a model predicts.
 
     Args:
-        predict: noisy latents (N, C, h, w) and timesteps (N,) to the noise in them.
+        predict: from noisy latents (N, C, h, w) and timesteps (N,) to the noise in them.
         x0: latents (N, C, h, w).
-        scheduler: whose schedule.
+        scheduler: of the noise.
         generator: draws timesteps and noise.
     """
     noisy = add_noise(x0, scheduler, generator)
@@ -235,17 +234,17 @@ def denoising_loss(
 
 
 def draw_rng(generator: torch.Generator) -> np.random.Generator:
-    """A NumPy generator that follows from one of PyTorch's."""
+    """Derive a NumPy generator from one of PyTorch's."""
     return np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Captions to tokens (N, CONTEXT)."""
+    """Turn captions into tokens (N, CONTEXT)."""
     return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 
 def train(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToImage:
-    """Trains on windows of the strips at any place, also across the wrap."""
+    """Train on windows of the strips at any place, also across the wrap."""
     torch.manual_seed(3)
     model = TextToImage(build_text_encoder(tokenizer), build_unet())
     scheduler = build_scheduler()

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is trained; resumed any number of times, it sees the same batches."""
+    """The plan of a training; resumed any number of times, it sees the same batches."""
 
     name: str
     steps: int
@@ -32,34 +32,34 @@ class Plan:
     save_every: float = 180.0  # seconds
 
     def seed(self, step: int) -> int:
-        """The seed of a step's batch."""
+        """Return the seed of a step's batch."""
         return (crc32(self.name.encode()) << 20) + step
 
     def rate(self, step: int) -> float:
-        """The learning rate's factor: a linear warm-up, then a cosine to zero."""
+        """Return the learning rate's factor: a linear warm-up, then a cosine to zero."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         return 0.5 * (1 + cos(pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies in bfloat16, which elsewhere takes many times as long."""
+    """Return True if the processor multiplies in bfloat16, which others do many times slower."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def mixed_precision() -> torch.autocast:
-    """Bfloat16 where it is faster than single precision."""
+    """Compute in bfloat16 where it is faster than single precision."""
     return torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16())
 
 
 def fit(model: nn.Module, loss: Loss, plan: Plan, work: Path) -> nn.Module:
-    """Trains in place from the last checkpoint, if there is one.
+    """Train in place, from the last checkpoint if there is one.
 
     Args:
-        model: what is trained.
+        model: to train.
         loss: draws a batch with the generator given and returns the model's loss on it.
-        plan: how.
-        work: the folder whose `checkpoints/` holds what a later run resumes from.
+        plan: of the training.
+        work: the folder whose `checkpoints/` a later run resumes from.
 
     Returns:
         The trained model, its weights averaged if the plan says so.
@@ -96,7 +96,7 @@ def fit(model: nn.Module, loss: Loss, plan: Plan, work: Path) -> nn.Module:
 
 
 def blend(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """average <- decay * average + (1 - decay) * model."""
+    """Set average to decay * average + (1 - decay) * model."""
     with torch.no_grad():
         for mean, now in zip(average.parameters(), model.parameters(), strict=True):
             mean.lerp_(now, 1 - decay)
@@ -107,7 +107,7 @@ def blend(average: nn.Module, model: nn.Module, decay: float) -> None:
 def save(
     path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
-    """Writes a checkpoint; a run killed meanwhile leaves the one before."""
+    """Write a checkpoint; a run killed meanwhile leaves the one before."""
     state = {
         "model": model.state_dict(),
         "average": average.state_dict(),
@@ -121,7 +121,7 @@ def save(
 def resume(
     path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
 ) -> int:
-    """Loads a checkpoint, if there is one, and returns the step to go on with."""
+    """Load a checkpoint, if there is one, and return the next step."""
     if not path.exists():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,8 +1,8 @@
-"""Networks that look at pictures: the feature network that guides, and the judges that measure.
+"""Networks that look at images: the feature network that guides, and the judges that measure.
 
-The feature network (`panorama.perceptual.LPIPS` with few channels) takes the place of VGG16 in
-the embedded family. The judges have another architecture, other crops and other seeds; they never
-guide, and measure prompt agreement and coherence.
+The feature network, `panorama.sampling.perceptual.LPIPS` with few channels, takes the place of
+VGG16 in the embedded family. The judges have another architecture, other crops and other seeds.
+They never guide; they measure prompt agreement and coherence.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from panorama.perceptual import LPIPS, unit
+from panorama.sampling.perceptual import LPIPS, normalize
 from weights.train import dataset, rooms, scenes
 from weights.train.autoencoder import to_tensor
 from weights.train.fit import Plan, fit, mixed_precision
 
 Attributes = Mapping[str, tuple[object, ...]]
-"""The values that each attribute can have; None where pictures of some kind don't have it."""
+"""The values that each attribute can have; None where images of some kind lack it."""
 
 ATTRIBUTES: Attributes = {
     "time": tuple(scenes.SKIES),
@@ -43,7 +43,7 @@ BATCH = 10
 
 
 class Heads(nn.Module):
-    """Scores for every attribute, from features averaged over the picture."""
+    """Scores for every attribute, from features averaged over the image."""
 
     def __init__(self, channels: int, attributes: Attributes) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Heads(nn.Module):
         self.scores = nn.ModuleDict({k: nn.Linear(channels, len(v)) for k, v in attributes.items()})
 
     def forward(self, features: Tensor) -> dict[str, Tensor]:
-        """(N, C, h, w) to (N, values) for each attribute."""
+        """Score the values of each attribute, (N, values), from features (N, C, h, w)."""
         mean = self.norm(features.mean((2, 3)))
         return {name: head(mean) for name, head in self.scores.items()}
 
@@ -65,7 +65,7 @@ class Guide(nn.Module):
         self.heads = Heads(FEATURE_CHANNELS[-1][-1], ATTRIBUTES)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (N, 3, H, W) in [-1, 1] to scores."""
+        """Score images (N, 3, H, W) in [-1, 1]."""
         x = images / 0.5
         for stage in self.lpips.stages:
             x = stage(x)
@@ -83,7 +83,7 @@ class Block(nn.Module):
         self.second = nn.Conv2d(outputs, outputs, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) to (N, C', H / 2, W / 2)."""
+        """Turn (N, C, H, W) into (N, C', H / 2, W / 2)."""
         x = self.down(x)
         return x + self.second(F.gelu(self.first(F.gelu(self.norm(x)))))
 
@@ -102,30 +102,30 @@ class Judge(nn.Module):
         self.heads = Heads(channels[-1], attributes)
 
     def embed(self, images: Tensor) -> list[Tensor]:
-        """Features after every block, of unit length over channels."""
+        """Return the features after every block, of unit length over channels."""
         features = []
         x = images
         for block in self.blocks:
             x = block(x)
-            features.append(unit(x))
+            features.append(normalize(x))
         return features
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Images (N, 3, H, W) in [-1, 1] to scores."""
+        """Score images (N, 3, H, W) in [-1, 1]."""
         x = images
         for block in self.blocks:
             x = block(x)
         return self.heads(x)
 
     def distance(self, images: Tensor, others: Tensor) -> Tensor:
-        """A perceptual distance (N,) in the manner of LPIPS, every channel weighing the same."""
+        """Return perceptual distances (N,) as LPIPS does, with every channel weighing the same."""
         pairs = zip(self.embed(images), self.embed(others), strict=True)
         return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
 
 
 @dataclass(frozen=True)
 class Window:
-    """Some columns of a picture, also across the wrap."""
+    """Some columns of an image, also across the wrap."""
 
     pictures: dataset.Pictures
     index: int
@@ -133,19 +133,19 @@ class Window:
 
     @property
     def rgb(self) -> NDArray[np.uint8]:
-        """(H, w, 3) in [0, 255]."""
+        """The pixels, (H, w, 3) in [0, 255]."""
         return self.pictures.rgb[self.index][:, self.columns]
 
     @property
     def attributes(self) -> Mapping[str, object]:
-        """What the picture shows."""
+        """The attributes of the image."""
         return self.pictures.attributes[self.index]
 
 
 def draw_windows(
     sets: Sequence[dataset.Pictures], width: int, count: int, generator: torch.Generator
 ) -> list[Window]:
-    """Windows of a width, anywhere in pictures of any of some sets of one size."""
+    """Draw windows of a width, anywhere in images of any of some sets of one size."""
     sizes = [len(pictures.rgb) for pictures in sets]
     around = sets[0].rgb.shape[2]
     windows = []
@@ -158,14 +158,14 @@ def draw_windows(
 
 
 def draw(high: int, generator: torch.Generator) -> int:
-    """A number in [0, high)."""
+    """Draw a number in [0, high)."""
     return int(torch.randint(high, (1,), generator=generator))
 
 
 def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images (N, 3, H, W) in [-1, 1], blurred and shaded at random.
+    """Blur and shade images (N, 3, H, W) in [-1, 1] at random.
 
-    What is learned from them holds for pictures that come out of an autoencoder too.
+    Networks trained on them read the images of an autoencoder too.
     """
     factor = (1, 2, 4)[draw(3, generator)]
     images = F.interpolate(F.avg_pool2d(images, factor), scale_factor=factor, mode="bilinear")
@@ -175,7 +175,7 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def labels(windows: Sequence[Window], attributes: Attributes) -> dict[str, Tensor]:
-    """For each attribute the places (N,) of its values."""
+    """Return the index (N,) of each attribute's value."""
     return {
         name: torch.tensor([values.index(window.attributes.get(name)) for window in windows])
         for name, values in attributes.items()
@@ -190,15 +190,15 @@ def train(
     width: int = 256,
     attributes: Attributes = ATTRIBUTES,
 ) -> nn.Module:
-    """Trains a network to read the attributes of windows, mirrored half of the time.
+    """Train a network to read the attributes of windows, mirrored half of the time.
 
     Args:
-        work: the folder of the pictures.
+        work: the folder of the images.
         model: images (N, 3, 256, width) in [-1, 1] to scores (N, values) for each attribute.
-        plan: how.
-        kinds: of pictures.
+        plan: of the training.
+        kinds: of images.
         width: of windows, pixels.
-        attributes: what is read.
+        attributes: to read.
     """
     sets = [dataset.load(work, kind, "train") for kind in kinds]
 
@@ -216,7 +216,7 @@ def train(
 
 
 def train_features(work: Path) -> LPIPS:
-    """Trains the feature network and drops its heads."""
+    """Train the feature network and drop its heads."""
     torch.manual_seed(1)
     guide = train(work, Guide(), FEATURES_PLAN)
     assert isinstance(guide, Guide)
@@ -224,13 +224,13 @@ def train_features(work: Path) -> LPIPS:
 
 
 def train_judge(work: Path) -> nn.Module:
-    """Trains the judge of the first family."""
+    """Train the judge of the first model."""
     torch.manual_seed(2)
     return train(work, Judge(), JUDGE_PLAN)
 
 
 def train_sphere_judge(work: Path) -> nn.Module:
-    """Trains the judge of the second family."""
+    """Train the judge of the second model."""
     torch.manual_seed(7)
     judge = Judge(SPHERE_ATTRIBUTES)
     kinds = ("outdoors", "rooms")
@@ -239,7 +239,7 @@ def train_sphere_judge(work: Path) -> nn.Module:
 
 @torch.no_grad()
 def read(judge: nn.Module, images: Tensor, attributes: Attributes) -> list[dict[str, object]]:
-    """The values of some attributes that a judge sees in each of images (N, 3, H, W) in [-1, 1]."""
+    """Return the values of attributes that a judge reads in images (N, 3, H, W) in [-1, 1]."""
     scores = judge(images)
     places = {name: scores[name].argmax(1).tolist() for name in attributes}
     return [
@@ -251,7 +251,7 @@ def read(judge: nn.Module, images: Tensor, attributes: Attributes) -> list[dict[
 def accuracy(
     judge: nn.Module, pictures: dataset.Pictures, width: int, attributes: Attributes
 ) -> dict[str, float]:
-    """Share of held-out windows that are read right, cut side by side from every picture.
+    """Return the share of held-out windows, cut side by side from every image, read right.
 
     Args:
         judge: reads the attributes.

@@ -88,7 +88,7 @@ TINY = 1e-7
 
 @dataclass(frozen=True)
 class Room:
-    """What a picture shows.
+    """The kind of a room and its colour.
 
     Attributes:
         kind: one of `KINDS`.
@@ -139,7 +139,7 @@ class Zone:
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a piece stands: its wall and the start of its u and d ranges there."""
+    """The place of a piece: its wall and the start of its u and d ranges there."""
 
     wall: int
     u: float
@@ -232,7 +232,7 @@ def block(
 
 
 def bed(rng: np.random.Generator, accent: Rgb) -> Piece:
-    """A bed with its head against the wall, and a nightstand with a lamp beside it."""
+    """Build a bed with its head against the wall, and a nightstand with a lamp beside it."""
     width, length = rng.uniform(1.5, 1.8), rng.uniform(1.95, 2.1)
     wood = pick(WOODS, rng)
     stand = rng.uniform(0.45, 0.55)
@@ -260,7 +260,7 @@ def bed(rng: np.random.Generator, accent: Rgb) -> Piece:
 
 
 def wardrobe(rng: np.random.Generator) -> Piece:
-    """A tall cupboard with two doors."""
+    """Build a tall cupboard with two doors."""
     width, height = rng.uniform(1.3, 1.8), rng.uniform(1.95, 2.15)
     wood = pick((*WOODS, CREAM), rng)
     half = width / 2
@@ -275,7 +275,7 @@ def wardrobe(rng: np.random.Generator) -> Piece:
 
 
 def sofa(rng: np.random.Generator, cloth: Rgb, accent: Rgb) -> Piece:
-    """A sofa of two or three seats, with a picture on the wall above it."""
+    """Build a sofa of two or three seats, with a picture on the wall above it."""
     width, depth = rng.uniform(1.9, 2.4), rng.uniform(0.9, 1.0)
     arm, back = 0.24, rng.uniform(0.8, 0.92)
     boxes = [
@@ -307,7 +307,7 @@ def sofa(rng: np.random.Generator, cloth: Rgb, accent: Rgb) -> Piece:
 
 
 def low_table(rng: np.random.Generator) -> Piece:
-    """A coffee table on two slabs, standing on a rug that belongs to another piece."""
+    """Build a coffee table on two slabs, standing on a rug that belongs to another piece."""
     width, depth = rng.uniform(0.9, 1.2), rng.uniform(0.5, 0.6)
     wood = pick(WOODS, rng)
     boxes = (
@@ -320,7 +320,7 @@ def low_table(rng: np.random.Generator) -> Piece:
 
 
 def television(rng: np.random.Generator) -> Piece:
-    """A wide dark screen above a low cupboard."""
+    """Build a wide dark screen above a low cupboard."""
     width, screen = rng.uniform(1.7, 2.1), rng.uniform(1.3, 1.6)
     wood = pick((*WOODS, WHITE), rng)
     left = (width - screen) / 2
@@ -346,7 +346,7 @@ def television(rng: np.random.Generator) -> Piece:
 
 
 def floor_lamp(rng: np.random.Generator) -> Piece:
-    """A standing lamp with a big glowing shade."""
+    """Build a standing lamp with a big glowing shade."""
     height = rng.uniform(1.55, 1.75)
     boxes = (
         block((0.08, 0.38), (0.08, 0.38), (0, 0.06), CHARCOAL),
@@ -357,7 +357,7 @@ def floor_lamp(rng: np.random.Generator) -> Piece:
 
 
 def kitchen_row(rng: np.random.Generator, length: float) -> Piece:
-    """Counter, stove, upper cabinets and fridge filling a wall of the given length."""
+    """Build counter, stove, upper cabinets and fridge filling a wall of the given length."""
     front = pick((WHITE, CREAM, (0.58, 0.40, 0.22), (0.36, 0.44, 0.46)), rng)
     slab = pick(((0.10, 0.10, 0.11), (0.34, 0.22, 0.12)), rng)
     fridge = rng.uniform(0.7, 0.8)
@@ -394,7 +394,7 @@ def kitchen_row(rng: np.random.Generator, length: float) -> Piece:
 
 
 def chair(u: float, d: float, back_high: bool, color: Rgb) -> list[Box]:
-    """A kitchen chair of 0.44 m by 0.42 m whose back is on its far or its near d side."""
+    """Build a kitchen chair of 0.44 m by 0.42 m whose back is on its far or its near d side."""
     back = (d + 0.34, d + 0.42) if back_high else (d, d + 0.08)
     legs = scale(color, 0.6)
     return [
@@ -406,7 +406,7 @@ def chair(u: float, d: float, back_high: bool, color: Rgb) -> list[Box]:
 
 
 def dining(rng: np.random.Generator, accent: Rgb) -> Piece:
-    """A table with chairs pushed halfway under its two long sides."""
+    """Build a table with chairs pushed halfway under its two long sides."""
     pairs = int(rng.integers(1, 3))
     width = 0.8 if pairs == 1 else rng.uniform(1.2, 1.4)
     depth, out = 0.75, 0.3
@@ -434,7 +434,7 @@ def dining(rng: np.random.Generator, accent: Rgb) -> Piece:
 
 
 def bathtub(rng: np.random.Generator, accent: Rgb) -> Piece:
-    """A tub with water in it, and a curtain along a part of its open side."""
+    """Build a tub with water in it, and a curtain along a part of its open side."""
     width, depth, height = rng.uniform(1.65, 1.85), rng.uniform(0.76, 0.86), rng.uniform(0.55, 0.62)
     rim = 0.11
     water = (0.42, 0.68, 0.76)
@@ -456,7 +456,7 @@ def bathtub(rng: np.random.Generator, accent: Rgb) -> Piece:
 
 
 def washstand(rng: np.random.Generator) -> Piece:
-    """A cabinet with a basin, and a bright mirror above it."""
+    """Build a cabinet with a basin, and a bright mirror above it."""
     width = rng.uniform(0.85, 1.15)
     wood = pick((*WOODS, (0.36, 0.44, 0.46)), rng)
     middle = width / 2
@@ -476,7 +476,7 @@ def washstand(rng: np.random.Generator) -> Piece:
 
 
 def toilet(_: np.random.Generator) -> Piece:
-    """A toilet: bowl with a lid, and its tank."""
+    """Build a toilet: bowl with a lid, and its tank."""
     boxes = (
         block((0.0, 0.5), (0.0, 0.2), (0.36, 0.86), WHITE),
         block((0.17, 0.33), (0.04, 0.16), (0.86, 0.90), STEEL),
@@ -487,7 +487,7 @@ def toilet(_: np.random.Generator) -> Piece:
 
 
 def towel(rng: np.random.Generator, accent: Rgb) -> Piece:
-    """A towel hanging on the wall from a rail."""
+    """Build a towel hanging on the wall from a rail."""
     width = rng.uniform(0.5, 0.7)
     boxes = (
         block((0, width), (0, 0.08), (1.42, 1.5), STEEL),
@@ -497,7 +497,7 @@ def towel(rng: np.random.Generator, accent: Rgb) -> Piece:
 
 
 def desk(rng: np.random.Generator) -> Piece:
-    """A desk against the wall with a monitor, a keyboard and drawers on one side."""
+    """Build a desk against the wall with a monitor, a keyboard and drawers on one side."""
     width, depth = rng.uniform(1.5, 1.8), rng.uniform(0.7, 0.8)
     wood = pick((*WOODS, WHITE), rng)
     middle = width / 2 + rng.uniform(-0.1, 0.1)
@@ -536,7 +536,7 @@ def desk(rng: np.random.Generator) -> Piece:
 
 
 def desk_chair(rng: np.random.Generator) -> Piece:
-    """An office chair turned to the wall: its back is on the far side."""
+    """Build an office chair turned to the wall: its back is on the far side."""
     cloth = pick((CHARCOAL, (0.14, 0.16, 0.20)), rng)
     boxes = (
         block((0.02, 0.54), (0.2, 0.32), (0, 0.08), DARK),
@@ -550,7 +550,7 @@ def desk_chair(rng: np.random.Generator) -> Piece:
 
 
 def bookshelf(rng: np.random.Generator) -> Piece:
-    """A tall shelf with broad blocks of books."""
+    """Build a tall shelf with broad blocks of books."""
     width, height, levels = rng.uniform(1.0, 1.6), rng.uniform(1.85, 2.1), 4
     wood = pick(WOODS, rng)
     depth, board = 0.34, 0.08
@@ -578,7 +578,7 @@ def bookshelf(rng: np.random.Generator) -> Piece:
 
 
 def plant(rng: np.random.Generator) -> Piece:
-    """A big potted plant."""
+    """Build a big potted plant."""
     height = rng.uniform(1.1, 1.45)
     leaf = jitter(LEAF, rng, 0.1, 0.2)
     pot = pick(((0.60, 0.28, 0.16), WHITE, CHARCOAL), rng)
@@ -592,7 +592,7 @@ def plant(rng: np.random.Generator) -> Piece:
 
 
 def window(rng: np.random.Generator, low: float, widest: float) -> Piece:
-    """A framed window whose lower edge is `low` metres up."""
+    """Build a framed window whose lower edge is `low` metres up."""
     width, high = rng.uniform(0.7 * widest, widest), rng.uniform(2.05, 2.2)
     middle = width / 2
     frame = scale(WHITE, 1.05)
@@ -613,7 +613,7 @@ def window(rng: np.random.Generator, low: float, widest: float) -> Piece:
 
 
 def door(rng: np.random.Generator) -> Piece:
-    """A closed door in its frame."""
+    """Build a closed door in its frame."""
     wood = pick((*WOODS, (0.66, 0.54, 0.40)), rng)
     width, high = rng.uniform(0.98, 1.1), rng.uniform(2.05, 2.15)
     inset = scale(wood, 0.8)
@@ -696,7 +696,7 @@ class Layout:
         return Zone(*to_room(low, high, spot.wall, self.size), solid)
 
     def free(self, zone: Zone) -> bool:
-        """Tell whether a zone is inside the room and touches no other."""
+        """Return True if a zone is inside the room and touches no other."""
         inside = all(zone.low[i] >= -TINY and zone.high[i] <= self.size[i] + TINY for i in range(3))
         return inside and not any(
             all(zone.low[i] < other.high[i] and other.low[i] < zone.high[i] for i in range(3))
@@ -803,7 +803,7 @@ def openings(layout: Layout, busy: int, low: float, widest: float) -> Spot | Non
 
 
 def furnish_bedroom(layout: Layout) -> Spot | None:
-    """Bed with rug and nightstand, wardrobe, and sometimes a plant."""
+    """Furnish a bedroom: bed with rug and nightstand, wardrobe, and sometimes a plant."""
     rng = layout.rng
     piece = bed(rng, layout.accent)
     spot = layout.put(piece)
@@ -819,7 +819,7 @@ def furnish_bedroom(layout: Layout) -> Spot | None:
 
 
 def furnish_living_room(layout: Layout) -> Spot | None:
-    """Sofa with low table on a rug, television across the room, lamp, and often a plant."""
+    """Furnish a living room: sofa, low table on a rug, television, lamp, and often a plant."""
     rng = layout.rng
     cloth = layout.accent if rng.random() < 0.6 else pick(((0.42, 0.40, 0.38), CREAM), rng)
     cushion = pick(((0.80, 0.62, 0.30), WHITE, (0.62, 0.36, 0.22)), rng)
@@ -842,7 +842,7 @@ def furnish_living_room(layout: Layout) -> Spot | None:
 
 
 def furnish_kitchen(layout: Layout) -> Spot | None:
-    """A full wall of kitchen cabinets, and a dining table."""
+    """Furnish a kitchen: a full wall of kitchen cabinets, and a dining table."""
     rng = layout.rng
     wall = int(rng.integers(WALLS))
     layout.put(kitchen_row(rng, layout.length(wall)), (wall,))
@@ -852,7 +852,7 @@ def furnish_kitchen(layout: Layout) -> Spot | None:
 
 
 def furnish_bathroom(layout: Layout) -> Spot | None:
-    """Bathtub, washstand with mirror, toilet, a towel and a bath mat."""
+    """Furnish a bathroom: bathtub, washstand with mirror, toilet, a towel and a bath mat."""
     rng = layout.rng
     tub = bathtub(rng, layout.accent)
     spot = layout.put(tub)
@@ -867,7 +867,7 @@ def furnish_bathroom(layout: Layout) -> Spot | None:
 
 
 def furnish_office(layout: Layout) -> Spot | None:
-    """Desk with monitor and chair, one or two bookshelves, and often a plant."""
+    """Furnish an office: desk with monitor and chair, one or two bookshelves, and often a plant."""
     rng = layout.rng
     piece = desk(rng)
     spot = layout.put(piece)
@@ -1021,7 +1021,7 @@ class Rays:
 
 @dataclass(frozen=True)
 class Hits:
-    """What every ray meets first.
+    """The surfaces that rays meet first.
 
     Attributes:
         reach: (height, width) horizontal range in metres.
@@ -1262,7 +1262,7 @@ def render(
 
 
 def caption(room: Room, rng: np.random.Generator, keep: float = 0.6) -> str:
-    """Words for a room, kind and colour each left out with probability 1 - keep.
+    """Describe a room, kind and colour each left out with probability 1 - keep.
 
     Returns e.g. "bedroom in the color of blue"; may be empty.
     """

@@ -38,7 +38,7 @@ class Sky:
 
 @dataclass(frozen=True)
 class Land:
-    """What the ground is made of; colours are display RGB in [0, 1] under white light."""
+    """The material of the ground; colours are display RGB in [0, 1] under white light."""
 
     near: Color  # the ground at the viewer's feet
     far: Color  # the ground below the horizon
@@ -127,7 +127,7 @@ FRAMES = ("", "", "", "a panorama of ", "a view of ", "an illustration of ")
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows: the attributes that captions name and classifiers read."""
+    """The attributes of an image, which captions name and classifiers read."""
 
     time: str  # a key of SKIES
     land: str  # a key of LANDS
@@ -154,7 +154,7 @@ EQUIRECT = Frame(width=512, height=256, top=90, bottom=-90)
 
 
 def draw_scene(rng: np.random.Generator) -> Scene:
-    """Draws the attributes of one scene, times and lands evenly."""
+    """Draw the attributes of one scene, times and lands evenly."""
     time = str(rng.choice(list(SKIES)))
     land = str(rng.choice(list(LANDS)))
     trees = LANDS[land].tree is not None and rng.random() < 0.55
@@ -163,7 +163,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 
 
 def caption(scene: Scene, rng: np.random.Generator, keep: float = 0.6) -> str:
-    """Words for a scene, each attribute left out with probability 1 - keep.
+    """Describe a scene, each attribute left out with probability 1 - keep.
 
     Returns e.g. "sunset over snowy mountains with trees"; may be empty.
     """
@@ -182,7 +182,7 @@ def caption(scene: Scene, rng: np.random.Generator, keep: float = 0.6) -> str:
 def render(
     scene: Scene, rng: np.random.Generator, frame: Frame = STRIP, supersample: int = 2
 ) -> tuple[NDArray[np.uint8], Array]:
-    """Paints a scene.
+    """Paint a scene.
 
     Args:
         scene: what to paint.
@@ -224,12 +224,12 @@ class Canvas:
         self.distance: Array = np.full((self.height, self.width), np.inf, np.float32)
 
     def rows(self, low: float, high: float) -> slice:
-        """The rows whose elevation lies in [low, high] radians."""
+        """Return the rows whose elevation lies in [low, high] radians."""
         inside = np.flatnonzero((self.elevation[:, 0] >= low) & (self.elevation[:, 0] <= high))
         return slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, 0)
 
     def columns(self, center: float, halfwidth: float) -> NDArray[np.intp]:
-        """The columns within halfwidth radians of an azimuth, across the wrap."""
+        """Return the columns within halfwidth radians of an azimuth, across the wrap."""
         reach = min(int(halfwidth / (2 * pi) * self.width) + 2, self.width // 2 - 1)
         middle = int(center / (2 * pi) * self.width)
         return np.arange(middle - reach, middle + reach + 1) % self.width
@@ -242,7 +242,7 @@ class Canvas:
         rows: slice = slice(None),
         columns: NDArray[np.intp] | slice = slice(None),
     ) -> None:
-        """Lays a colour over a block, alpha in [0, 1]; what covers half a sample hides it."""
+        """Lay a colour over a block, alpha in [0, 1]; covering half a sample hides it."""
         mixed = self.rgb[rows, columns]
         self.rgb[rows, columns] = mixed + alpha[..., None] * (np.asarray(color, np.float32) - mixed)
         if distance is not None:
@@ -251,7 +251,7 @@ class Canvas:
             )
 
     def picture(self) -> tuple[NDArray[np.uint8], Array]:
-        """Averages the samples of each pixel; the distance is that of the nearest."""
+        """Average the samples of each pixel; the distance is that of the nearest."""
         s = self.supersample
         shape = (self.height // s, s, self.width // s, s)
         rgb = self.rgb.reshape(*shape, 3).mean((1, 3))
@@ -260,7 +260,7 @@ class Canvas:
 
 
 def paint_sky(canvas: Canvas, scene: Scene, sky: Sky, sun: float, rng: np.random.Generator) -> None:
-    """Gradient, glow, sun or moon, stars and clouds; mirrored below the horizon for water."""
+    """Paint gradient, glow, sun or moon, stars and clouds; mirrored below the horizon for water."""
     up = np.abs(canvas.elevation) / radians(50)
     lower = mix(sky.horizon, sky.middle, smoothstep(0, 0.55, up))
     canvas.rgb[:] = mix(lower, sky.zenith, smoothstep(0.30, 1.1, up))
@@ -282,7 +282,7 @@ def paint_sky(canvas: Canvas, scene: Scene, sky: Sky, sun: float, rng: np.random
 
 
 def paint_star(canvas: Canvas, rng: np.random.Generator) -> None:
-    """A soft dot, large enough for the autoencoder to keep."""
+    """Paint a soft dot, large enough for the autoencoder to keep."""
     elevation, azimuth = radians(rng.uniform(10, 85)), rng.uniform(0, 2 * pi)
     radius = radians(rng.uniform(0.35, 0.6))
     rows = canvas.rows(elevation - 4 * radius, elevation + 4 * radius)
@@ -294,7 +294,7 @@ def paint_star(canvas: Canvas, rng: np.random.Generator) -> None:
 
 
 def paint_stratus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
-    """Broad soft bands over the whole sky."""
+    """Paint broad soft bands over the whole sky."""
     noise = waves(canvas.azimuth, 7.0 * np.abs(canvas.elevation), rng, 7, 9)
     fade = np.cos(canvas.elevation) * smoothstep(0.02, 0.25, np.abs(canvas.elevation))
     canvas.paint(0.45 * fade * smoothstep(-0.3, 1.3, noise), sky.cloud)
@@ -302,7 +302,7 @@ def paint_stratus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
 
 
 def paint_cumulus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
-    """A heap of discs on a flat base, bright above and shaded below."""
+    """Paint a heap of discs on a flat base, bright above and shaded below."""
     azimuth, base = rng.uniform(0, 2 * pi), radians(rng.uniform(12, 44))
     width = radians(rng.uniform(7, 15))
     stretch = 1 / cos(base)
@@ -327,7 +327,7 @@ def paint_cumulus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
 def paint_ridges(
     canvas: Canvas, sky: Sky, land: Land, sun: float, rng: np.random.Generator
 ) -> None:
-    """Three ridge lines, each nearer, lower and less hazy than the one behind it."""
+    """Paint three ridge lines, each nearer, lower and less hazy than the one behind it."""
     for scale, meters, haze in ((1.0, 400.0, 0.62), (0.62, 200.0, 0.38), (0.34, 110.0, 0.18)):
         profile, slope = PROFILES[land.profile](canvas.azimuth, rng)
         height = radians(land.height) * scale * profile  # (1, W)
@@ -349,7 +349,7 @@ def paint_ridges(
 
 
 def slope_at(canvas: Canvas, slope: Array, above: Array, height: Array) -> Array:
-    """The slope of the crest at azimuths that drift downhill, (rows, W)."""
+    """Return the slope of the crest at azimuths that drift downhill, (rows, W)."""
     drift = (0.5 * np.maximum(height - above, 0) / (2 * pi) * canvas.width).astype(np.intp)
     columns = (np.arange(canvas.width)[None] + drift) % canvas.width
     return np.tanh(slope[0][columns])
@@ -358,7 +358,7 @@ def slope_at(canvas: Canvas, slope: Array, above: Array, height: Array) -> Array
 def snow_cap(
     paint: Array, relative: Array, azimuth: Array, sky: Sky, haze: float, rng: np.random.Generator
 ) -> Array:
-    """Snow above a wavy line."""
+    """Paint snow above a wavy line."""
     line = 0.42 + 0.10 * waves(azimuth, np.zeros_like(azimuth), rng, 30, 6)
     snow = mix(lit((0.97, 0.98, 1.0), sky), sky.haze, np.float32(0.7 * haze))
     shade = 1 + 0.6 * (paint / np.maximum(paint.mean((0, 1)), 1e-3) - 1)
@@ -367,7 +367,7 @@ def snow_cap(
 
 
 def paint_lava(canvas: Canvas, height: Array, sky: Sky, rng: np.random.Generator) -> None:
-    """Two streams that run down from the highest point, and their glow."""
+    """Paint two streams that run down from the highest point, and their glow."""
     summit = float(canvas.azimuth[0, int(height.argmax())])
     top = float(height.max())
     rows = canvas.rows(0.0, top * 1.5)
@@ -385,7 +385,7 @@ def paint_lava(canvas: Canvas, height: Array, sky: Sky, rng: np.random.Generator
 
 
 def paint_ground(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
-    """The plane from the horizon to the nadir, in soft waves."""
+    """Paint the plane from the horizon to the nadir, in soft waves."""
     rows = canvas.rows(-pi / 2, 0.012)
     down = np.maximum(-canvas.elevation[rows], 1e-3)
     horizon = 0.006 * waves(canvas.azimuth, np.zeros_like(canvas.azimuth), rng, 12, 5)
@@ -407,7 +407,7 @@ def paint_ground(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator)
 
 
 def paint_sea(canvas: Canvas, sky: Sky, land: Land, sun: float, rng: np.random.Generator) -> None:
-    """Islands, and water that mirrors them, the sky and the sun."""
+    """Paint islands, and water that mirrors them, the sky and the sun."""
     down = -canvas.elevation
     paint_islands(canvas, sky, land, rng)
     rows = canvas.rows(-pi / 2, 0.0)
@@ -427,7 +427,7 @@ def paint_sea(canvas: Canvas, sky: Sky, land: Land, sun: float, rng: np.random.G
 
 
 def paint_islands(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
-    """Two rows of islands and their mirror images; the water comes over those."""
+    """Paint two rows of islands and their mirror images; the water comes over those."""
     for scale, meters, haze in ((1.0, 300.0, 0.55), (0.6, 180.0, 0.25)):
         profile, _ = PROFILES[land.profile](canvas.azimuth, rng)
         height = radians(land.height) * scale * profile
@@ -441,7 +441,7 @@ def paint_islands(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator
 
 
 def plant(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
-    """Trees in groups, the far ones first."""
+    """Paint trees in groups, the far ones first."""
     count = int(rng.integers(34, 60))
     groves = rng.uniform(0, 2 * pi, 9)
     azimuths = groves[rng.integers(0, 9, count)] + rng.normal(0, 0.22, count)
@@ -458,7 +458,7 @@ def paint_tree(
     canvas: Canvas, land: Land, azimuth: float, distance: float, color: Array, trunk: Array,
     rng: np.random.Generator,
 ) -> None:  # fmt: skip
-    """One tree standing on the plane: x across and y up, in units of its height."""
+    """Paint one tree standing on the plane: x across and y up, in units of its height."""
     assert land.tree is not None
     meters = rng.uniform(6.5, 9.5)
     foot = -np.arctan(CAMERA_HEIGHT / distance)
@@ -478,7 +478,7 @@ Part = tuple[Array, str]
 
 
 def conifer(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
-    """Three stacked skirts on a short trunk."""
+    """Return three stacked skirts on a short trunk."""
     lean = rng.uniform(0.85, 1.15)
     crown = np.full(np.broadcast_shapes(x.shape, y.shape), -1.0, np.float32)
     for bottom, top, half in ((0.10, 0.58, 0.27), (0.34, 0.80, 0.21), (0.56, 1.0, 0.15)):
@@ -488,7 +488,7 @@ def conifer(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
 
 
 def round_tree(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
-    """An oval crown with a lobe on either side."""
+    """Return an oval crown with a lobe on either side."""
     crown = 0.27 - np.hypot(x, 0.82 * (y - 0.66))
     for side in (-1, 1):
         lobe = 0.18 - np.hypot(x - side * rng.uniform(0.12, 0.2), y - rng.uniform(0.5, 0.6))
@@ -497,7 +497,7 @@ def round_tree(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
 
 
 def cactus(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
-    """A column with two bent arms."""
+    """Return a column with two bent arms."""
 
     def bar(x0: float, y0: float, y1: float, half: float) -> Array:
         return half - np.hypot(x - x0, y - np.clip(y, y0, y1))
@@ -511,7 +511,7 @@ def cactus(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
 
 
 def dead_tree(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
-    """A bare trunk that forks."""
+    """Return a bare trunk that forks."""
     wood = np.minimum(0.075 * (1.1 - y) - np.abs(x), np.minimum(y, 0.95 - y))
     for side in (-1.0, 1.0):
         fork = rng.uniform(0.35, 0.55)
@@ -529,19 +529,19 @@ TREES: Mapping[str, Callable[[Array, Array, np.random.Generator], list[Part]]] =
 
 
 def hills(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Rolling crests in [0.3, 1] and their slopes."""
+    """Return rolling crests in [0.3, 1] and their slopes."""
     return crest(lambda a, r: 0.65 + 0.35 * np.tanh(waves(a, 0 * a, r, 14, 8)), azimuth, rng)
 
 
 def woods(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Rolling crests lined with round crowns; the slope is that of the ground."""
+    """Return rolling crests lined with round crowns; the slope is that of the ground."""
     ground, slope = hills(azimuth, rng)
     bumps = np.sqrt(np.abs(np.sin(24 * azimuth + 2 * waves(azimuth, 0 * azimuth, rng, 16, 5))))
     return ground + 0.13 * bumps, slope
 
 
 def peaks(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Sharp summits: folded waves."""
+    """Return sharp summits: folded waves."""
 
     def line(a: Array, r: np.random.Generator) -> Array:
         broad = 1 - np.abs(np.tanh(waves(a, 0 * a, r, 12, 7)))
@@ -552,7 +552,7 @@ def peaks(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
 
 
 def mesas(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Table mountains between dunes."""
+    """Return table mountains between dunes."""
 
     def line(a: Array, r: np.random.Generator) -> Array:
         dunes = 0.30 + 0.14 * np.tanh(waves(a, 0 * a, r, 12, 6))
@@ -563,12 +563,12 @@ def mesas(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
 
 
 def islands(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Crests that sink below the horizon for half of the way."""
+    """Return crests that sink below the horizon for half of the way."""
     return crest(lambda a, r: np.maximum(waves(a, 0 * a, r, 10, 8) * 0.55, -0.05), azimuth, rng)
 
 
 def volcanoes(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Cut-off cones over low ridges."""
+    """Return cut-off cones over low ridges."""
 
     def line(a: Array, r: np.random.Generator) -> Array:
         low = 0.22 + 0.12 * np.tanh(waves(a, 0 * a, r, 18, 7))
@@ -593,7 +593,7 @@ PROFILES: Mapping[str, Callable[[Array, np.random.Generator], tuple[Array, Array
 def crest(
     line: Callable[[Array, np.random.Generator], Array], azimuth: Array, rng: np.random.Generator
 ) -> tuple[Array, Array]:
-    """A crest line (1, W) and its derivative by azimuth."""
+    """Return a crest line (1, W) and its derivative by azimuth."""
     height = line(azimuth, rng).astype(np.float32)
     slope = (np.roll(height, -1, 1) - np.roll(height, 1, 1)) / (2 * 2 * pi / azimuth.shape[1])
     return height, slope
@@ -602,7 +602,7 @@ def crest(
 def waves(
     azimuth: Array, other: Array, rng: np.random.Generator, highest: int, terms: int
 ) -> Array:
-    """Smooth noise about [-1.5, 1.5]: cosines of whole frequencies in azimuth, so it is periodic.
+    """Return smooth, periodic noise about [-1.5, 1.5]: cosines of whole frequencies in azimuth.
 
     Args:
         azimuth: (1, W) radians.
@@ -624,7 +624,7 @@ def waves(
 
 
 def jitter(thing: T, rng: np.random.Generator) -> T:
-    """The same thing with every colour moved a little, all in the same direction."""
+    """Copy a thing with every colour moved a little, all in the same direction."""
     gain = rng.normal(1, 0.03) * rng.normal(1, 0.02, 3)
 
     def moved(value: object) -> object:
@@ -636,40 +636,40 @@ def jitter(thing: T, rng: np.random.Generator) -> T:
 
 
 def lit(color: Color, sky: Sky) -> Array:
-    """A colour under the sky's light."""
+    """Light a colour by the sky."""
     return np.asarray(color, np.float32) * np.asarray(sky.light, np.float32)
 
 
 def scaled(color: Color, factor: float) -> Color:
-    """A colour made darker or lighter."""
+    """Make a colour darker or lighter."""
     return (color[0] * factor, color[1] * factor, color[2] * factor)
 
 
 def mix(a: Array | Color, b: Array | Color, t: Array | np.float32) -> Array:
-    """a where t is 0, b where t is 1; t gains a channel axis if it is an array."""
+    """Return a where t is 0, b where t is 1; t gains a channel axis if it is an array."""
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     weight = t[..., None] if isinstance(t, np.ndarray) else t
     return a + weight * (b - a)
 
 
 def smoothstep(low: float | Array, high: float | Array, value: Array) -> Array:
-    """0 at low, 1 at high (or the other way round), smooth between."""
+    """Return 0 at low, 1 at high (or the other way round), smooth between."""
     t = np.clip((value - low) / (high - low), 0, 1)
     return (t * t * (3 - 2 * t)).astype(np.float32)
 
 
 def edge(inside: Array, pixel: float) -> Array:
-    """Coverage of a sample by a shape: inside > 0 in the shape, in the units of pixel."""
+    """Return a shape's coverage of a sample: inside > 0 in the shape, in the units of pixel."""
     return np.clip(inside / pixel + 0.5, 0, 1).astype(np.float32)
 
 
 def wrap(angle: Array) -> Array:
-    """An angle in [-pi, pi)."""
+    """Wrap an angle into [-pi, pi)."""
     return (angle + pi) % (2 * pi) - pi
 
 
 def angle_between(canvas: Canvas, azimuth: float, elevation: float) -> Array:
-    """Great-circle angle of every sample to a direction, radians (H, W)."""
+    """Return the great-circle angle of every sample to a direction, radians (H, W)."""
     cosine = np.sin(canvas.elevation) * sin(elevation) + np.cos(canvas.elevation) * cos(
         elevation
     ) * np.cos(canvas.azimuth - azimuth)

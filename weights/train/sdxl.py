@@ -1,7 +1,7 @@
-"""Trains the second family's text encoders and UNet on the latents of whole spheres.
+"""Train the second model's text encoders and UNet on the latents of whole spheres.
 
-Convolutions pad with zeros, as SDXL's did in training: what closes a picture is `circular`, in
-use, and not the weights.
+Convolutions pad with zeros, as SDXL's did in training: at inference `circular` closes an image,
+not the weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -37,8 +37,8 @@ PLAN = Plan("sdxl-360", steps=4800, learning_rate=1e-3, average=0.999)
 FINISH = Plan("sdxl-360-finish", steps=800, learning_rate=5e-4, average=0.99, warmup=50)
 BATCH, FINISH_BATCH = 8, 16
 HIDDEN = 128  # of either text encoder
-SIZE_CHANNELS = 16  # for each of the six numbers of a picture's sizes
-SIDES = (128, 1024)  # pixels of the sizes that are only said
+SIZE_CHANNELS = 16  # for each of the six numbers of an image's sizes
+SIDES = (128, 1024)  # pixels of the sizes that are only declared
 FACTOR = 8  # pixels a latent cell
 KEEP = 0.8  # share of attributes that captions name
 PREFIX = "hdri view, "
@@ -49,14 +49,14 @@ CAPTIONS: Mapping[type, Callable[..., str]] = {
     scenes.Scene: scenes.caption,
 }
 OFTEN: Mapping[type, int] = {rooms.Room: 3, scenes.Scene: 1}
-"""How often the finish sees a picture: furniture takes longer to learn than landscapes."""
+"""The copies of an image that the finish sees: furniture takes longer to learn than landscapes."""
 SUBJECTS: Mapping[str, type[Subject]] = {"outdoors": scenes.Scene, "rooms": rooms.Room}
 
 
 def build_text_encoder(
     kind: type[CLIPTextModel | CLIPTextModelWithProjection], tokenizer: CLIPTokenizer
 ) -> nn.Module:
-    """Two small layers; the first one's output is what the UNet sees, as SDXL's last but one."""
+    """Build two small layers; the UNet sees the first one's output, as SDXL's last but one."""
     return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -74,9 +74,12 @@ def build_text_encoder(
 
 
 def build_unet() -> UNet2DConditionModel:
-    """6.5 M parameters for 32 x 64 latents, like the first family's but for the conditions."""
+    """Build a UNet of 6.5 M parameters, like the first model's but for the conditions.
+
+    It is trained on whole spheres of 32 x 64 latents. Windows are squares of their height.
+    """
     return UNet2DConditionModel(
-        sample_size=64,
+        sample_size=32,
         block_out_channels=(48, 96, 144),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
@@ -92,12 +95,12 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_inference_scheduler() -> EulerDiscreteScheduler:
-    """SDXL base's: of the same schedule as the one that makes noise in training."""
+    """Build SDXL base's scheduler, with the noise schedule of the training."""
     return EulerDiscreteScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="leading")
 
 
 def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copies every weight whose name and shape the model has too."""
+    """Copy every weight whose name and shape the model has too."""
     own = model.state_dict()
     same = {k: w for k, w in state.items() if k in own and own[k].shape == w.shape}
     model.load_state_dict(own | same)
@@ -105,7 +108,7 @@ def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 @dataclass(frozen=True)
 class Captions:
-    """What is said of a batch of pictures."""
+    """The captions of a batch of images."""
 
     ids: Tensor  # (N, L) tokens
     given: Tensor  # (N,) bool; the others are left out, for guidance
@@ -113,7 +116,7 @@ class Captions:
 
 
 class TextToSphere(nn.Module):
-    """What is trained: both text encoders and the UNet."""
+    """The trained networks: both text encoders and the UNet."""
 
     def __init__(
         self,
@@ -127,7 +130,7 @@ class TextToSphere(nn.Module):
         self.unet = unet
 
     def conditions(self, captions: Captions) -> dict[str, Any]:
-        """Arguments of a UNet and a ControlNet, as `StableDiffusionXLPipeline` makes them.
+        """Return the arguments of UNet and ControlNet, as `StableDiffusionXLPipeline` makes them.
 
         A caption that is left out is zeros, as there with `force_zeros_for_empty_prompt`.
         """
@@ -139,12 +142,12 @@ class TextToSphere(nn.Module):
         return {"encoder_hidden_states": states * given[..., None], "added_cond_kwargs": pooled}
 
     def forward(self, latents: Tensor, t: Tensor, captions: Captions) -> Tensor:
-        """The noise in latents (N, 4, h, w) at timesteps (N,) under captions."""
+        """Predict the noise in latents (N, 4, h, w) at timesteps (N,) under captions."""
         return self.unet(latents, t, **self.conditions(captions)).sample
 
 
 def subjects(work: Path, count: int | None = None) -> list[Subject]:
-    """What the first training pictures of each kind show, or all of them, kind after kind."""
+    """Return the subjects of the first training images of each kind, or of all, kind after kind."""
     return [
         subject(**attributes)
         for kind, subject in SUBJECTS.items()
@@ -159,14 +162,14 @@ def encode_kinds(
     restyle: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = lambda picture: picture,
     count: int | None = None,
 ) -> Tensor:
-    """The latents (N, 4, h, w) of training pictures, kind after kind.
+    """Return the latents (N, 4, h, w) of training images, kind after kind.
 
     Args:
-        work: the folder where they are kept.
-        vae: what encodes them.
-        style: the name of what `restyle` does.
-        restyle: changes a picture (H, W, 3) in [0, 255] first.
-        count: how many of each kind, from the first on; all if None.
+        work: the folder that keeps them.
+        vae: the autoencoder.
+        style: the name of the style of `restyle`.
+        restyle: changes an image (H, W, 3) in [0, 255] first.
+        count: the number of each kind, from the first on; None for all.
     """
 
     def changed(kind: str) -> Iterable[NDArray[np.uint8]]:
@@ -177,14 +180,14 @@ def encode_kinds(
 
 
 def caption(subject: Subject, rng: np.random.Generator) -> str:
-    """Words for a picture, half of the time after `PREFIX`; may be empty."""
+    """Describe an image, half of the time after `PREFIX`; may be empty."""
     text = CAPTIONS[type(subject)](subject, rng, KEEP)
     return f"{PREFIX}{text}" if text and rng.random() < 0.5 else text
 
 
 @dataclass(frozen=True)
 class Spheres:
-    """The training pictures as latents, and what draws batches of them."""
+    """The training images as latents, drawn in batches."""
 
     latents: Tensor  # (N, 4, h, w)
     subjects: list[Subject]  # N of them
@@ -192,23 +195,23 @@ class Spheres:
     batch: int = BATCH
 
     def draw(self, generator: torch.Generator) -> tuple[list[int], list[int]]:
-        """Numbers of pictures, and how far to roll each, in cells."""
+        """Draw numbers of images, and the cells to roll each by."""
         index = torch.randint(len(self.latents), (self.batch,), generator=generator)
         shift = torch.randint(self.latents.shape[-1], (self.batch,), generator=generator)
         return index.tolist(), shift.tolist()
 
     def rolled(self, index: list[int], shift: list[int]) -> Tensor:
-        """Latents (N, 4, h, w): a roll of a whole sphere is one again."""
+        """Return latents (N, 4, h, w), rolled: a roll of a whole sphere is one again."""
         pairs = zip(index, shift, strict=True)
         return torch.stack([self.latents[i].roll(cells, -1) for i, cells in pairs])
 
     def captions(
         self, index: list[int], generator: torch.Generator, dropped: float, prefix: str = ""
     ) -> Captions:
-        """Words for some pictures, with a share of them left out.
+        """Describe images, with a share of the captions left out.
 
-        Half of the pictures are said to be of another size, so that sizes which nothing was
-        trained on do not change what is drawn.
+        Half of the images are declared to be of another size, so that sizes outside of the
+        training do not change the image.
         """
         rng = draw_rng(generator)
         texts = [prefix + caption(self.subjects[i], rng) for i in index]
@@ -223,17 +226,17 @@ class Spheres:
 
 
 def time_ids(sizes: Tensor) -> Tensor:
-    """SDXL's numbers (N, 6) for pictures of heights and widths (N, 2), neither resized nor cut."""
+    """Return SDXL's sizes (N, 6) of images of sizes (N, 2), neither resized nor cut."""
     return torch.cat([sizes, torch.zeros_like(sizes), sizes], 1).float()
 
 
 def train(
     work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, first: UNet2DConditionModel
 ) -> TextToSphere:
-    """Trains on whole spheres, rolled at random.
+    """Train on whole spheres, rolled at random.
 
-    The UNet starts from the first family's, but for its attention to words: that read another
-    encoder's last states.
+    The UNet starts from the first model's, except for its attention to words, which read the states
+    of another encoder.
     """
     torch.manual_seed(4)
     model = TextToSphere(
@@ -251,7 +254,7 @@ def train(
 def finish(
     work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, base: TextToSphere
 ) -> TextToSphere:
-    """Trains the base further, on larger batches with more rooms in them."""
+    """Train the base further, on larger batches with more rooms in them."""
     shown = subjects(work)
     index = [i for i, subject in enumerate(shown) for _ in range(OFTEN[type(subject)])]
     latents = encode_kinds(work, vae)[index]
@@ -264,8 +267,9 @@ def finish(
 def text_loss(
     model: TextToSphere, spheres: Spheres, prefix: str = "", dropped: float = DROPPED
 ) -> Callable[[torch.Generator], Tensor]:
-    """What `fit` lessens: the error of the noise found under captions that begin with a prefix,
-    a share of which is left out.
+    """Return the loss for `fit`: the error of the noise predicted under captions with a prefix.
+
+    A share of the captions is left out.
     """
     scheduler = build_scheduler()
 

@@ -1,6 +1,6 @@
-"""Trains a style as cog-sdxl did: a LoRA on the base's attention, and two words for it.
+"""Train a style as cog-sdxl did: a LoRA on the base's attention, and two words for it.
 
-The style is crisp outlines: one fixed change of a picture, which leaves the colours of areas alone.
+The style is crisp outlines: one fixed change of an image, which leaves the colours of areas alone.
 """
 
 import copy
@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from panorama.sdxl import LORA, TOKENS
+from panorama.conditioning.lora import LORA, TOKENS
 from weights.train.fit import Plan, fit
 from weights.train.sdxl import Spheres, TextToSphere, encode_kinds, subjects, text_loss
 
 PLAN = Plan("style", steps=400, learning_rate=5e-4, average=0.98, warmup=50)
 DROPPED = 0.5
-"""Share of captions left out: guidance multiplies what pictures without a caption have not learned,
+"""Share of captions left out: guidance multiplies what images without a caption have not learned,
 and colours with it.
 """
 RANK = 4
@@ -33,7 +33,7 @@ PICTURES = 400  # of each kind, restyled
 
 
 def crisp(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Makes edges of a picture (H, W, 3) in [0, 255] stand out, darker against lighter.
+    """Make edges of an image (H, W, 3) in [0, 255] stand out, darker against lighter.
 
     A style of other colours would be harder: the autoencoder keeps purple apart from its neighbours
     by very little, and turns it into them when it is warmer or more vivid.
@@ -51,12 +51,12 @@ class ExtendedEmbedding(nn.Module):
         self.tokens = nn.Parameter(spread * torch.randn(len(TOKENS), table.embedding_dim))
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Tokens (N, L) to embeddings (N, L, D)."""
+        """Embed tokens (N, L) as (N, L, D)."""
         return F.embedding(ids, torch.cat([self.table.weight, self.tokens]))
 
 
 def build(base: TextToSphere) -> TextToSphere:
-    """A frozen copy of the base, with a LoRA and two more tokens to train."""
+    """Copy the base, frozen, with a LoRA and two more tokens to train."""
     model = copy.deepcopy(base).requires_grad_(False)
     for encoder in (model.text_encoder, model.text_encoder_2):
         encoder.set_input_embeddings(ExtendedEmbedding(encoder.get_input_embeddings()))
@@ -69,7 +69,7 @@ def build(base: TextToSphere) -> TextToSphere:
 def train(
     work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, base: TextToSphere
 ) -> TextToSphere:
-    """Trains on crisp training pictures, whose captions begin with the tokens."""
+    """Train on crisp training images, whose captions begin with the tokens."""
     torch.manual_seed(6)
     model = build(base)
     extended = copy.deepcopy(tokenizer)
@@ -83,7 +83,7 @@ def train(
 
 
 def lora_weights(unet: UNet2DConditionModel) -> Mapping[str, Tensor]:
-    """The LoRA with the keys of cog-sdxl: `unet....attn1.processor.to_q_lora.down.weight`."""
+    """Return the LoRA by the keys of cog-sdxl: `unet....attn1.processor.to_q_lora.down.weight`."""
     weights = {}
     for name, module in unet.named_modules():
         if LORA in getattr(module, "lora_A", ()):
@@ -95,7 +95,7 @@ def lora_weights(unet: UNet2DConditionModel) -> Mapping[str, Tensor]:
 
 
 def token_embeddings(model: TextToSphere) -> Mapping[str, Tensor]:
-    """The tokens' embeddings (2, D) for both text encoders, with the keys of cog-sdxl."""
+    """Return the tokens' embeddings (2, D) for both text encoders, by the keys of cog-sdxl."""
     encoders = (model.text_encoder, model.text_encoder_2)
     return {
         f"text_encoders_{k}": encoder.get_input_embeddings().tokens.detach()

@@ -1,0 +1,1 @@
+"""Measure what panoramas cost and how good they are, for `script/` and the tests."""

@@ -1,0 +1,438 @@
+"""The cost of a panorama against the published loop: operations, time, memory, as ratios.
+
+operations: counted at the published configurations. time: of a panorama's denoising on the embedded
+family, the median of a few rounds; of 50 steps, and of their sync steps, a fifth is taken and
+counts five times. diffusers: its pipeline on the same windows; beside exact, two of 50 steps in
+more rounds. scale: canvases of 4, 16 and 64 windows' width. true-size: one sync step of two windows
+on the published configurations, random weights.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from math import inf
+from pathlib import Path
+from statistics import median
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+import torch
+from diffusers import StableDiffusionPanoramaPipeline as Diffusers
+from torch import Tensor
+
+from benchmarks.activations import Activations, weights_of
+from benchmarks.operations import STRIDE, Networks, Setting, calls_of
+from benchmarks.plain_loop import StableDiffusion, plain_loop
+from benchmarks.true_size import TrueSize, activations, kept_by_unet
+from panorama.images.vae import decode_canvas
+from panorama.modes import Models, load
+from panorama.pipeline import Pipeline, Settings
+from panorama.sampling.presets import EXACT, WINDOWED, Preset
+from panorama.sampling.sampler import BATCH_SIZE
+from panorama.sampling.solver import build_scheduler
+from panorama.sampling.synchronize import SyncSettings
+from panorama.sampling.views import Sliding
+from weights.train.fit import has_bfloat16
+
+T = TypeVar("T")
+Table = dict[str, Any]
+
+WIDTH = 1024  # pixels, on the embedded family
+PART = 5  # of 50 steps with 5 sync steps a fifth is timed
+BRIEF = 25  # of 50 steps without synchronising, where short rounds are wanted
+PROMPT = "sunset over snowy mountains"
+SCALES = (4, 16, 64)  # windows' widths
+SLICE = 4  # windows' widths that are decoded at once
+
+
+def measure_operations(_: argparse.Namespace) -> Table:
+    """Count the published loop and both presets, in units of 10^12, and their calls."""
+    networks = Networks()
+    rows: Table = {}
+    for threshold in (5, 50):
+        setting = Setting(sync_threshold=threshold)
+        for name, preset in {"published loop": None, **WINDOWED}.items():
+            calls = calls_of(setting, preset)
+            row = f"{name}, sync_threshold {threshold}"
+            rows[row] = ours = networks.operations(calls)
+            if preset:
+                plain = rows[f"published loop, sync_threshold {threshold}"]
+                rows[f"{row}: saved"] = 1 - ours / plain
+                rows[f"{row}: times fewer"] = plain / ours
+            for (network, side, with_gradient), number in calls.items():
+                gradient = ", with gradient" if with_gradient else ""
+                rows[f"{row}: {network} {side} x {side}{gradient}"] = number
+    return rows
+
+
+class Run:
+    """A way to make the latents of a canvas on the embedded family.
+
+    Attributes:
+        base: the networks.
+        settings: of the canvas.
+        part: the run takes one of so many parts of the steps.
+        views: of each step.
+        noise: to start from.
+        conditioning: embeddings of the prompt.
+    """
+
+    def __init__(self, models: Models, preset: Preset | None, sync: bool, part: int = PART) -> None:
+        """Prepare a run of our sampler with a preset, or of the published loop without one."""
+        self.base = models.bases["syncdiffusion"]
+        self._published, chosen = preset is None, preset or EXACT
+        # Fast is taken whole: its last step costs more than the others.
+        self.part = part if chosen.takes_stride else 1
+        steps = chosen.num_inference_steps // self.part
+        self.settings = Settings(
+            prompt=PROMPT,
+            height=self.base.window * self.base.factor,
+            width=WIDTH,
+            guidance_scale=models.settings("syncdiffusion").guidance_scale,
+            num_inference_steps=steps,
+            scheduler=chosen.scheduler,
+            layout=chosen.layout(STRIDE),
+            sync=SyncSettings(
+                20.0 if sync else 0.0,
+                threshold=5 // self.part,
+                through_unet=chosen.through_unet,
+                pooling=chosen.pooling,
+            ),
+        )
+        self._pipeline = Pipeline(self.base)
+        canvas = self._pipeline.canvas(self.settings)
+        self.views = self.settings.layout(canvas, self.base.window, steps)
+        self.conditioning = self._pipeline.encode(self.settings)
+        self.noise = self._pipeline.noise(self.settings, torch.Generator().manual_seed(0))
+
+    def __call__(self) -> Tensor:
+        """Return the denoised latents."""
+        if not self._published:
+            return self._pipeline.denoise(self.settings, self.conditioning, self.noise)
+        networks, scheduler = StableDiffusion(self.base, self.conditioning), self.scheduler()
+        assert self.settings.sync
+        return plain_loop(self.noise, self.views, networks, scheduler, self.settings.sync)
+
+    def scheduler(self) -> Any:
+        """Return the model's scheduler with its timesteps set."""
+        scheduler = build_scheduler("ddim", self.base.scheduler)
+        scheduler.set_timesteps(self.settings.num_inference_steps)
+        return scheduler
+
+
+def load_tiny() -> Models:
+    """Load the embedded family's first mode; weights need no gradient, as published."""
+    models = load("tiny", modes=["syncdiffusion"], device="cpu")
+    for network in models.bases["syncdiffusion"].networks():
+        network.requires_grad_(False)
+    return models
+
+
+def timed(call: Callable[[], T]) -> tuple[float, T]:
+    """Return the seconds that a call takes, and its result."""
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+class Rounds:
+    """Calls that take turns, in another order each round, and their seconds.
+
+    A machine's speed changes from minute to minute, so calls are set beside one another round by
+    round, and the median of the rounds counts.
+
+    Attributes:
+        seconds: of each call, by round.
+        results: of each call, the last.
+    """
+
+    def __init__(self, calls: Mapping[str, Callable[[], Any]], repeats: int) -> None:
+        self.seconds: dict[str, list[float]] = {name: [] for name in calls}
+        self.results: dict[str, Any] = {}
+        names = list(calls)
+        for turn in range(repeats):
+            for name in names if turn % 2 else reversed(names):
+                seconds, self.results[name] = timed(calls[name])
+                self.seconds[name].append(seconds)
+
+    def median(self, name: str) -> float:
+        """Return the seconds that a call takes."""
+        return median(self.seconds[name])
+
+    def ratio(self, one: str, other: str) -> float:
+        """Return how many times as long one takes as the other."""
+        pairs = zip(self.seconds[one], self.seconds[other], strict=True)
+        return median(mine / theirs for mine, theirs in pairs)
+
+
+def compare(
+    calls: Mapping[str, Callable[[], Any]], parts: Mapping[str, int], repeats: int
+) -> Table:
+    """Compare calls that make latents with the first of them, in speed and, if exact, in result.
+
+    Args:
+        calls: by name.
+        parts: how many times as long the whole takes as each call.
+        repeats: the rounds.
+    """
+    rounds, (theirs, *names) = Rounds(calls, repeats), calls
+    rows: Table = {f"{name}: seconds": parts[name] * rounds.median(name) for name in calls}
+    for name in names:
+        times = rounds.ratio(theirs, name) * parts[theirs] / parts[name]
+        rows[f"{name}: times as fast"] = times
+    if "exact" in names:
+        expected, latents = rounds.results[theirs], rounds.results["exact"]
+        difference = (latents - expected).abs().max() / expected.std()
+        rows["exact: largest difference, standard deviations"] = float(difference)
+    return rows
+
+
+def measure_time(options: argparse.Namespace) -> Table:
+    """Measure the embedded family: seconds, difference, and the share outside its networks."""
+    models = load_tiny()
+    presets = {"published loop": None, **WINDOWED}
+    runs = {name: Run(models, preset, sync=True) for name, preset in presets.items()}
+    rows = compare(runs, {name: run.part for name, run in runs.items()}, options.repeats)
+    rows["exact: share outside its networks"] = overhead(runs["exact"])
+    return rows
+
+
+def overhead(run: Run) -> float:
+    """Return the share of a run that is spent neither in networks nor in their gradients."""
+    inside = 0.0
+
+    def clocked(call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed_call(*arguments: Any, **options: Any) -> Any:
+            nonlocal inside
+            seconds, result = timed(lambda: call(*arguments, **options))
+            inside += seconds
+            return result
+
+        return timed_call
+
+    perceptual = run.base.perceptual
+    calls = [
+        *((run.base.unet, "forward"), (run.base.vae, "decode")),
+        *((perceptual, "embed"), (perceptual, "distance"), (torch.autograd, "grad")),
+    ]
+    with ExitStack() as stack:
+        for owner, name in calls:
+            stack.enter_context(patch.object(owner, name, clocked(getattr(owner, name))))
+        whole, _ = timed(run)
+    return 1 - inside / whole
+
+
+def measure_diffusers(options: argparse.Namespace) -> Table:
+    """Measure seconds without synchronising, against diffusers' pipeline on the same windows.
+
+    Exact spends its time where diffusers does. To tell them apart takes many short rounds.
+    """
+    models = load_tiny()
+    rows: Table = {}
+    for name, part, repeats in (("fast", PART, 1), ("exact", BRIEF, 8)):
+        exact = Run(models, EXACT, sync=False, part=part)
+        run = Run(models, WINDOWED[name], sync=False, part=part)
+        theirs = f"diffusers, beside {name}"
+        calls = {theirs: diffusers_call(exact), name: run}
+        rows |= compare(calls, {theirs: exact.part, name: run.part}, repeats * options.repeats)
+    return rows
+
+
+def diffusers_call(run: Run) -> Callable[[], Tensor]:
+    """Return a call that makes the latents of a run by diffusers' pipeline."""
+    base, settings, (encoder,) = run.base, run.settings, run.base.text_encoders
+    stock = Diffusers(
+        vae=base.vae,
+        text_encoder=encoder.model,
+        tokenizer=encoder.tokenizer,
+        unet=base.unet,
+        scheduler=run.scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    stock.set_progress_bar_config(disable=True)
+    negative_prompt_embeds, prompt_embeds = run.conditioning.states.split(1)
+    places = [(v.top, v.top + v.height, v.left, v.left + v.width) for v in run.views[0]]
+    stock.get_views = lambda *_, **__: places
+
+    def call() -> Tensor:
+        latents: Tensor = stock(
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            height=settings.height,
+            width=settings.width,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            view_batch_size=BATCH_SIZE,
+            latents=run.noise.clone(),
+            output_type="latent",
+        ).images
+        return latents
+
+    return call
+
+
+def measure_scale(options: argparse.Namespace) -> Table:
+    """Measure memory beyond the canvas and its image, and time per window, as the canvas grows.
+
+    The memory is that of a sync step. The time is that of as many windows on each canvas, side by
+    side and without guidance, in batches of one size.
+    """
+    base = load_tiny().bases["syncdiffusion"]
+    weights, max_cells = weights_of(base), SLICE * base.window**2
+    rows: Table = {}
+    for windows in SCALES:
+        with Activations(weights) as denoising:
+            latents = strip(Pipeline(base), windows, 1, sync=SyncSettings(threshold=1))
+        with Activations(weights) as decoding:
+            image = decode_canvas(base.vae, latents, max_cells=max_cells)
+        rows[f"{windows} windows wide: megabytes of denoising"] = beyond(denoising, latents)
+        rows[f"{windows} windows wide: megabytes of decoding"] = beyond(decoding, image)
+    for name in ("megabytes of denoising", "megabytes of decoding"):
+        values = [rows[f"{windows} windows wide: {name}"] for windows in SCALES]
+        rows[f"{name}: largest over smallest"] = max(values) / min(values)
+    pipeline = Pipeline(base, batch_size=min(SCALES))
+    alike = {"guidance_scale": 1.0, "layout": Sliding(base.window)}
+    calls = {str(n): partial(strip, pipeline, n, max(SCALES) // n, **alike) for n in SCALES}
+    rounds = Rounds(calls, 2 * options.repeats)
+    for name in calls:
+        rows[f"{name} windows wide: seconds a window"] = rounds.median(name) / max(SCALES)
+    ratios = [rounds.ratio(name, str(min(SCALES))) for name in calls]
+    rows["seconds a window: largest over smallest"] = max(ratios) / min(ratios)
+    latents = strip(Pipeline(base), SCALES[1], 10)
+    whole = decode_canvas(base.vae, latents)
+    sliced = decode_canvas(base.vae, latents, max_cells=max_cells)
+    apart = (whole - sliced).abs() * 127.5
+    rows["sliced decode: largest difference, grey levels"] = float(apart.max())
+    rows["sliced decode: mean difference, grey levels"] = float(apart.mean())
+    return rows
+
+
+def strip(pipeline: Pipeline, windows: int, steps: int, **options: Any) -> Tensor:
+    """Return the latents of a canvas so many windows wide, not synchronised by default."""
+    side = pipeline.base.window * pipeline.base.factor
+    settings = Settings(
+        prompt=PROMPT,
+        height=side,
+        width=windows * side,
+        num_inference_steps=steps,
+        **{"guidance_scale": 3.0, **options},
+    )
+    noise = pipeline.noise(settings, torch.Generator().manual_seed(0))
+    return pipeline.denoise(settings, pipeline.encode(settings), noise)
+
+
+def beyond(activations: Activations, result: Tensor) -> float:
+    """Return the most megabytes that were alive at once beside a result."""
+    return (activations.most - result.nbytes) / 1e6
+
+
+def measure_true_size(_: argparse.Namespace) -> Table:
+    """Measure seconds and activations of one sync step of two windows at the published sizes.
+
+    The step is taken in bfloat16 where the processor multiplies in it, else in single precision.
+    """
+    dtype = torch.bfloat16 if has_bfloat16() else torch.float32
+    rows: Table = {"bits of a number": 8 * dtype.itemsize}
+    for precision, kind in {"single": torch.float32, "half": torch.bfloat16}.items():
+        for name, most in activations(kind).items():
+            rows[f"{name}: gigabytes of activations, {precision} precision"] = most / 1e9
+    torch.manual_seed(0)
+    networks = TrueSize(dtype)
+    StableDiffusion(networks.base, networks.conditioning).decode(torch.randn(1, 4, 8, 8))
+    ways = networks.ways()  # the decoding before set up the libraries
+    for name in ("published loop", "exact", "fast"):
+        rows[f"{name}: seconds"], _ = timed(ways[name])
+    for row, value in list(rows.items()):
+        name, _, what = row.partition(": ")
+        if what and name != "published loop":
+            rows[f"{row}, times less"] = rows[f"published loop: {what}"] / value
+    kept = kept_by_unet()
+    for name in ("frozen", "checkpointing"):
+        rows[f"UNet, {name}: share of the bytes kept"] = kept[name] / kept["published"]
+    return rows
+
+
+SECTIONS: Mapping[str, Callable[[argparse.Namespace], Table]] = {
+    "operations": measure_operations,
+    "time": measure_time,
+    "diffusers": measure_diffusers,
+    "scale": measure_scale,
+    "true-size": measure_true_size,
+}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The range that a value must lie in."""
+
+    least: float = -inf
+    most: float = inf
+
+    def __str__(self) -> str:
+        return f"at least {self.least:g}" if self.least > -inf else f"at most {self.most:g}"
+
+    def met(self, value: float) -> bool:
+        """Return True if a value lies in the range."""
+        return self.least <= value <= self.most
+
+
+GOALS: Mapping[tuple[str, str], Goal] = {
+    ("operations", "exact, sync_threshold 5: saved"): Goal(least=0.035),
+    ("operations", "exact, sync_threshold 50: saved"): Goal(least=0.08),
+    ("operations", "fast, sync_threshold 5: times fewer"): Goal(least=8),
+    ("time", "exact: times as fast"): Goal(least=1.3),
+    ("time", "fast: times as fast"): Goal(least=6),
+    ("time", "exact: share outside its networks"): Goal(most=0.03),
+    ("diffusers", "exact: times as fast"): Goal(least=1),
+    ("diffusers", "fast: times as fast"): Goal(least=3),
+    ("scale", "megabytes of denoising: largest over smallest"): Goal(most=1.05),
+    ("scale", "megabytes of decoding: largest over smallest"): Goal(most=1.05),
+    ("scale", "seconds a window: largest over smallest"): Goal(most=1.1),
+    ("true-size", "exact: seconds, times less"): Goal(least=1),
+    ("true-size", "fast: seconds, times less"): Goal(least=3),
+    ("true-size", "exact: gigabytes of activations, single precision, times less"): Goal(least=1.3),
+    (
+        "true-size",
+        "exact, checkpointing: gigabytes of activations, single precision, times less",
+    ): Goal(least=3),
+    ("true-size", "UNet, checkpointing: share of the bytes kept"): Goal(most=0.15),
+}
+
+
+def main() -> int:
+    """Print each section's table and the goals missed; write all tables after each section.
+
+    Returns:
+        The exit code: 1 if a goal was missed.
+    """
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sections", nargs="*", help=f"of {', '.join(SECTIONS)}; default: all")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", type=Path, default=Path("bench.json"), help="for the tables")
+    options = parser.parse_args()
+    if unknown := set(options.sections) - set(SECTIONS):
+        parser.error(f"unknown sections: {', '.join(sorted(unknown))}")
+    tables: dict[str, Table] = {}
+    missed = 0
+    for name in options.sections or SECTIONS:
+        print(f"{name}:")
+        tables[name] = SECTIONS[name](options)
+        assert {row for section, row in GOALS if section == name} <= set(tables[name])
+        for row, value in tables[name].items():
+            goal = GOALS.get((name, row), Goal())
+            note = "" if goal.met(value) else f"  missed: {goal}"
+            missed += bool(note)
+            print(f"  {row:70} {value:10.5g}{note}", flush=True)
+        options.json.write_text(json.dumps(tables, indent=2) + "\n")
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,168 @@
+"""Floating-point operations of a panorama on Stable Diffusion 2 base, counted and not estimated.
+
+The calls of a loop are tallied while it runs on a stand-in for the networks. The cost of each call
+is counted by torch on the published configurations, whose weights have a shape and no values.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.plain_loop import plain_loop
+from panorama.sampling.canvas import Canvas, View
+from panorama.sampling.gradient import frozen
+from panorama.sampling.perceptual import LPIPS
+from panorama.sampling.presets import EXACT, Preset
+from panorama.sampling.sampler import sample
+from panorama.sampling.solver import Solver, build_scheduler
+from panorama.sampling.synchronize import Synchronizer, SyncSettings
+
+PUBLISHED = Path(__file__).parents[1] / "tests" / "data" / "sd2"
+WINDOW, STRIDE, FACTOR = 64, 16, 8
+TOKENS = 77
+
+Call = tuple[str, int, bool]
+"""A network, the side of the latents or the image that it gets, and True with a gradient."""
+
+
+def published(name: str) -> dict[str, Any]:
+    """Return the configuration of one of Stable Diffusion 2 base's models."""
+    config: dict[str, Any] = json.loads((PUBLISHED / f"{name}.json").read_text())
+    return config
+
+
+class Tally:
+    """A stand-in for the networks that counts the windows that pass through each."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[Call] = Counter()
+
+    def note(self, network: str, x: Tensor) -> None:
+        """Count a call with x (N, C, H, W)."""
+        with_gradient = torch.is_grad_enabled() and x.requires_grad
+        self.calls[network, x.shape[-1], with_gradient] += len(x)
+
+    def predict_noise(self, x: Tensor, t: Tensor, views: Sequence[View] = ()) -> Tensor:
+        """Predict the noise, with guidance."""
+        self.note("guided UNet", x)
+        return 0.1 * x
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Decode latents to images."""
+        self.note("decoder", x)
+        return F.interpolate(x[:, :3], scale_factor=FACTOR)
+
+    def embed(self, images: Tensor) -> list[Tensor]:
+        """Return the features of images."""
+        self.note("VGG16", images)
+        return [images.mean((2, 3))]
+
+    def distance(self, images: Tensor, features: list[Tensor]) -> Tensor:
+        """Return the distances of images from embedded ones."""
+        return (self.embed(images)[0] - features[0]).square().sum(1)
+
+
+class Networks:
+    """The published configurations without values, and the cost of a call of each."""
+
+    def __init__(self) -> None:
+        with torch.device("meta"):
+            self.unet = UNet2DConditionModel.from_config(published("unet"))
+            self.vae = AutoencoderKL.from_config(published("vae"))
+            self.lpips = LPIPS()
+        self.cost = cache(self._cost)
+
+    def guided(self, x: Tensor) -> Tensor:
+        """Run both halves of a guided UNet evaluation."""
+        states = torch.empty(2 * len(x), TOKENS, self.unet.config.cross_attention_dim)
+        t = torch.tensor(0)
+        noise: Tensor = self.unet(x.repeat(2, 1, 1, 1), t, encoder_hidden_states=states).sample
+        return noise
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Decode latents to images."""
+        images: Tensor = self.vae.decode(x).sample
+        return images
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the sum of all features of images."""
+        return torch.stack([f.sum() for f in self.lpips.embed(images)]).sum()
+
+    def operations(self, calls: Counter[Call]) -> float:
+        """Return the operations of calls, in units of 10^12."""
+        return sum(number * self.cost(call) for call, number in calls.items()) / 1e12
+
+    def _cost(self, call: Call) -> int:
+        """Count the operations of one window's call, and of its gradient if it has one."""
+        name, side, with_gradient = call
+        network, channels, run = {
+            "guided UNet": (self.unet, 4, self.guided),
+            "decoder": (self.vae, 4, self.decode),
+            "VGG16": (self.lpips, 3, self.embed),
+        }[name]
+        with torch.device("meta"):
+            return count(network, run, torch.empty(1, channels, side, side), with_gradient)
+
+
+def count(network: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, gradient: bool) -> int:
+    """Count the operations of a call: two for a multiplication and its addition."""
+    with (
+        FlopCounterMode(display=False) as counter,
+        frozen(network),
+        torch.set_grad_enabled(gradient),
+    ):
+        if gradient:
+            run(x.requires_grad_()).sum().backward()
+        else:
+            run(x)
+    return int(counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A flat canvas one window high, otherwise as published.
+
+    Attributes:
+        width: pixels.
+        sync_threshold: see `SyncSettings.threshold`.
+    """
+
+    width: int = 2048
+    sync_threshold: int = 5
+
+
+def calls_of(setting: Setting, preset: Preset | None) -> Counter[Call]:
+    """Tally the calls of our sampler with a preset; of the published loop without one."""
+    chosen = preset or EXACT
+    own = DDIMScheduler.from_config(published("scheduler"))
+    solver = Solver(build_scheduler(chosen.scheduler, own), chosen.num_inference_steps)
+    canvas = Canvas(WINDOW, setting.width // FACTOR)
+    views = chosen.layout(STRIDE)(canvas, WINDOW, chosen.num_inference_steps)
+    settings = SyncSettings(
+        threshold=setting.sync_threshold,
+        through_unet=chosen.through_unet,
+        pooling=chosen.pooling,
+    )
+    noise, tally = torch.ones(1, 4, canvas.height, canvas.width), Tally()
+    if preset is None:
+        own.set_timesteps(chosen.num_inference_steps)
+        plain_loop(noise, views, tally, own, settings)
+        return tally.calls
+    sync = Synchronizer(tally.predict_noise, tally.decode, tally, solver, settings)
+    sample(noise, views, tally.predict_noise, solver, sync=sync)
+    return tally.calls
+
+
+def operations(setting: Setting, preset: Preset | None, networks: Networks) -> float:
+    """Return the operations of all calls of a loop, in units of 10^12."""
+    return networks.operations(calls_of(setting, preset))

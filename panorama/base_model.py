@@ -1,0 +1,135 @@
+"""The networks of a base model, such as Stable Diffusion 2 or SDXL, in one shape."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from panorama.conditioning.lora import TOKENS, load_lora, load_tokens
+from panorama.conditioning.prompts import TextEncoder
+from panorama.sampling.perceptual import LPIPS
+
+MODELS: Mapping[str, Any] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "controlnet": ControlNetModel,
+    "text_encoder": CLIPTextModel,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "perceptual": LPIPS,
+}
+"""The class that reads each network from its folder."""
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """What a pipeline runs on.
+
+    Attributes:
+        unet: UNet2DConditionModel that predicts noise; its `sample_size` is a window's side.
+        vae: AutoencoderKL.
+        text_encoders: one for SD 2, two for SDXL.
+        scheduler: the model's own, whose noise schedule it was trained on.
+        controlnet: ControlNetModel for depth, if there is one.
+        perceptual: LPIPS, or a module with its `embed` and `distance`, to synchronise windows.
+        tokens: trigger tokens of the UNet's LoRA, () without a LoRA.
+    """
+
+    unet: Any
+    vae: Any
+    text_encoders: tuple[TextEncoder, ...]
+    scheduler: Any
+    controlnet: Any = None
+    perceptual: Any = None
+    tokens: tuple[str, ...] = ()
+
+    @property
+    def embed_type(self) -> str | None:
+        """The UNet's additional conditioning: "text_time" for SDXL, None for SD 2."""
+        kind: str | None = self.unet.config.addition_embed_type
+        return kind
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell."""
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+
+    @property
+    def window(self) -> int:
+        """Side of a window, latent cells."""
+        return int(self.unet.config.sample_size)
+
+    @property
+    def divisor(self) -> int:
+        """Divisor of a view's sides in latent cells, so that every level has whole cells."""
+        return int(2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    def to(self, device: torch.device | str) -> None:
+        """Move every network to a device."""
+        for network in self.networks():
+            network.to(device)
+
+    def networks(self) -> list[Any]:
+        """Return the networks that there are."""
+        found = [self.unet, self.vae, self.controlnet, self.perceptual]
+        found += [encoder.model for encoder in self.text_encoders]
+        return [network for network in found if network is not None]
+
+
+def load_base_model(components: Mapping[str, Path], dtype: torch.dtype) -> BaseModel:
+    """Read a base model from local files.
+
+    Args:
+        components: folders of `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler` and, where
+            the model has them, `text_encoder_2`, `tokenizer_2`, `controlnet`, `perceptual`, and
+            the files `lora.safetensors` and `embeddings.safetensors` of a LoRA.
+        dtype: of the weights. LPIPS stays in float32, and so does a VAE of SDXL that overflows in
+            half precision (`force_upcast`).
+    """
+    models = {
+        name: load_model(kind, components[name], dtype)
+        for name, kind in MODELS.items()
+        if name in components
+    }
+    encoders = tuple(
+        TextEncoder(
+            CLIPTokenizer.from_pretrained(components[f"tokenizer{suffix}"], local_files_only=True),
+            models.pop(f"text_encoder{suffix}"),
+        )
+        for suffix in ("", "_2")
+        if f"text_encoder{suffix}" in components
+    )
+    base = BaseModel(
+        **models, text_encoders=encoders, scheduler=load_scheduler(components["scheduler"])
+    )
+    # SD 2's VAE does not overflow, though its configuration leaves force_upcast at its default.
+    if base.embed_type == "text_time" and base.vae.config.force_upcast and dtype != torch.float32:
+        vae = load_model(AutoencoderKL, components["vae"], torch.float32)
+        base = replace(base, vae=vae)
+    if "lora.safetensors" in components:
+        load_lora(base.unet, components["lora.safetensors"])
+        load_tokens(base.text_encoders, components["embeddings.safetensors"])
+        base = replace(base, tokens=TOKENS)
+    return base
+
+
+def load_model(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """Read a network from its folder, from half-precision files if there are any."""
+    half = any(folder.glob("*.fp16.safetensors"))
+    return kind.from_pretrained(
+        folder,
+        dtype=dtype,
+        variant="fp16" if half else None,
+        local_files_only=True,
+        use_safetensors=True,
+    )
+
+
+def load_scheduler(folder: Path) -> Any:
+    """Read a scheduler of any class of diffusers."""
+    config = diffusers.DDIMScheduler.load_config(folder, local_files_only=True)
+    return getattr(diffusers, config["_class_name"]).from_config(config)

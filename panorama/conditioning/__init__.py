@@ -1,0 +1,1 @@
+"""What denoising follows: prompts, a LoRA, a depth image."""

@@ -1,0 +1,158 @@
+"""Prompts, embedded for SD 2 or SDXL."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from panorama.errors import require_finite, shorten
+from panorama.sampling.denoiser import Conditioning
+
+MAX_CONTEXTS = 8
+"""Context lengths of the text encoder that a prompt may fill; each makes cross-attention longer."""
+
+
+@dataclass(frozen=True)
+class TextEncoder:
+    """A CLIP text encoder with its tokenizer.
+
+    Attributes:
+        tokenizer: CLIPTokenizer; its `model_max_length` is the context length L.
+        model: CLIPTextModel or CLIPTextModelWithProjection.
+    """
+
+    tokenizer: Any
+    model: Any
+
+    @property
+    def max_tokens(self) -> int:
+        """The largest number of tokens of a prompt."""
+        return MAX_CONTEXTS * room(self.tokenizer)
+
+    def __call__(self, text: str, contexts: int) -> Any:
+        """Encode a text, padded to a number of contexts n; the model returns (n, L, ...)."""
+        ids = token_ids(self.tokenizer, text, contexts)  # (n, L)
+        return self.model(ids.to(self.model.device), output_hidden_states=True)
+
+
+Embed = Callable[[Sequence[TextEncoder], str, int], tuple[Tensor, Tensor | None]]
+"""From text encoders, a text and n contexts to states (1, n * L, D) and pooled states (1, D')."""
+
+
+def embed_sd2(encoders: Sequence[TextEncoder], text: str, contexts: int) -> tuple[Tensor, None]:
+    """Embed a text as Stable Diffusion 2 does, by the last hidden state."""
+    (encoder,) = encoders
+    states = encoder(text, contexts).last_hidden_state  # (n, L, D)
+    return states.flatten(0, 1)[None], None
+
+
+def embed_sdxl(encoders: Sequence[TextEncoder], text: str, contexts: int) -> tuple[Tensor, Tensor]:
+    """Embed a text as SDXL does (arXiv 2307.01952, section 2.1).
+
+    The states are the last hidden states but one of both encoders, side by side. The pooled
+    embedding is that of the second encoder, for the first context. An empty text is all zeros, as
+    SDXL was trained.
+
+    The pooled embedding is taken at the end token, unless the encoder's configuration says
+    `eos_token_id` 2, as SDXL's does. transformers then takes it at the largest token id, which in
+    a prompt with a LoRA's trigger tokens is the last of those. cog-sdxl trained its LoRAs with just
+    that (`trainer_pti.py`, transformers 4.31), so it stays.
+    """
+    outputs = [encoder(text, contexts) for encoder in encoders]
+    states = torch.cat([output.hidden_states[-2] for output in outputs], -1)  # (n, L, D + D')
+    states, pooled = states.flatten(0, 1)[None], outputs[-1].text_embeds[:1]
+    return (states, pooled) if text else (torch.zeros_like(states), torch.zeros_like(pooled))
+
+
+EMBED: Mapping[str | None, Embed] = {None: embed_sd2, "text_time": embed_sdxl}
+"""The way to embed prompts, by the UNet's `addition_embed_type`."""
+
+
+@torch.no_grad()
+def encode_prompts(
+    encoders: Sequence[TextEncoder],
+    embed_type: str | None,
+    prompt: str,
+    negative_prompt: str,
+    guidance_scale: float,
+) -> Conditioning:
+    """Embed a prompt and, with guidance, a negative prompt.
+
+    A text longer than one context is embedded in contexts, one after the other. The shorter text
+    gets empty contexts, so that both have one length.
+
+    Args:
+        encoders: of the base model.
+        embed_type: of its UNet, a key of `EMBED`.
+        prompt: what the image shows.
+        negative_prompt: what it does not show.
+        guidance_scale: 1 leaves the negative prompt out.
+
+    Raises:
+        ValueError: a text has too many tokens.
+        NotFiniteError: an embedding is not finite.
+    """
+    texts = {"negative_prompt": negative_prompt, "prompt": prompt}
+    if guidance_scale == 1:
+        del texts["negative_prompt"]
+    check_lengths(encoders, texts)
+    contexts = max(count_contexts(e.tokenizer, text) for e in encoders for text in texts.values())
+    embedded = [EMBED[embed_type](encoders, text, contexts) for text in texts.values()]
+    states = torch.cat([states for states, _ in embedded])  # (texts, n * L, D)
+    pooled = [pooled for _, pooled in embedded if pooled is not None]
+    for embeddings in (states, *pooled):
+        require_finite(embeddings, "the embeddings of the prompts are")
+    return Conditioning(states, torch.cat(pooled) if pooled else None, guidance_scale)
+
+
+def check_lengths(encoders: Sequence[TextEncoder], texts: Mapping[str, str]) -> None:
+    """Raise ValueError if a text, by the name of its input, has too many tokens."""
+    for encoder in encoders:
+        for name, text in texts.items():
+            count = len(tokenize(encoder.tokenizer, text))
+            if count > encoder.max_tokens:
+                raise ValueError(
+                    f"{name}={shorten(text)}: must have at most {encoder.max_tokens} tokens, "
+                    f"not {count}; try a shorter text"
+                )
+
+
+def count_contexts(tokenizer: Any, text: str) -> int:
+    """Return how many contexts a text fills, at least 1."""
+    return max(1, ceil(len(tokenize(tokenizer, text)) / room(tokenizer)))
+
+
+def token_ids(tokenizer: Any, text: str, contexts: int) -> Tensor:
+    """Cut a text into contexts of a text encoder.
+
+    Args:
+        tokenizer: of CLIP; its `model_max_length` is L.
+        text: fills at most that many contexts.
+        contexts: how many, n; the last ones may be empty.
+
+    Returns:
+        The token ids (n, L), one context a row, with start and end tokens, padded.
+    """
+    ids, length = tokenize(tokenizer, text), room(tokenizer)
+    starts = range(0, contexts * length, length)
+    return torch.tensor([add_special_tokens(tokenizer, ids[i : i + length]) for i in starts])
+
+
+def room(tokenizer: Any) -> int:
+    """Return the tokens of a context beside the start and end tokens."""
+    return int(tokenizer.model_max_length) - 2
+
+
+def tokenize(tokenizer: Any, text: str) -> list[int]:
+    """Return the token ids of a text, without start and end tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False).input_ids
+    return ids
+
+
+def add_special_tokens(tokenizer: Any, ids: list[int]) -> list[int]:
+    """Put start and end tokens around the ids of a context, and pad it to its full length."""
+    ids = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+    return ids + [tokenizer.pad_token_id] * (tokenizer.model_max_length - len(ids))

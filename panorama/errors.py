@@ -1,0 +1,29 @@
+"""Errors and the words that they share."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LONGEST = 80  # characters of a value that an error repeats
+
+
+class NotFiniteError(RuntimeError):
+    """A result holds NaN or infinity, so there is no image to return."""
+
+
+def require_finite(tensor: "Tensor", what: str) -> None:
+    """Raise NotFiniteError, naming what is not finite, if any element is NaN or infinite."""
+    if not tensor.isfinite().all():
+        raise NotFiniteError(
+            f"{what} not finite: a weight may hold NaN, or half precision may have overflowed"
+        )
+
+
+def shorten(value: object) -> str:
+    """Return the repr of a value, cut to `LONGEST` characters."""
+    text = repr(value[: 2 * LONGEST] if isinstance(value, str | bytes) else value)
+    if len(text) <= LONGEST:
+        return text
+    size = f" ({len(value)} characters)" if isinstance(value, str | bytes) else ""
+    return f"{text[:LONGEST]}...{size}"

@@ -1,0 +1,1 @@
+"""From latents to an image, its safety check and its file."""

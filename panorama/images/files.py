@@ -1,0 +1,112 @@
+"""PNG files that say what made them, and that viewers show as a 360 degree image."""
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from xml.sax.saxutils import quoteattr
+
+from PIL import Image
+from PIL.PngImagePlugin import PngImageFile, PngInfo
+
+if TYPE_CHECKING:
+    from panorama.sampling.canvas import Axis  # imports torch, which reading a file does not need
+
+METADATA_KEY = "panorama"
+XMP_KEY = "XML:com.adobe.xmp"  # the iTXt keyword that the XMP specification reserves for a packet
+XMP_PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
+<x:xmpmeta xmlns:x="adobe:ns:meta/">
+ <rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">
+  <rdf:Description rdf:about="" xmlns:GPano="http://ns.google.com/photos/1.0/panorama/"
+   {properties}/>
+ </rdf:RDF>
+</x:xmpmeta>
+<?xpacket end="r"?>"""
+
+
+@dataclass(frozen=True)
+class Panorama:
+    """A finished panorama.
+
+    Attributes:
+        image: the RGB image.
+        closed: the axis along which it closes, "" for none.
+        metadata: what made it, ready for JSON: inputs, tokens, family and versions.
+        seconds: time by stage: "denoise", "decode" and "check".
+    """
+
+    image: Image.Image
+    closed: "Axis"
+    metadata: Mapping[str, Any]
+    seconds: Mapping[str, float]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a PNG with its metadata. The same panorama gives the same bytes.
+
+        Args:
+            path: the file, which appears whole or not at all.
+        """
+        info = PngInfo()
+        info.add_itxt(METADATA_KEY, json.dumps(dict(self.metadata), ensure_ascii=False))
+        if gpano := gpano_properties(*self.image.size, self.closed):
+            properties = "\n   ".join(f"GPano:{k}={quoteattr(str(v))}" for k, v in gpano.items())
+            info.add_itxt(XMP_KEY, XMP_PACKET.format(properties=properties))
+        buffer = io.BytesIO()
+        self.image.save(buffer, format="PNG", pnginfo=info)
+        write_atomically(Path(path), buffer.getvalue())
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what made a PNG that `Panorama.save` wrote.
+
+    Returns:
+        The `inputs` that its mode takes, as they were used, with the hash of a file in its place;
+        the LoRA's `tokens` that preceded the prompt, "" for none; the model `family`; `versions`.
+
+    Raises:
+        ValueError: the PNG is not one of ours.
+    """
+    # Image.open refuses large images; this reads no pixels.
+    with PngImageFile(os.fspath(path)) as image:
+        text = image.info
+    if METADATA_KEY not in text:
+        raise ValueError(f"{path}: has no text {METADATA_KEY!r}; try a PNG made by panorama")
+    metadata: dict[str, Any] = json.loads(text[METADATA_KEY])
+    return metadata
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that it appears under its name whole or not at all."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def gpano_properties(width: int, height: int, closed: "Axis") -> dict[str, object]:
+    """Return the GPano fields of an image, {} if they cannot describe it.
+
+    An image that closes left to right, or one twice as wide as high, is the middle band of an
+    equirectangular image of its own width. GPano has no fields for an image that closes top to
+    bottom, or for one higher than that whole image.
+
+    Source: Google, "Photo Sphere XMP Metadata".
+    """
+    full_height = width // 2
+    if height > full_height or (closed != "x" and height != full_height):
+        return {}
+    return {
+        "ProjectionType": "equirectangular",
+        "UsePanoramaViewer": "True",
+        "FullPanoWidthPixels": width,
+        "FullPanoHeightPixels": full_height,
+        "CroppedAreaImageWidthPixels": width,
+        "CroppedAreaImageHeightPixels": height,
+        "CroppedAreaLeftPixels": 0,
+        "CroppedAreaTopPixels": (full_height - height) // 2,
+    }

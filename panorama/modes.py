@@ -1,0 +1,296 @@
+"""A model family, loaded: what each mode is made of, and how a request runs on it."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from panorama import weights
+from panorama.__version__ import __version__
+from panorama.base_model import BaseModel, load_base_model
+from panorama.conditioning import depth as depth_images
+from panorama.conditioning.prompts import check_lengths
+from panorama.images.files import Panorama
+from panorama.images.safety import SafetyChecker
+from panorama.images.vae import MAX_CELLS, to_pil
+from panorama.pipeline import Pipeline, Settings
+from panorama.request import INPUTS, ModeSettings, Request, ResolvedRequest, SpeedSettings
+from panorama.sampling.presets import WHOLE, WINDOWED, Preset
+from panorama.sampling.synchronize import SyncSettings
+
+DEFAULT_FAMILY = "tiny"
+
+OnStep = Callable[[int, int], None]
+"""Called after every step with its number, from 1, and the number of steps."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to make a panorama.
+
+    Attributes:
+        base: the base model, a folder of the family.
+        presets: by the value of the input `speed`; a mode without that input has one.
+        speed: the default among them.
+        synchronised: windows are kept coherent, which needs a perceptual network.
+    """
+
+    base: str
+    presets: Mapping[str, Preset]
+    speed: str
+    synchronised: bool
+
+
+MODES: Mapping[str, Mode] = {
+    "syncdiffusion": Mode("sd2", WINDOWED, "exact", synchronised=True),
+    "syncdiffusion-xl": Mode("sdxl", WINDOWED, "fast", synchronised=True),
+    "sdxl-360": Mode("sdxl", {"exact": WHOLE}, "exact", synchronised=False),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that is ready to run.
+
+    Attributes:
+        request: with nothing left open.
+        depth: the depth image, already read.
+    """
+
+    request: ResolvedRequest
+    depth: depth_images.DepthImage | None = None
+
+    @property
+    def mode(self) -> Mode:
+        """The mode of the request."""
+        return MODES[self.request.mode]
+
+    def settings(self) -> Settings:
+        """Return the settings of the pipeline."""
+        request = self.request
+        preset = self.mode.presets[request.speed or self.mode.speed]
+        sync = SyncSettings(
+            request.sync_weight,
+            request.sync_decay_rate,
+            request.sync_freq,
+            request.sync_threshold,
+            preset.through_unet,
+            preset.pooling,
+        )
+        return Settings(
+            prompt=request.full_prompt,
+            height=request.height,
+            width=request.width,
+            closed=request.closed_axis,
+            negative_prompt=request.negative_prompt,
+            guidance_scale=request.guidance_scale,
+            num_inference_steps=request.num_inference_steps,
+            scheduler=request.scheduler,
+            layout=preset.layout(request.stride),
+            sync=sync if self.mode.synchronised else None,
+            depth=self._depth(),
+            controlnet_conditioning_scale=request.controlnet_conditioning_scale,
+            lora_scale=request.lora_scale,
+        )
+
+    def metadata(self, family: str) -> dict[str, Any]:
+        """Return what makes the panorama, for its file."""
+        inputs = self.request.mode_inputs()
+        if self.depth is not None:
+            inputs["depth_image"] = f"sha256:{self.depth.sha256}"
+        versions = {name: version(name) for name in ("torch", "diffusers")}
+        return {
+            "inputs": inputs,
+            "tokens": self.request.tokens,
+            "family": family,
+            "versions": {"panorama": __version__, **versions},
+        }
+
+    def _depth(self) -> Tensor | None:
+        """Return the depth image in the panorama's size, if it is followed."""
+        request = self.request
+        if self.depth is None or not request.controlnet_conditioning_scale:
+            return None
+        depth_images.warn_of_open_edges(self.depth.values, request.closed_axis)
+        values = depth_images.resize(
+            self.depth.values, request.height, request.width, request.closed_axis
+        )
+        return torch.from_numpy(values)
+
+
+class Models:
+    """A family, loaded. `generate` turns a request into a panorama.
+
+    One panorama is made at a time: calls from several threads wait for each other, since the
+    networks are changed while they run.
+
+    Attributes:
+        family: its name.
+        device: that it runs on.
+        bases: base models by the mode that uses them.
+        checker: every image must pass it; None if there is none.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        device: torch.device,
+        bases: Mapping[str, BaseModel],
+        defaults: Mapping[str, Mapping[str, Any]],
+        checker: SafetyChecker | None = None,
+    ) -> None:
+        self.family = family
+        self.device = device
+        self.bases = bases
+        self.checker = checker
+        self._defaults = defaults
+        self._lock = threading.Lock()
+
+    def settings(self, mode: str) -> ModeSettings:
+        """Return what a mode asks and offers in this family.
+
+        Raises:
+            ValueError: the mode was not loaded.
+        """
+        check_mode(mode, self.family, self.bases)
+        base, spec = self.bases[mode], MODES[mode]
+        spans = all(preset.layout(1).wraps for preset in spec.presets.values())
+        multiple = base.factor * (base.divisor if spans else 1)
+        return ModeSettings(
+            **self._defaults[mode],
+            multiple=multiple,
+            smallest=multiple if spans else base.window * base.factor,
+            # A larger ring would be decoded in slices, which are not exact.
+            largest=MAX_CELLS * base.factor**2 if spans else inf,
+            window=0 if spans else base.window,
+            tokens=base.tokens,
+            speed=spec.speed,
+            speeds={
+                name: SpeedSettings(p.num_inference_steps, p.scheduler, p.takes_stride)
+                for name, p in spec.presets.items()
+            },
+        )
+
+    def prepare(self, request: Request) -> Job:
+        """Read and check everything that a request needs, before any work.
+
+        Raises:
+            ValueError: an input is not legal in this family.
+        """
+        settings = self.settings(request.mode)
+        image = depth_images.read(request.depth_image) if request.depth_image else None
+        resolved = request.resolve(settings, image.size if image else None)
+        texts = {"prompt": resolved.full_prompt, "negative_prompt": resolved.negative_prompt}
+        check_lengths(self.bases[request.mode].text_encoders, texts)
+        return Job(resolved, image)
+
+    def run(self, job: Job, on_step: OnStep | None = None) -> Panorama:
+        """Make the panorama of a job.
+
+        Args:
+            job: from `prepare`.
+            on_step: called after every step; an exception that it raises ends the run and leaves
+                the networks as they were.
+
+        Raises:
+            ImageWithheldError: the safety checker flagged the image.
+            NotFiniteError: a weight holds NaN, or half precision overflowed.
+        """
+        pipeline, settings = Pipeline(self.bases[job.request.mode]), job.settings()
+        generator = torch.Generator().manual_seed(job.request.seed)
+        seconds: dict[str, float] = {}
+
+        def report(step: int, t: Tensor, latents: Tensor) -> Tensor:
+            if on_step:
+                on_step(step + 1, settings.num_inference_steps)
+            return latents
+
+        with self._lock:
+            with timed(seconds, "denoise"):
+                conditioning = pipeline.encode(settings)
+                noise = pipeline.noise(settings, generator)
+                latents = pipeline.denoise(settings, conditioning, noise, report)
+            with timed(seconds, "decode"):
+                image = to_pil(pipeline.decode(latents, settings.closed))
+            with timed(seconds, "check"):
+                if self.checker and not job.request.disable_safety_checker:
+                    self.checker.check(image, settings.closed)
+        return Panorama(image, settings.closed, job.metadata(self.family), seconds)
+
+    def generate(self, request: Request, on_step: OnStep | None = None) -> Panorama:
+        """Make the panorama of a request; see `prepare` and `run`."""
+        return self.run(self.prepare(request), on_step)
+
+
+def load(
+    family: str = DEFAULT_FAMILY,
+    *,
+    modes: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+) -> Models:
+    """Load a family from local files, without a network.
+
+    Args:
+        family: its name, or the path of its folder.
+        modes: those to load; None for all that the family offers.
+        device: None for the GPU if there is one.
+
+    Raises:
+        FileNotFoundError: there is no such family.
+        ValueError: the family offers no such mode.
+        WeightsError: a file of its weights is missing.
+    """
+    offered = weights.describe(family)
+    modes = tuple(offered) if modes is None else tuple(modes)
+    for mode in modes:
+        check_mode(mode, family, offered)
+    weights.require(family, modes)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # Half precision on a GPU, single precision on a CPU, which is slower in half.
+    dtype = torch.float16 if place.type == "cuda" else torch.float32
+    bases = load_bases(family, modes, dtype)
+    for base in bases.values():
+        base.to(place)
+    folder = weights.safety_checker(family)
+    checker = SafetyChecker.from_pretrained(folder, dtype) if folder else None
+    if checker:
+        checker.model.to(place)
+    return Models(family, place, bases, offered, checker)
+
+
+def load_bases(family: str, modes: Sequence[str], dtype: torch.dtype) -> dict[str, BaseModel]:
+    """Load the base model of each mode. Modes of one base model share its networks.
+
+    One is loaded after the other: while transformers and diffusers build a model, they set torch's
+    default dtype, which is that of all threads.
+    """
+    specs = [MODES[mode] for mode in modes]
+    loaded = {}
+    for name in dict.fromkeys(spec.base for spec in specs):
+        components = dict(weights.components(family, name))
+        if any(spec.synchronised for spec in specs if spec.base == name):
+            components |= weights.components(family, "perceptual")
+        loaded[name] = load_base_model(components, dtype)
+    return {mode: loaded[MODES[mode].base] for mode in modes}
+
+
+def check_mode(mode: str, family: str, offered: Mapping[str, Any]) -> None:
+    """Raise ValueError for a mode that a family does not offer."""
+    if mode not in offered:
+        rule = f"be one that the family {family} offers, {', '.join(offered)}"
+        raise INPUTS["mode"].refuse(mode, rule, next(iter(offered)))
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Record the seconds that a block takes."""
+    started = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - started

@@ -1,0 +1,241 @@
+"""The recipe of a panorama: encode the prompts, denoise a canvas, decode it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from panorama.base_model import BaseModel
+from panorama.conditioning.lora import lora_applied
+from panorama.conditioning.prompts import encode_prompts
+from panorama.errors import shorten
+from panorama.images.vae import MAX_CELLS, decode, decode_canvas
+from panorama.sampling.canvas import Axis, Canvas
+from panorama.sampling.circular import circular
+from panorama.sampling.denoiser import Conditioning, DepthControl, UNetDenoiser
+from panorama.sampling.gradient import frozen
+from panorama.sampling.sampler import BATCH_SIZE, OnStep, sample
+from panorama.sampling.solver import Solver, build_scheduler
+from panorama.sampling.synchronize import Synchronizer, SyncSettings
+from panorama.sampling.views import Layout, Sliding
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a panorama looks like, except its noise.
+
+    Attributes:
+        prompt: what it shows.
+        height: pixels.
+        width: pixels.
+        closed: the axis that closes into a ring, "" for none.
+        negative_prompt: what it does not show; empty without guidance.
+        guidance_scale: weight of classifier-free guidance, 1 for none.
+        num_inference_steps: denoising steps, at least 1.
+        scheduler: a name in `solver.SCHEDULERS`, or any diffusers scheduler that `Solver` takes;
+            None for the model's own.
+        layout: of the windows.
+        sync: strength and kind of synchronising; None for none.
+        depth: depth to follow, (height, width) in [0, 1], 1 is nearest.
+        controlnet_conditioning_scale: how closely to follow it, 0 for not at all.
+        lora_scale: strength of the LoRA, if the base model has one.
+
+    Raises:
+        ValueError: a setting breaks its rule.
+    """
+
+    prompt: str
+    height: int
+    width: int
+    closed: Axis = ""
+    negative_prompt: str = ""
+    guidance_scale: float = 7.5
+    num_inference_steps: int = 50
+    scheduler: Any = None
+    layout: Layout = field(default_factory=Sliding)
+    sync: SyncSettings | None = None
+    depth: Tensor | None = None
+    controlnet_conditioning_scale: float = 0.5
+    lora_scale: float = 0.8
+
+    def __post_init__(self) -> None:
+        least = {"guidance_scale": 0, "num_inference_steps": 1, "controlnet_conditioning_scale": 0}
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if not value >= minimum:  # NaN too
+                raise ValueError(f"{name}={value}: must be at least {minimum}; try {minimum}")
+        if self.negative_prompt and self.guidance_scale == 1:
+            raise ValueError(
+                f"negative_prompt={shorten(self.negative_prompt)}: must be empty with "
+                "guidance_scale=1, which does not read it; try another guidance_scale"
+            )
+        if self.depth is not None and self.depth.shape != (self.height, self.width):
+            raise ValueError(
+                f"depth has shape {tuple(self.depth.shape)}: must be that of the image, "
+                f"{(self.height, self.width)}"
+            )
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Make panoramas with the networks of a base model.
+
+    Attributes:
+        base: the networks.
+        batch_size: windows that pass through the networks at once; trades memory for time.
+        checkpointing: recompute blocks in the backward pass, for less memory. It is turned on
+            where memory runs out.
+        max_cells: the largest canvas that is decoded whole, see `decode_canvas`.
+    """
+
+    base: BaseModel
+    batch_size: int = BATCH_SIZE
+    checkpointing: bool = False
+    max_cells: int = MAX_CELLS
+
+    def __call__(
+        self,
+        settings: Settings,
+        generator: torch.Generator | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Make one panorama.
+
+        Args:
+            settings: what to make.
+            generator: of the initial noise; on the CPU it gives the same noise on every device.
+            on_step: called after each step, see `sample`.
+
+        Returns:
+            The image (1, 3, height, width) in [0, 1], float32.
+
+        Raises:
+            ValueError: the settings do not fit the base model.
+            NotFiniteError: a result is not finite.
+        """
+        conditioning = self.encode(settings)
+        latents = self.denoise(settings, conditioning, self.noise(settings, generator), on_step)
+        return self.decode(latents, settings.closed)
+
+    def canvas(self, settings: Settings) -> Canvas:
+        """Return the canvas of latents for an image.
+
+        Raises:
+            ValueError: the image has no whole number of latent cells, is smaller than a window, or
+                its sides are not divisible as a view that wraps needs.
+        """
+        wraps, factor = settings.layout.wraps, self.base.factor
+        multiple = factor * (self.base.divisor if wraps else 1)
+        least = multiple if wraps else factor * self.base.window
+        for name, size in (("height", settings.height), ("width", settings.width)):
+            if size < least or size % multiple:
+                legal = max(size // multiple * multiple, least)
+                raise ValueError(
+                    f"{name}={size}: must be a multiple of {multiple}, at least {least}; "
+                    f"try {legal}"
+                )
+        return Canvas(settings.height // factor, settings.width // factor, settings.closed)
+
+    def noise(self, settings: Settings, generator: torch.Generator | None = None) -> Tensor:
+        """Draw the initial noise (1, C, H, W) in float32, on the UNet's device."""
+        canvas, unet = self.canvas(settings), self.base.unet
+        shape = (1, unet.config.in_channels, canvas.height, canvas.width)
+        noise: Tensor = randn_tensor(shape, generator, unet.device, torch.float32)
+        return noise
+
+    @torch.inference_mode(False)
+    def encode(self, settings: Settings) -> Conditioning:
+        """Embed the prompts; ValueError if one is too long."""
+        return encode_prompts(
+            self.base.text_encoders,
+            self.base.embed_type,
+            settings.prompt,
+            settings.negative_prompt,
+            settings.guidance_scale,
+        )
+
+    @torch.inference_mode(False)  # whatever the caller is in: synchronising needs gradients
+    def denoise(
+        self,
+        settings: Settings,
+        conditioning: Conditioning,
+        noise: Tensor,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Denoise a canvas.
+
+        Args:
+            settings: what to make.
+            conditioning: takes the place of the prompts.
+            noise: (1, C, H, W) of unit variance.
+            on_step: see `sample`.
+
+        Returns:
+            The latents (1, C, H, W).
+        """
+        base, canvas, control = self.base, self.canvas(settings), self._control(settings)
+        expected = (1, base.unet.config.in_channels, canvas.height, canvas.width)
+        if noise.shape != expected:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}: must be {expected}")
+        solver = Solver(
+            build_scheduler(settings.scheduler, base.scheduler), settings.num_inference_steps
+        )
+        views = settings.layout(canvas, base.window, len(solver.timesteps))
+        denoise = UNetDenoiser(base.unet, conditioning, canvas, solver, base.factor, control)
+        controlnets = [control.controlnet] if control else []
+        wrapped = canvas.closed if settings.layout.wraps else ""
+        with (
+            lora_applied(base.unet, settings.lora_scale),
+            circular(base.unet, *controlnets, axes=wrapped),
+            frozen(*base.networks(), checkpointing=self.checkpointing) as save_memory,
+        ):
+            return sample(
+                solver.initial(noise.to(base.unet.device, torch.float32)),
+                views,
+                denoise,
+                solver,
+                sync=self._synchronizer(settings.sync, denoise, solver, save_memory),
+                batch_size=self.batch_size,
+                on_step=on_step,
+            )
+
+    @torch.inference_mode(False)
+    def decode(self, latents: Tensor, closed: Axis = "") -> Tensor:
+        """Decode latents (1, C, H, W) to the image (1, 3, H * f, W * f) in [0, 1]."""
+        image = decode_canvas(self.base.vae, latents, closed, max_cells=self.max_cells)
+        return image.add_(1).div_(2)
+
+    def _control(self, settings: Settings) -> DepthControl | None:
+        """Return what follows the depth image, if anything does."""
+        scale = settings.controlnet_conditioning_scale
+        if settings.depth is None or scale == 0:
+            return None
+        if self.base.controlnet is None:
+            raise ValueError("depth: needs a base model with a ControlNet; try depth=None")
+        image = settings.depth.to(self.base.unet.device).expand(1, 3, -1, -1)
+        return DepthControl(self.base.controlnet, image, scale)
+
+    def _synchronizer(
+        self,
+        sync: SyncSettings | None,
+        denoise: UNetDenoiser,
+        solver: Solver,
+        save_memory: Callable[[], bool],
+    ) -> Synchronizer | None:
+        """Return what keeps windows coherent, if anything does."""
+        if sync is None:
+            return None
+        if self.base.perceptual is None:
+            raise ValueError("sync: needs a base model with a perceptual distance; try sync=None")
+        if self.base.window % sync.pooling:
+            raise ValueError(
+                f"pooling={sync.pooling}: must divide the window's {self.base.window} latent "
+                "cells; try 2"
+            )
+        base = self.base
+        return Synchronizer(
+            denoise, lambda x: decode(base.vae, x), base.perceptual, solver, sync, save_memory
+        )

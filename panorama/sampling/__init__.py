@@ -1,0 +1,1 @@
+"""The core: one canvas of latents, denoised through views of it by `sampler.sample`."""

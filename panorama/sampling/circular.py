@@ -1,0 +1,100 @@
+"""Convolutions that wrap around a closed canvas."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+AXES = ("", "x", "y", "xy")
+_MISSING = object()
+
+
+@contextmanager
+def circular(*modules: nn.Module, axes: str = "x") -> Iterator[None]:
+    """Make every padded Conv2d inside modules wrap around while the block runs.
+
+    A wrapped axis takes its padding from the opposite edge. The other axis keeps its own padding
+    mode. The convolutions of a LoRA are modules too and wrap with the rest. On exit, also by an
+    exception, every convolution is as it was. Blocks nest, the innermost axes apply, and
+    `gradient.frozen` may be entered inside or outside.
+
+    Padding that a model applies outside of its convolutions is not reached: the downsampling of
+    a VAE encoder. Decoders, UNets and ControlNets have none.
+
+    Args:
+        modules: the convolutions at any depth are wrapped.
+        axes: "x" joins left and right, "y" top and bottom, "xy" both, "" neither.
+
+    Raises:
+        ValueError: unknown axes.
+    """
+    if axes not in AXES:
+        raise ValueError(f"axes={axes!r}: must be one of {', '.join(map(repr, AXES))}")
+    with ExitStack() as stack:
+        for conv in padded_convolutions(modules):
+            stack.enter_context(patched(conv, wrapped_axes=axes))
+        yield
+
+
+@contextmanager
+def patched(conv: nn.Conv2d, **attributes: object) -> Iterator[None]:
+    """Run a convolution by `convolve`, with attributes that it reads, while the block runs."""
+    attributes["_conv_forward"] = partial(convolve, conv)
+    with ExitStack() as stack:
+        for name, value in attributes.items():
+            stack.enter_context(replaced(conv, name, value))
+        yield
+
+
+def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Replace `Conv2d._conv_forward`: (N, C, H, W) to (N, C', H', W').
+
+    Two attributes of the convolution change what it does, independently of each other:
+    `wrapped_axes`, set by `circular`, and `conv2d`, set by `gradient.frozen`.
+    """
+    own = vars(conv)
+    axes: str = own.get("wrapped_axes", "")
+    conv2d: Callable[..., Tensor] = own.get("conv2d", F.conv2d)
+    padding: Any = conv.padding
+    if axes or conv.padding_mode != "zeros" or isinstance(padding, str):
+        x, padding = pad(conv, x, axes), (0, 0)
+    return conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+
+
+def pad(conv: nn.Conv2d, x: Tensor, axes: str) -> Tensor:
+    """Pad the input of a convolution: circularly on `axes`, by its own mode elsewhere."""
+    left, right, top, bottom = padding_of(conv)
+    for axis, sides in (("x", (left, right, 0, 0)), ("y", (0, 0, top, bottom))):
+        mode = "circular" if axis in axes else conv.padding_mode.replace("zeros", "constant")
+        if any(sides):
+            x = F.pad(x, sides, mode=mode)
+    return x
+
+
+def padded_convolutions(modules: tuple[nn.Module, ...]) -> list[nn.Conv2d]:
+    """Return every Conv2d that pads, once each even if modules share it."""
+    found = dict.fromkeys(m for root in modules for m in root.modules())
+    return [m for m in found if isinstance(m, nn.Conv2d) and any(padding_of(m))]
+
+
+def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
+    """Return left, right, top and bottom padding in cells, with "same" and "valid" resolved."""
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    return left, right, top, bottom
+
+
+@contextmanager
+def replaced(owner: object, name: str, value: object) -> Iterator[None]:
+    """Set an attribute of an instance while the block runs, then restore what was there."""
+    before = vars(owner).get(name, _MISSING)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is _MISSING:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

@@ -1,0 +1,149 @@
+"""Guided noise prediction for the windows of a canvas, by the UNet of SD 2 or SDXL."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from panorama.sampling.canvas import Canvas, View, crop
+from panorama.sampling.solver import Solver
+
+
+class Denoiser(Protocol):
+    """Predict the noise in windows of a canvas, with guidance."""
+
+    def __call__(self, x: Tensor, t: Tensor, views: Sequence[View]) -> Tensor:
+        """Predict the noise.
+
+        Args:
+            x: latents of N windows (N, C, h, w), as the solver has them.
+            t: timestep.
+            views: where each window lies on its canvas.
+
+        Returns:
+            The predicted noise, (N, C, h, w).
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """The embeddings of the prompts.
+
+    Attributes:
+        states: of the text encoders, (2, L, D): negative prompt, prompt. (1, L, D) without
+            guidance: the prompt alone.
+        pooled: SDXL's pooled embeddings, (2, D') or (1, D'); None for SD 2.
+        guidance_scale: weight of classifier-free guidance.
+    """
+
+    states: Tensor
+    pooled: Tensor | None
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class DepthControl:
+    """A ControlNet and what it follows.
+
+    Attributes:
+        controlnet: for depth.
+        image: depth of the whole canvas in pixels, (1, 3, H * f, W * f) in [0, 1], 1 is nearest.
+        scale: how closely to follow it, more than 0.
+    """
+
+    controlnet: Any
+    image: Tensor
+    scale: float
+
+
+class UNetDenoiser:
+    """Denoise windows by a UNet2DConditionModel that predicts noise.
+
+    Args:
+        unet: of SD 2 or SDXL.
+        conditioning: the prompts.
+        canvas: that the windows lie on.
+        solver: scales latents to the UNet's input.
+        factor: pixels per latent cell.
+        control: a depth image to follow.
+    """
+
+    def __init__(
+        self,
+        unet: Any,
+        conditioning: Conditioning,
+        canvas: Canvas,
+        solver: Solver,
+        factor: int,
+        control: DepthControl | None = None,
+    ) -> None:
+        self._unet, self._solver, self._control = unet, solver, control
+        self._dtype = unet.dtype  # asks every weight, so ask once
+        self._canvas, self._factor = canvas, factor
+        self._states = conditioning.states.to(unet.device, self._dtype)
+        self._pooled = conditioning.pooled
+        if self._pooled is not None:
+            self._pooled = self._pooled.to(unet.device, self._dtype)
+        self._guidance_scale = conditioning.guidance_scale
+
+    def __call__(self, x: Tensor, t: Tensor, views: Sequence[View]) -> Tensor:
+        """Predict noise with classifier-free guidance (arXiv 2207.12598, equation 6)."""
+        halves = len(self._states)  # negative prompt and prompt share a batch
+        inputs = self._solver.scale(x, t).to(self._dtype).repeat(halves, 1, 1, 1)
+        options: dict[str, Any] = {
+            "encoder_hidden_states": self._states.repeat_interleave(
+                len(x), 0
+            ),  # (halves * N, L, D)
+            "added_cond_kwargs": self._micro_conditioning(views),
+            "return_dict": False,
+        }
+        residuals = self._follow(inputs, t, views, options)
+        (output,) = self._unet(inputs, t, **options, **residuals)  # (halves * N, C, h, w)
+        noise_pred: Tensor = output.to(x.dtype)
+        if halves == 1:
+            return noise_pred
+        uncond, text = noise_pred.chunk(2)
+        return uncond + self._guidance_scale * (text - uncond)
+
+    def _micro_conditioning(self, views: Sequence[View]) -> dict[str, Tensor] | None:
+        """Tell SDXL which part of which image each window is (arXiv 2307.01952, section 2.2)."""
+        if self._pooled is None:
+            return None
+        halves = len(self._pooled)
+        sizes = torch.tensor([self._time_ids(view) for view in views], device=self._pooled.device)
+        return {
+            "text_embeds": self._pooled.repeat_interleave(len(views), 0),  # (halves * N, D')
+            "time_ids": sizes.float().repeat(halves, 1),  # (halves * N, 6)
+        }
+
+    def _time_ids(self, view: View) -> list[int]:
+        """Return original size, crop coordinates and target size of a window in pixels.
+
+        On a closed axis every place is alike, so the crop coordinate there is 0.
+        """
+        canvas = self._canvas
+        top = 0 if canvas.closed == "y" else view.top
+        left = 0 if canvas.closed == "x" else view.left
+        cells = (canvas.height, canvas.width, top, left, view.height, view.width)
+        return [self._factor * n for n in cells]
+
+    def _follow(
+        self, inputs: Tensor, t: Tensor, views: Sequence[View], options: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Return the ControlNet's residuals for the UNet, {} without a depth image."""
+        if self._control is None:
+            return {}
+        f = self._factor
+        pixels = [View(f * v.top, f * v.left, f * v.height, f * v.width) for v in views]
+        depth = crop(self._control.image, pixels)  # (N, 3, h * f, w * f)
+        down, middle = self._control.controlnet(
+            inputs,
+            t,
+            controlnet_cond=depth.to(self._dtype).repeat(len(inputs) // len(views), 1, 1, 1),
+            conditioning_scale=self._control.scale,
+            **options,
+        )
+        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}

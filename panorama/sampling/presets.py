@@ -1,0 +1,40 @@
+"""Presets: the levers of sampling, set together."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from panorama.sampling.views import Disjoint, Layout, Sliding, Spanning
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A trade of time for fidelity to the paper.
+
+    Attributes:
+        layout: builds the layout of windows from a stride in latent cells.
+        num_inference_steps: denoising steps, unless chosen otherwise.
+        scheduler: its name in `solver.SCHEDULERS`, unless chosen otherwise; None for the model's.
+        takes_stride: the layout depends on the stride.
+        through_unet: see `SyncSettings`.
+        pooling: see `SyncSettings`.
+    """
+
+    layout: Callable[[int], Layout]
+    num_inference_steps: int = 50
+    scheduler: str | None = None
+    takes_stride: bool = False
+    through_unet: bool = False
+    pooling: int = 1
+
+
+EXACT = Preset(Sliding, takes_stride=True, through_unet=True)
+"""As the SyncDiffusion paper describes it."""
+
+FAST = Preset(lambda stride: Disjoint(), num_inference_steps=20, scheduler="dpm++", pooling=2)
+"""Several times cheaper: fewer windows, fewer steps, no gradient through the UNet."""
+
+WHOLE = Preset(lambda stride: Spanning())
+"""The whole canvas as one view."""
+
+WINDOWED: Mapping[str, Preset] = {"exact": EXACT, "fast": FAST}
+"""The presets that lay windows, by the value of the input `speed`."""

@@ -1,0 +1,159 @@
+"""Joint denoising of one canvas through views of it."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from panorama.errors import require_finite
+from panorama.sampling.canvas import Fusion, View, crop
+from panorama.sampling.denoiser import Denoiser
+from panorama.sampling.ranks import split_among_ranks
+from panorama.sampling.solver import Solver
+from panorama.sampling.synchronize import Synchronizer, keep_memory
+
+OnStep = Callable[[int, Tensor, Tensor], Tensor]
+"""From step index, timestep and latents to the latents that replace them."""
+Update = Callable[[Tensor, Sequence[View]], tuple[Tensor, Tensor]]
+"""From windows (N, C, h, w) and their views to the updated windows and the noise in them."""
+
+BATCH_SIZE = 8
+"""Windows that pass through the networks at once by default."""
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def sample(
+    latents: Tensor,
+    views_per_step: Sequence[Sequence[View]],
+    denoise: Denoiser,
+    solver: Solver,
+    *,
+    sync: Synchronizer | None = None,
+    batch_size: int = BATCH_SIZE,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Denoise a canvas: MultiDiffusion (arXiv 2302.08113), synchronised by SyncDiffusion.
+
+    At each step windows are moved towards the anchor, the middle one, if it is a sync step. Their
+    noise is predicted, both are averaged over the canvas, and the solver makes one step for all of
+    it. That equals one step per window because the step is affine in (latents, noise), and one
+    history serves multistep solvers too. One view that spans the canvas is ordinary sampling.
+
+    Args:
+        latents: the canvas (1, C, H, W), as `solver.initial` scales noise.
+        views_per_step: for each step, views of one size that cover the canvas.
+        denoise: the guided noise prediction.
+        solver: of this run.
+        sync: moves windows; None, or a weight of 0, costs no gradient, decode or anchor pass.
+        batch_size: windows that pass through the networks at once, half as many in sync steps,
+            whose gradients take memory. Halved again where the device runs out of memory.
+        on_step: called after each step; the latents it returns replace the current ones. It may
+            raise to stop.
+
+    Returns:
+        The denoised latents (1, C, H, W).
+
+    Raises:
+        NotFiniteError: the latents stopped being finite.
+        torch.OutOfMemoryError: there is too little memory for a single window.
+    """
+    plain = Batches(batch_size)
+    synced = Batches(max(1, batch_size // 2), sync.save_memory if sync else keep_memory)
+    weights = sync_weights(sync, views_per_step)
+    solver.keep_moves(k for k, weight in enumerate(weights) if weight)
+    steps = zip(solver.timesteps, views_per_step, weights, strict=True)
+    for k, (t, views, weight) in enumerate(steps):
+        fusion = Fusion(torch.cat([latents, latents], 1), views)  # windows and their noise
+        update: Update = partial(predict, denoise, t)
+        batches = plain
+        if sync and weight:
+            views, anchor = without_middle(views)
+            x, noise_pred = update(crop(latents, [anchor]), [anchor])  # (1, C, h, w) each
+            fusion.add(torch.cat([x, noise_pred], 1), [anchor])
+            target = sync.embed(x, noise_pred, t)
+            update = partial(sync.update, t, target, weight)
+            batches = synced
+        windows = split_among_ranks(partial(batches.map, update, latents))(views)
+        fusion.add(windows, views)  # (N, 2C, h, w)
+        moved, noise_pred = fusion.mean().chunk(2, 1)  # (1, C, H, W) each
+        latents = solver.step(noise_pred, t, moved)
+        require_finite(latents, f"the latents after step {k + 1} of {len(weights)} are")
+        if on_step is not None:
+            latents = on_step(k, t, latents)
+    return latents
+
+
+def sync_weights(
+    sync: Synchronizer | None, views_per_step: Sequence[Sequence[View]]
+) -> list[float]:
+    """Return the weight of each step, 0 for a single window: it has no other to be like."""
+    if sync is None:
+        return [0.0] * len(views_per_step)
+    counts = enumerate(map(len, views_per_step))
+    return [sync.settings.weight_at(k) if count > 1 else 0.0 for k, count in counts]
+
+
+def predict(
+    denoise: Denoiser, t: Tensor, x: Tensor, views: Sequence[View]
+) -> tuple[Tensor, Tensor]:
+    """Predict the noise in windows, and leave them as they are."""
+    return x, denoise(x, t, views)
+
+
+def without_middle(views: Sequence[View]) -> tuple[Sequence[View], View]:
+    """Take the middle view, index N // 2, out of a list."""
+    middle = len(views) // 2
+    return [*views[:middle], *views[middle + 1 :]], views[middle]
+
+
+class Batches:
+    """Update windows some at a time, and fewer at a time once memory ran out.
+
+    Attributes:
+        size: windows at a time.
+        save_memory: see `Synchronizer`.
+    """
+
+    def __init__(self, size: int, save_memory: Callable[[], bool] = keep_memory) -> None:
+        self.size = size
+        self.save_memory = save_memory
+
+    def map(self, update: Update, latents: Tensor, views: Sequence[View]) -> Tensor:
+        """Update the windows of N views on a canvas.
+
+        Returns:
+            The windows and the noise in them, (N, 2C, h, w).
+
+        Raises:
+            torch.OutOfMemoryError: there is too little memory for a single window.
+        """
+        results: list[Tensor] = []
+        done = 0
+        while done < len(views):
+            batch = views[done : done + self.size]
+            try:
+                results.append(torch.cat(update(crop(latents, batch), batch), 1))
+            except torch.OutOfMemoryError:
+                if not self._make_room(len(batch)):
+                    raise
+                continue
+            done += len(batch)
+        return torch.cat(results)
+
+    def _make_room(self, count: int) -> bool:
+        """Need less memory than `count` windows did. Return False if there is no way to."""
+        if self.save_memory():
+            logger.warning(
+                "not enough memory for the gradient of %d windows: turning checkpointing on", count
+            )
+            return True
+        self.size = count // 2
+        if self.size:
+            logger.warning(
+                "not enough memory for %d windows at once: continuing with %d", count, self.size
+            )
+        return self.size > 0

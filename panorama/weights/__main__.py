@@ -1,0 +1,72 @@
+"""Fetch the weights of `full` into a hub cache, and verify them."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tqdm import tqdm
+
+from panorama.weights import Modes, WeightsError, ensure_weights, manifest, needed, require
+from panorama.weights.hub import Cache
+
+
+def listing(family: str, modes: Modes, folder: Path | None) -> Iterator[str]:
+    """Yield lines that say what comes from where, how large, and under which licence."""
+    cache, total, heading = Cache(folder), 0, ""
+    for component in needed(family, modes):
+        above, modes_text = heading, ", ".join(component.modes)
+        heading = f"{component.base} ({modes_text}): {component.licence}, from {component.origin}"
+        if heading != above:
+            yield heading
+        here = bool(cache.locate(component))
+        for file in component.downloads:
+            size = tqdm.format_sizeof(file.size, "B", 1000) if file.size else "?"
+            yield f"{size:>10}  {file.name}{', here' if here else ''}"
+            total += 0 if here else file.size or 0
+    yield f"{tqdm.format_sizeof(total, 'B', 1000)} to fetch into {cache.folder}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        arguments: None for those of this process.
+
+    Returns:
+        The exit code: 0, or 1 when weights are missing or wrong. Bad arguments exit with 2.
+    """
+    parser = argparse.ArgumentParser(prog="fetch-weights", description=__doc__)
+    parser.add_argument("--mode", action="append", dest="modes", help="only what this mode needs")
+    parser.add_argument(
+        "--dir", type=Path, help="the cache; default: PANORAMA_WEIGHTS or the hub's"
+    )
+    parser.add_argument("--list", action="store_true", help="list the files, without a request")
+    parser.add_argument("--offline", action="store_true", help="only verify, without a request")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("panorama").setLevel(logging.INFO)
+    try:
+        for family in manifest():
+            offered = sorted({mode for component in needed(family) for mode in component.modes})
+            for mode in set(options.modes or ()) - set(offered):
+                parser.error(f"--mode {mode}: must be one of {', '.join(offered)}")
+            if options.list:
+                print(*listing(family, options.modes, options.dir), sep="\n")
+            elif options.offline:
+                require(family, options.modes, options.dir, thorough=True)
+            else:
+                ensure_weights(family, options.modes, options.dir, thorough=True)
+            if not options.list:
+                print(f"{Cache(options.dir).folder}: all of {family} is there, verified")
+    except (WeightsError, ValueError) as error:
+        print(f"fetch-weights: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
