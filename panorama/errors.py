@@ -20,6 +20,14 @@ def require_finite(tensor: "Tensor", what: str) -> None:
         )
 
 
+def check_least(owner: object, **minimums: float) -> None:
+    """Raise ValueError if an attribute is below its minimum, or NaN."""
+    for name, minimum in minimums.items():
+        value = getattr(owner, name)
+        if not value >= minimum:  # false for NaN
+            raise ValueError(f"{name}={value}: must be at least {minimum}; try {minimum}")
+
+
 def shorten(value: object) -> str:
     """Return the repr of a value, cut to `LONGEST` characters."""
     text = repr(value[: 2 * LONGEST] if isinstance(value, str | bytes) else value)

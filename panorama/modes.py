@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,19 +34,12 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Mode:
-    """A way to make a panorama.
+    """A way to make a panorama."""
 
-    Attributes:
-        base: the base model, a folder of the family.
-        presets: by the value of the input `speed`; a mode without that input has one.
-        speed: the default among them.
-        synchronised: windows are kept coherent, which needs a perceptual network.
-    """
-
-    base: str
-    presets: Mapping[str, Preset]
-    speed: str
-    synchronised: bool
+    base: str  # the base model, a folder of the family
+    presets: Mapping[str, Preset]  # by the value of the input `speed`; one without that input
+    speed: str  # the default among them
+    synchronised: bool  # windows are kept coherent, which needs a perceptual network
 
 
 MODES: Mapping[str, Mode] = {
@@ -57,25 +51,15 @@ MODES: Mapping[str, Mode] = {
 
 @dataclass(frozen=True)
 class Job:
-    """A request that is ready to run.
-
-    Attributes:
-        request: with nothing left open.
-        depth: the depth image, already read.
-    """
+    """A request with nothing left open, and its depth image, already read."""
 
     request: ResolvedRequest
     depth: depth_images.DepthImage | None = None
 
-    @property
-    def mode(self) -> Mode:
-        """The mode of the request."""
-        return MODES[self.request.mode]
-
     def settings(self) -> Settings:
         """Return the settings of the pipeline."""
-        request = self.request
-        preset = self.mode.presets[request.speed or self.mode.speed]
+        request, mode = self.request, MODES[self.request.mode]
+        preset = mode.presets[request.speed or mode.speed]
         sync = SyncSettings(
             request.sync_weight,
             request.sync_decay_rate,
@@ -94,7 +78,7 @@ class Job:
             num_inference_steps=request.num_inference_steps,
             scheduler=request.scheduler,
             layout=preset.layout(request.stride),
-            sync=sync if self.mode.synchronised else None,
+            sync=sync if mode.synchronised else None,
             depth=self._depth(),
             controlnet_conditioning_scale=request.controlnet_conditioning_scale,
             lora_scale=request.lora_scale,
@@ -109,7 +93,7 @@ class Job:
         return {
             "inputs": inputs,
             "tokens": self.request.tokens,
-            "family": family,
+            "family": Path(family).name,  # a family given by its path may lie anywhere
             "versions": {"panorama": __version__, **versions},
         }
 
@@ -119,10 +103,8 @@ class Job:
         if self.depth is None or not request.controlnet_conditioning_scale:
             return None
         depth_images.warn_of_open_edges(self.depth.values, request.closed_axis)
-        values = depth_images.resize(
-            self.depth.values, request.height, request.width, request.closed_axis
-        )
-        return torch.from_numpy(values)
+        size = request.height, request.width
+        return torch.from_numpy(depth_images.resize(self.depth.values, *size, request.closed_axis))
 
 
 class Models:

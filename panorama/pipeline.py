@@ -11,7 +11,7 @@ from torch import Tensor
 from panorama.base_model import BaseModel
 from panorama.conditioning.lora import lora_applied
 from panorama.conditioning.prompts import encode_prompts
-from panorama.errors import shorten
+from panorama.errors import check_least, shorten
 from panorama.images.vae import MAX_CELLS, decode, decode_canvas
 from panorama.sampling.canvas import Axis, Canvas
 from panorama.sampling.circular import circular
@@ -62,11 +62,7 @@ class Settings:
     lora_scale: float = 0.8
 
     def __post_init__(self) -> None:
-        least = {"guidance_scale": 0, "num_inference_steps": 1, "controlnet_conditioning_scale": 0}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if not value >= minimum:  # NaN too
-                raise ValueError(f"{name}={value}: must be at least {minimum}; try {minimum}")
+        check_least(self, guidance_scale=0, num_inference_steps=1, controlnet_conditioning_scale=0)
         if self.negative_prompt and self.guidance_scale == 1:
             raise ValueError(
                 f"negative_prompt={shorten(self.negative_prompt)}: must be empty with "

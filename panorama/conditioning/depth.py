@@ -27,15 +27,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class DepthImage:
-    """A depth image, read once.
+    """A depth image, read once."""
 
-    Attributes:
-        values: depth (H, W) in [0, 1], 1 is nearest.
-        sha256: of the file.
-    """
-
-    values: NDArray[np.float32]
-    sha256: str
+    values: NDArray[np.float32]  # (H, W) in [0, 1], 1 is nearest
+    sha256: str  # of the file
 
     @property
     def size(self) -> tuple[int, int]:

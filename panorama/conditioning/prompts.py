@@ -17,15 +17,10 @@ MAX_CONTEXTS = 8
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """A CLIP text encoder with its tokenizer.
+    """A CLIP text encoder with its tokenizer."""
 
-    Attributes:
-        tokenizer: CLIPTokenizer; its `model_max_length` is the context length L.
-        model: CLIPTextModel or CLIPTextModelWithProjection.
-    """
-
-    tokenizer: Any
-    model: Any
+    tokenizer: Any  # CLIPTokenizer; its `model_max_length` is the context length L
+    model: Any  # CLIPTextModel or CLIPTextModelWithProjection
 
     @property
     def max_tokens(self) -> int:

@@ -65,8 +65,12 @@ def decode_canvas(
         except torch.OutOfMemoryError:
             if size <= MIN_SLICE:
                 raise
-            logger.warning("not enough memory to decode %d latent cells along the canvas", size)
-            size = max(size // 2, MIN_SLICE)
+            failed, size = size, max(size // 2, MIN_SLICE)
+            logger.warning(
+                "not enough memory to decode %d latent cells at once: continuing with %d",
+                failed,
+                size,
+            )
             continue
         require_finite(image, "the decoded image is")
         return image.clamp_(-1, 1)

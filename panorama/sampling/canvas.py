@@ -13,36 +13,22 @@ Axis = Literal["", "x", "y"]
 
 @dataclass(frozen=True)
 class Canvas:
-    """The shape of what is denoised.
-
-    Attributes:
-        height: rows of latent cells.
-        width: columns of latent cells.
-        closed: the axis that closes into a ring, "" for none.
-    """
+    """The shape of what is denoised, in latent cells."""
 
     height: int
     width: int
-    closed: Axis = ""
+    closed: Axis = ""  # the axis that closes into a ring
 
 
 @dataclass(frozen=True)
 class View:
-    """A window on a canvas, in latent cells. Rows and columns are taken modulo the canvas.
-
-    Attributes:
-        top: first row.
-        left: first column.
-        height: number of rows.
-        width: number of columns.
-        feathered: lower the weight of a cell in the mean of windows towards the window's edges.
-    """
+    """A window on a canvas, in latent cells. Rows and columns are taken modulo the canvas."""
 
     top: int
     left: int
     height: int
     width: int
-    feathered: bool = False
+    feathered: bool = False  # counts less in the mean of windows towards its edges
 
 
 def crop(latents: Tensor, views: Sequence[View]) -> Tensor:
@@ -66,12 +52,7 @@ class Fusion:
     """
 
     def __init__(self, canvas: Tensor, views: Sequence[View]) -> None:
-        """Start an empty mean.
-
-        Args:
-            canvas: (1, C, H, W), gives shape, device and dtype.
-            views: every view that will be added.
-        """
+        """Start an empty mean over a canvas (1, C, H, W), to which all `views` will be added."""
         self.total = torch.zeros_like(canvas)
         self.weight = torch.zeros_like(canvas[:, :1])
         for view in views:

@@ -30,33 +30,20 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True)
 class Conditioning:
-    """The embeddings of the prompts.
+    """The embeddings of negative prompt and prompt, or of the prompt alone without guidance."""
 
-    Attributes:
-        states: of the text encoders, (2, L, D): negative prompt, prompt. (1, L, D) without
-            guidance: the prompt alone.
-        pooled: SDXL's pooled embeddings, (2, D') or (1, D'); None for SD 2.
-        guidance_scale: weight of classifier-free guidance.
-    """
-
-    states: Tensor
-    pooled: Tensor | None
-    guidance_scale: float
+    states: Tensor  # of the text encoders, (2, L, D) or (1, L, D)
+    pooled: Tensor | None  # of SDXL, (2, D') or (1, D'); None for SD 2
+    guidance_scale: float  # weight of classifier-free guidance
 
 
 @dataclass(frozen=True)
 class DepthControl:
-    """A ControlNet and what it follows.
-
-    Attributes:
-        controlnet: for depth.
-        image: depth of the whole canvas in pixels, (1, 3, H * f, W * f) in [0, 1], 1 is nearest.
-        scale: how closely to follow it, more than 0.
-    """
+    """A ControlNet and the depth that it follows."""
 
     controlnet: Any
-    image: Tensor
-    scale: float
+    image: Tensor  # of the whole canvas in pixels, (1, 3, H * f, W * f) in [0, 1], 1 is nearest
+    scale: float  # how closely to follow it, more than 0
 
 
 class UNetDenoiser:

@@ -8,23 +8,14 @@ from panorama.sampling.views import Disjoint, Layout, Sliding, Spanning
 
 @dataclass(frozen=True)
 class Preset:
-    """A trade of time for fidelity to the paper.
+    """A trade of time for fidelity to the paper. A request may choose other steps or schedulers."""
 
-    Attributes:
-        layout: builds the layout of windows from a stride in latent cells.
-        num_inference_steps: denoising steps, unless chosen otherwise.
-        scheduler: its name in `solver.SCHEDULERS`, unless chosen otherwise; None for the model's.
-        takes_stride: the layout depends on the stride.
-        through_unet: see `SyncSettings`.
-        pooling: see `SyncSettings`.
-    """
-
-    layout: Callable[[int], Layout]
+    layout: Callable[[int], Layout]  # built from a stride in latent cells
     num_inference_steps: int = 50
-    scheduler: str | None = None
-    takes_stride: bool = False
-    through_unet: bool = False
-    pooling: int = 1
+    scheduler: str | None = None  # a name in `solver.SCHEDULERS`; None for the model's own
+    takes_stride: bool = False  # the layout depends on the stride
+    through_unet: bool = False  # see `SyncSettings`
+    pooling: int = 1  # see `SyncSettings`
 
 
 EXACT = Preset(Sliding, takes_stride=True, through_unet=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from panorama.errors import check_least
 from panorama.sampling.canvas import View
 from panorama.sampling.denoiser import Denoiser
 from panorama.sampling.solver import Solver
@@ -68,11 +69,7 @@ class SyncSettings:
     pooling: int = 1
 
     def __post_init__(self) -> None:
-        least = {"weight": 0, "decay_rate": 0, "freq": 1, "threshold": 0, "pooling": 1}
-        for name, minimum in least.items():
-            value = getattr(self, name)
-            if not value >= minimum:  # NaN too
-                raise ValueError(f"{name}={value}: must be at least {minimum}; try {minimum}")
+        check_least(self, weight=0, decay_rate=0, freq=1, threshold=0, pooling=1)
 
     def weight_at(self, step: int) -> float:
         """Return the weight w_k of a step, 0 if it is no sync step."""
