@@ -45,27 +45,21 @@ __all__ = [
     "to_pil",
 ]
 
-_HOMES = {
-    "Disjoint": "panorama.sampling.views",
-    "ImageWithheldError": "panorama.images.safety",
-    "ModeSettings": "panorama.request",
-    "Models": "panorama.modes",
-    "NotFiniteError": "panorama.errors",
-    "Panorama": "panorama.images.files",
-    "Pipeline": "panorama.pipeline",
-    "Request": "panorama.request",
-    "ResolvedRequest": "panorama.request",
-    "Settings": "panorama.pipeline",
-    "Sliding": "panorama.sampling.views",
-    "Spanning": "panorama.sampling.views",
-    "SyncSettings": "panorama.sampling.synchronize",
-    "load": "panorama.modes",
-    "read_metadata": "panorama.images.files",
-    "to_pil": "panorama.images.vae",
+_NAMES = {
+    "errors": ("NotFiniteError",),
+    "images.files": ("Panorama", "read_metadata"),
+    "images.safety": ("ImageWithheldError",),
+    "images.vae": ("to_pil",),
+    "modes": ("Models", "load"),
+    "pipeline": ("Pipeline", "Settings"),
+    "request": ("ModeSettings", "Request", "ResolvedRequest"),
+    "sampling.synchronize": ("SyncSettings",),
+    "sampling.views": ("Disjoint", "Sliding", "Spanning"),
 }
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    for module, names in _NAMES.items():
+        if name in names:
+            return getattr(import_module(f"panorama.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,7 +19,7 @@ from panorama.weights import WeightsError
 
 
 class Parser(argparse.ArgumentParser):
-    """Reports an error in one line, without the usage."""
+    """A parser that reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         """Print the message to stderr and exit with 2."""
@@ -28,9 +28,6 @@ class Parser(argparse.ArgumentParser):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make one panorama.
-
-    Args:
-        arguments: those of the command line; None for those of this process.
 
     Returns:
         The exit code: 0, 1 if making the panorama failed, 130 if it was interrupted. Bad
@@ -50,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     print(f"seed: {job.request.seed}", flush=True)
     try:
-        models.run(job, print_step).save(options.output)
+        panorama = models.run(job, lambda n, steps: print(f"step {n}/{steps}", flush=True))
+        panorama.save(options.output)
     except KeyboardInterrupt:
         return 130
     except Exception:
@@ -60,17 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def print_step(step: int, steps: int) -> None:
-    """Print the number of a step, from 1, and of all steps."""
-    print(f"step {step}/{steps}", flush=True)
-
-
 def parse_inputs(pairs: Sequence[str]) -> dict[str, Any]:
-    """Parse `name=value` pairs, each into its input's type where possible.
-
-    Raises:
-        ValueError: a pair has no "=", a name is unknown or given twice, or the prompt is missing.
-    """
+    """Parse `name=value` pairs, each into its input's type where possible; refuse bad pairs."""
     inputs: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
@@ -102,11 +91,7 @@ def parse_value(kind: type, text: str) -> object:
 
 
 def check_output(path: Path) -> None:
-    """Check, before any work, that an image can be written to a path.
-
-    Raises:
-        ValueError: it cannot.
-    """
+    """Raise ValueError, before any work, if no image can be written to a path."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"-o {path}: must be a file that ends in .png; try output.png")
     if not path.parent.is_dir():

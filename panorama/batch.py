@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -38,20 +38,12 @@ PATIENCE = timedelta(days=7)  # for the slowest process, which may have many mor
 
 @dataclass(frozen=True)
 class Line:
-    """One line of the file of prompts.
-
-    Its digest names its image and seeds it, so that a line keeps both wherever it moves.
-    """
+    """One line of the file of prompts, which keeps its image and seed wherever it moves."""
 
     number: int  # from 1
     inputs: Mapping[str, Any]
-    digest: str  # hash of the inputs, and of their occurrence where the file repeats them
+    file: str  # name of the image, from a hash of the inputs
     request: Request  # with a seed
-
-    @property
-    def file(self) -> str:
-        """Return the name of the image."""
-        return f"{self.digest[:12]}.png"
 
 
 @dataclass(frozen=True)
@@ -60,16 +52,7 @@ class Process:
 
     rank: int  # from 0
     ranks: int  # the number of processes
-    together: bool  # all of them share the windows of every image
-
-    @property
-    def writes(self) -> bool:
-        """Return True if this process saves the images that it works on."""
-        return not self.together or self.rank == 0
-
-    def choose(self, lines: Sequence[Line]) -> Sequence[Line]:
-        """Return the lines that this process works on."""
-        return lines if self.together else lines[self.rank :: self.ranks]
+    together: bool  # several processes share the windows of every image
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,9 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("prompts", type=Path, help="JSON Lines: an object of inputs on each line")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the images")
     parser.add_argument("--family", help="defaults to the one that PANORAMA_FAMILY names")
-    parser.add_argument(
-        "--together", action="store_true", help="share the windows of each image among processes"
-    )
+    parser.add_argument("--together", action="store_true", help="share the windows of each image")
     options = parser.parse_args(arguments)
     try:
         lines = read_lines(options.prompts)
@@ -99,19 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, WeightsError) as error:
         parser.error(str(error))
     with join_processes(options.together) as process:
-        if options.together and process.ranks > 1:
+        if process.together:
             distributed.barrier()  # all have read the results before any adds to them
-        missing = [line for line in process.choose(lines) if made.get(line.file) != models.family]
+        else:
+            lines = lines[process.rank :: process.ranks]
+        missing = [line for line in lines if made.get(line.file) != models.family]
         outcomes = [make(line, models, process, options.output) for line in missing]
     return 0 if all(outcomes) else 1
 
 
 def read_lines(path: Path) -> list[Line]:
-    """Read a file of prompts. Empty lines are left out.
-
-    Raises:
-        ValueError: a line is not an object of legal inputs; the message has its number.
-    """
+    """Read a file of prompts, without its empty lines; ValueError has the number of a bad one."""
     lines: list[Line] = []
     occurrences: Counter[str] = Counter()
     for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
@@ -120,44 +99,29 @@ def read_lines(path: Path) -> list[Line]:
         try:
             inputs = json.loads(text)
             content = json.dumps(inputs, sort_keys=True)
-            occurrences[content] += 1
+            occurrences[content] += 1  # so that a line that is repeated gives other images
             digest = hashlib.sha256(f"{content}#{occurrences[content]}".encode()).hexdigest()
-            seed = int(digest[:8], 16)
-            lines.append(Line(number, inputs, digest, build_request(inputs, seed)))
+            request = build_request(inputs, seed=int(digest[:8], 16))
+            lines.append(Line(number, inputs, f"{digest[:12]}.png", request))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
     return lines
 
 
 def build_request(inputs: object, seed: int) -> Request:
-    """Build the request of a line. The path of a file starts at the working directory.
-
-    Args:
-        inputs: the object on the line.
-        seed: replaces a seed that is left out.
-
-    Raises:
-        ValueError: the inputs are not legal.
-    """
+    """Build the request of a line, with a seed if it has none; ValueError if it is not legal."""
     if not isinstance(inputs, dict) or "prompt" not in inputs:
         raise ValueError(f'{shorten(inputs)}: must be an object of inputs; try {{"prompt": "sea"}}')
     if unknown := sorted(set(inputs) - set(INPUTS)):
         raise ValueError(f"{shorten(unknown[0])}: must be one of {', '.join(INPUTS)}")
-    files = {
-        name: Path(value)
-        for name, value in inputs.items()
-        if INPUTS[name].kind is Path and isinstance(value, str)
-    }
-    request = Request(**inputs | files)
-    return request if request.seed is not None else Request(**request.inputs() | {"seed": seed})
+    files = {name for name, rule in INPUTS.items() if rule.kind is Path}
+    paths = {name: Path(inputs[name]) for name in files if isinstance(inputs.get(name), str)}
+    request = Request(**inputs | paths)
+    return request if request.seed is not None else replace(request, seed=seed)
 
 
 def check_lines(lines: Sequence[Line], models: "Models", *, together: bool) -> None:
-    """Check, before any work, that a family can make every line.
-
-    Raises:
-        ValueError: it cannot, or processes are to share a line's windows and it has none.
-    """
+    """Raise ValueError, before any work, for a line that the models cannot make."""
     for line in lines:
         mode = line.request.mode
         try:
@@ -171,9 +135,8 @@ def check_lines(lines: Sequence[Line], models: "Models", *, together: bool) -> N
 
 def own_device() -> torch.device | None:
     """Return this process's own GPU, None without one."""
-    if not torch.cuda.is_available():
-        return None
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", rank) if torch.cuda.is_available() else None
 
 
 @contextmanager
@@ -181,7 +144,7 @@ def join_processes(together: bool) -> Iterator[Process]:
     """Join the processes that torchrun or accelerate started. All of them leave at once."""
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
-        yield Process(rank, ranks, together)
+        yield Process(rank, ranks, together=False)
         return
     device = own_device() if together else None  # without it, they only wait for one another
     backend = "nccl" if device else "gloo"
@@ -198,40 +161,37 @@ def make(line: Line, models: "Models", process: Process, folder: Path) -> bool:
     from panorama.images.safety import ImageWithheldError
     from panorama.sampling.ranks import sharing_windows
 
-    started = time.monotonic()
+    started, writes = time.monotonic(), not process.together or process.rank == 0
     result = {"line": line.number, "file": line.file, "family": models.family}
     result |= {"inputs": line.inputs, "seed": line.request.seed}
-    shared = process.together and process.ranks > 1
     try:
-        with sharing_windows() if shared else nullcontext():
+        with sharing_windows() if process.together else nullcontext():
             panorama = models.generate(line.request)
-        if process.writes:
+        if writes:
             panorama.save(folder / line.file)
     except Exception as error:
-        if shared and not isinstance(error, ImageWithheldError):
+        if process.together and not isinstance(error, ImageWithheldError):
             raise  # the other processes wait for the share of this one
         result["error"] = f"{type(error).__name__}: {error}"
-    if process.writes:
+    if writes:
         add_result(folder, result | {"seconds": round(time.monotonic() - started, 3)})
         print(f"line {line.number}: {line.file}: {result.get('error', 'made')}", flush=True)
     return "error" not in result
 
 
 def read_results(folder: Path) -> dict[str, str]:
-    """Read the images that are there, each with the family that made it.
+    """Return the family that made each image that is there, by the image's name.
 
-    An end without a newline is cut off: there a process was killed while it wrote.
-
-    Raises:
-        ValueError: a line is broken; the message has its number.
+    An end without a newline is cut off: there a process was killed while it wrote. A line that is
+    broken otherwise is a ValueError with its number.
     """
-    made: dict[str, str] = {}
     path = folder / RESULTS
     if not path.exists():
-        return made
+        return {}
     with locked(path) as file:
         whole, newline, _ = file.read().rpartition(b"\n")
         file.truncate(len(whole + newline))
+    made: dict[str, str] = {}
     for number, text in enumerate(whole.split(b"\n") if newline else [], start=1):
         try:
             result = json.loads(text)

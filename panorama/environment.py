@@ -22,31 +22,20 @@ def family_name() -> str:
 
 
 def mode_names(family: str) -> tuple[str, ...]:
-    """Return the modes that PANORAMA_MODES names, or else all that a family offers.
-
-    Raises:
-        ValueError: the family has no such mode.
-    """
+    """Return the modes that PANORAMA_MODES names, or else all that a family offers."""
     offered = tuple(weights.describe(family))
     names = (name.strip() for name in os.environ.get("PANORAMA_MODES", "").split(","))
     chosen = tuple(dict.fromkeys(name for name in names if name))
-    for mode in chosen:
-        if mode not in offered:
-            raise ValueError(
-                f"PANORAMA_MODES={shorten(mode)}: must be one of {', '.join(offered)}, which the "
-                f"family {family} offers; try {offered[0]}"
-            )
+    if lacking := [mode for mode in chosen if mode not in offered]:
+        raise ValueError(
+            f"PANORAMA_MODES={shorten(lacking[0])}: must be one of {', '.join(offered)}, which the "
+            f"family {family} offers; try {offered[0]}"
+        )
     return chosen or offered
 
 
 def load_models() -> "Models":
-    """Fetch missing weights, load the chosen modes, and print their safety checker.
-
-    Raises:
-        FileNotFoundError: there is no such family.
-        ValueError: the family has no such mode.
-        WeightsError: weights are missing and cannot be fetched.
-    """
+    """Fetch missing weights, load the chosen modes, and print their safety checker."""
     hide_progress_bars()
     from panorama.modes import load
 

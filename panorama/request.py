@@ -4,14 +4,13 @@
 that holds predict.py's literals all derive from it, through `INPUTS`.
 """
 
-import dataclasses
 import secrets
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
 from math import ceil, floor, inf, prod, sqrt
 from pathlib import Path
-from types import MappingProxyType, NoneType
-from typing import Any, Literal, get_args, get_type_hints
+from types import MappingProxyType
+from typing import Any, Literal, get_args
 
 from panorama.errors import shorten
 
@@ -49,7 +48,7 @@ class ModeSettings:
     speeds: Mapping[str, SpeedSettings]  # meaning of every value of `speed`
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Input:
     """The rules of one input."""
 
@@ -59,11 +58,11 @@ class Input:
     default: Any  # dataclasses.MISSING if a request must give it
     example: Any  # a legal value to suggest; None for none
     description: str  # one or two sentences for users
-    minimum: float  # inclusive
-    maximum: float  # inclusive
-    choices: tuple[str, ...]  # every legal text, () for any
-    modes: tuple[str, ...]  # those that take it
-    needs: str | None  # the input without which it means nothing
+    minimum: float = -inf  # inclusive
+    maximum: float = inf  # inclusive
+    choices: tuple[str, ...] = ()  # every legal text, () for any
+    modes: tuple[str, ...] = EVERY_MODE  # those that take it
+    needs: str | None = None  # the input without which it means nothing
 
     @property
     def required(self) -> bool:
@@ -71,55 +70,55 @@ class Input:
         return self.default is MISSING
 
     def check(self, value: object) -> object:
-        """Check the type and range of a value.
-
-        Returns:
-            The value in the input's own type: 7 for 7.0 where it is an integer.
-
-        Raises:
-            ValueError: the value breaks a rule.
-        """
+        """Return a legal value in the input's own type, such as 7 for 7.0; refuse any other."""
         if value is None and self.optional:
             return None
-        return _CHECKS[self.kind](self, value)
+        number = self.kind in (int, float)
+        if number:
+            fits = isinstance(value, int | float) and not isinstance(value, bool)
+        else:  # a text is no file: it could name any file of this machine
+            fits = isinstance(value, self.kind)
+        if not fits:
+            raise self.refuse(value, f"be {_NOUNS[self.kind]}", self.example)
+        if isinstance(value, str):
+            _check_text(self, value)
+        return _check_number(self, value) if number else value
 
     def refuse(self, value: object, rule: str, legal: object) -> ValueError:
-        """Build the error for a value that breaks a rule.
+        """Build the error for a value that breaks a rule: it must `rule`; try `legal`.
 
-        Args:
-            value: the value. A file is shown without its folder, which is nobody else's business.
-            rule: the rule, to follow the word "must".
-            legal: a value to try instead; None to leave the input out.
+        Where `legal` is None, the advice is to leave the input out.
         """
+        # The folder of a file is nobody else's business.
         shown = shorten(value.name if isinstance(value, Path) else value)
         advice = "leave it out" if legal is None else f"try {legal!r}"
         return ValueError(f"{self.name}={shown}: must {rule}; {advice}")
 
 
-def _check_bool(rule: Input, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise rule.refuse(value, "be true or false", rule.default)
-    return value
+_NOUNS = {
+    str: "text",
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    Path: "a file: a data or http URL, or @FILE in a shell",
+}
 
 
-def _check_number(rule: Input, value: object) -> float:
-    noun = "an integer" if rule.kind is int else "a number"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise rule.refuse(value, f"be {noun}", rule.example)
+def _check_number(rule: Input, value: Any) -> float:
+    """Check the range of a number, and return it in the input's own type."""
     if not rule.minimum <= value <= rule.maximum:  # refuses NaN too
         legal = rule.maximum if value > rule.maximum else rule.minimum
         upper = "" if rule.maximum == inf else f" and at most {rule.maximum}"
         raise rule.refuse(value, f"be at least {rule.minimum}{upper}", legal)
     if rule.kind is float:
         return float(value)
-    if isinstance(value, float) and not value.is_integer():
-        raise rule.refuse(value, f"be {noun}", rule.example)
+    if value % 1:  # NaN for infinity
+        raise rule.refuse(value, f"be {_NOUNS[int]}", rule.example)
     return int(value)
 
 
-def _check_text(rule: Input, value: object) -> str:
-    if not isinstance(value, str):
-        raise rule.refuse(value, "be text", rule.example)
+def _check_text(rule: Input, value: str) -> None:
+    """Check what a text says."""
     if rule.choices and value not in rule.choices:
         raise rule.refuse(value, f"be one of {', '.join(rule.choices)}", rule.example)
     if rule.required and not value.strip():
@@ -128,23 +127,6 @@ def _check_text(rule: Input, value: object) -> str:
         raise rule.refuse(value, f"have at most {LONGEST_TEXT} characters", rule.example)
     if value != value.encode(errors="ignore").decode():
         raise rule.refuse(value, "be valid Unicode, without lone surrogates", rule.example)
-    return value
-
-
-def _check_file(rule: Input, value: object) -> Path:
-    # A text is not a file: it could name any file of the machine that runs the model.
-    if not isinstance(value, Path):
-        raise rule.refuse(value, "be a file: a data or http URL, or @FILE in a shell", rule.default)
-    return value
-
-
-_CHECKS = {
-    str: _check_text,
-    bool: _check_bool,
-    int: _check_number,
-    float: _check_number,
-    Path: _check_file,
-}
 
 
 def _input(
@@ -153,19 +135,11 @@ def _input(
     default: Any = MISSING,
     example: Any = None,
     bounds: tuple[float, float] = (-inf, inf),
-    choices: tuple[str, ...] = (),
-    modes: tuple[str, ...] = EVERY_MODE,
-    needs: str | None = None,
+    **rules: Any,
 ) -> Any:
-    rules = {
-        "description": description,
-        "example": default if example is None else example,
-        "minimum": bounds[0],
-        "maximum": bounds[1],
-        "choices": choices,
-        "modes": modes,
-        "needs": needs,
-    }
+    """Declare a field of `Request`; `rules` are further fields of its `Input`."""
+    rules |= {"description": description, "minimum": bounds[0], "maximum": bounds[1]}
+    rules["example"] = default if example is None else example
     return field(default=default, metadata=rules)
 
 
@@ -337,7 +311,9 @@ class Request:
         }
         given = {name: value for name, value in self.inputs().items() if value is not None}
         resolved = ResolvedRequest(**open_inputs | given | sides | _lora(self, settings))
-        _check_negative_prompt(resolved)
+        if resolved.negative_prompt and resolved.guidance_scale == 1:
+            rule = "be empty with guidance_scale=1, which ignores it"
+            raise INPUTS["negative_prompt"].refuse(resolved.negative_prompt, rule, "")
         if settings.window:
             _check_stride(resolved, settings.window, speed)
         return resolved
@@ -354,18 +330,14 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRequest(Request):
-    """A request with nothing left open, checked against the family that runs it.
-
-    Attributes:
-        tokens: the LoRA's trigger tokens that precede the prompt, "" for none.
-    """
+    """A request with nothing left open, checked against the family that runs it."""
 
     width: int
     height: int
     guidance_scale: float
     num_inference_steps: int
     seed: int
-    tokens: str = ""
+    tokens: str = ""  # the LoRA's trigger tokens that precede the prompt, "" for none
 
     @property
     def full_prompt(self) -> str:
@@ -382,27 +354,17 @@ class ResolvedRequest(Request):
         return "x" if self.width >= self.height else "y"
 
 
-def _inputs() -> Mapping[str, Input]:
-    types = get_type_hints(Request)
-    table = {}
-    for f in dataclasses.fields(Request):
-        options = get_args(types[f.name]) or (types[f.name],)
-        kind = next(t for t in options if t is not NoneType)
-        table[f.name] = Input(f.name, kind, NoneType in options, f.default, **f.metadata)
-    return MappingProxyType(table)
+def _rules(f: Field[Any]) -> Input:
+    """Return the rules of a field of `Request`, whose type is T or T | None."""
+    kind, *none = get_args(f.type) or (f.type,)
+    return Input(name=f.name, kind=kind, optional=bool(none), default=f.default, **f.metadata)
 
 
-INPUTS = _inputs()
+INPUTS: Mapping[str, Input] = MappingProxyType({f.name: _rules(f) for f in fields(Request)})
 
 
 def _check_size(sides: Mapping[str, int], settings: ModeSettings, origin: str) -> None:
-    """Check that sides are whole cells, large enough, and not too large together.
-
-    Args:
-        sides: width and height, pixels.
-        settings: those of the mode.
-        origin: words to add to the rule.
-    """
+    """Check that sides are whole cells, large enough, and not too large together."""
     legal = _nearest_size(sides, settings)
     wrong = [name for name in sides if sides[name] != legal[name]]
     if not wrong:
@@ -410,9 +372,8 @@ def _check_size(sides: Mapping[str, int], settings: ModeSettings, origin: str) -
     rule = f"be a multiple of {settings.multiple}, at least {settings.smallest}"
     if prod(sides.values()) > settings.largest:
         rule += f", and at most {settings.largest} pixels in all"
-    found, advice = (
-        " and ".join(f"{name}={size[name]}" for name in wrong) for size in (sides, legal)
-    )
+    found = " and ".join(f"{name}={sides[name]}" for name in wrong)
+    advice = " and ".join(f"{name}={legal[name]}" for name in wrong)
     raise ValueError(f"{found}: must {rule}{origin}; try {advice}")
 
 
@@ -428,13 +389,6 @@ def _nearest_size(sides: Mapping[str, int], settings: ModeSettings) -> dict[str,
         return min(max(multiples * multiple, least), greatest)
 
     return {name: legal(side) for name, side in sides.items()}
-
-
-def _check_negative_prompt(request: ResolvedRequest) -> None:
-    """Check that guidance reads the negative prompt."""
-    if request.negative_prompt and request.guidance_scale == 1:
-        rule = "be empty with guidance_scale=1, which ignores it"
-        raise INPUTS["negative_prompt"].refuse(request.negative_prompt, rule, "")
 
 
 def _check_stride(request: ResolvedRequest, window: int, speed: SpeedSettings) -> None:
@@ -457,13 +411,7 @@ def _check_stride(request: ResolvedRequest, window: int, speed: SpeedSettings) -
 
 
 def _lora(request: Request, settings: ModeSettings) -> dict[str, Any]:
-    """Return the LoRA's scale, and the tokens that the prompt needs for it.
-
-    In a family without a LoRA, 0 replaces the default scale.
-
-    Raises:
-        ValueError: the family has no LoRA, and the request sets a scale.
-    """
+    """Return the LoRA's scale, 0 without a LoRA, and the tokens that the prompt needs for it."""
     rule, scale = INPUTS["lora_scale"], request.lora_scale
     if request.mode in rule.modes and not settings.tokens:
         if scale not in (0, rule.default):

@@ -29,26 +29,15 @@ XMP_PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 
 @dataclass(frozen=True)
 class Panorama:
-    """A finished panorama.
+    """A finished panorama."""
 
-    Attributes:
-        image: the RGB image.
-        closed: the axis along which it closes, "" for none.
-        metadata: what made it, ready for JSON: inputs, tokens, family and versions.
-        seconds: time by stage: "denoise", "decode" and "check".
-    """
-
-    image: Image.Image
-    closed: "Axis"
-    metadata: Mapping[str, Any]
-    seconds: Mapping[str, float]
+    image: Image.Image  # RGB
+    closed: "Axis"  # along which it closes, "" for none
+    metadata: Mapping[str, Any]  # what made it, ready for JSON: see `read_metadata`
+    seconds: Mapping[str, float]  # time by stage: "denoise", "decode" and "check"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a PNG with its metadata. The same panorama gives the same bytes.
-
-        Args:
-            path: the file, which appears whole or not at all.
-        """
+        """Write a PNG with its metadata, whole or not at all. Equal panoramas give equal bytes."""
         info = PngInfo()
         info.add_itxt(METADATA_KEY, json.dumps(dict(self.metadata), ensure_ascii=False))
         if gpano := gpano_properties(*self.image.size, self.closed):

@@ -33,14 +33,10 @@ class SafetyChecker:
     """Compares what CLIP sees in an image with concepts that must not be shown.
 
     Source: "Red-Teaming the Stable Diffusion Safety Filter" (arXiv 2210.04610), figure 1.
-
-    Attributes:
-        model: a StableDiffusionSafetyChecker, which holds the concepts and their thresholds.
-        processor: the CLIPImageProcessor that turns a square into CLIP's input.
     """
 
-    model: Any
-    processor: Any
+    model: Any  # a StableDiffusionSafetyChecker: the concepts and their thresholds
+    processor: Any  # the CLIPImageProcessor that turns a square into CLIP's input
 
     @property
     def name(self) -> str:
@@ -49,11 +45,7 @@ class SafetyChecker:
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype: torch.dtype) -> "SafetyChecker":
-        """Load a checker, and refuse one with missing parts.
-
-        Args:
-            folder: holds config.json, model.safetensors and preprocessor_config.json.
-            dtype: type of the weights.
+        """Load a checker from a folder that holds `FILES`, with weights of a type.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -75,28 +67,17 @@ class SafetyChecker:
         return cls(model, CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True))
 
     def check(self, image: Image, closed: Axis) -> None:
-        """Check every part of an image.
-
-        Args:
-            image: an RGB image.
-            closed: the axis along which it closes, "" for none.
-
-        Raises:
-            ImageWithheldError: a part of the image is flagged.
-        """
-        if any(self.flags(square) for square in squares(image, closed)):
-            raise ImageWithheldError(
-                f"the image was withheld: the safety checker {self.name} flagged it; "
-                "try another seed or prompt"
-            )
-
-    def flags(self, square: Tensor) -> bool:
-        """Return True if a square (3, s, s), 0 to 255, must not be shown."""
-        pixels = self.processor(square, return_tensors="pt").pixel_values  # (1, 3, 224, 224)
-        pixels = pixels.to(self.model.device, self.model.dtype)
-        # The model blackens the images that it flags: give it our copy of the pixels.
-        _, (flagged,) = self.model(clip_input=pixels, images=pixels)
-        return bool(flagged)
+        """Raise ImageWithheldError if any part of an RGB image is flagged."""
+        for square in squares(image, closed):
+            pixels = self.processor(square, return_tensors="pt").pixel_values  # (1, 3, 224, 224)
+            pixels = pixels.to(self.model.device, self.model.dtype)
+            # The model blackens the images that it flags: give it our copy of the pixels.
+            _, (flagged,) = self.model(clip_input=pixels, images=pixels)
+            if flagged:
+                raise ImageWithheldError(
+                    f"the image was withheld: the safety checker {self.name} flagged it; "
+                    "try another seed or prompt"
+                )
 
 
 def squares(image: Image, closed: Axis) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
 """Model families: what they offer, where their models are, and what has to be fetched.
 
-A family is a folder with a family.toml and a folder for each base model. What the manifest names
-of a family comes from the hub instead, through a hub cache.
+A family is a folder with a family.toml and a folder for each base model; it goes by its name or its
+path. What the manifest names of a family comes from the hub instead, through a hub cache.
 """
 
 import logging
@@ -9,7 +9,6 @@ import os
 import shlex
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from panorama.weights.hub import WeightsError as WeightsError
 from panorama.weights.manifest import BUNDLED as BUNDLED
 from panorama.weights.manifest import Component, File, read_manifest
 
-Modes = Sequence[str] | None
-"""Names of modes; None for all that a family offers."""
+Modes = Sequence[str] | None  # names of modes; None for all that a family offers
 
 
 def find(name: str) -> Path | None:
@@ -40,11 +38,8 @@ def manifest() -> Mapping[str, tuple[Component, ...]]:
 def describe(family: str) -> Mapping[str, Mapping[str, Any]]:
     """Return the defaults of every mode that a family offers.
 
-    Args:
-        family: Its name, or the path of its folder.
-
     Raises:
-        FileNotFoundError: There is no such family.
+        FileNotFoundError: there is no such family.
     """
     path = find(f"{family}/family.toml")
     if path is None:
@@ -59,29 +54,25 @@ def safety_checker(family: str) -> Path | None:
 
 
 def components(family: str, base: str) -> Mapping[str, Path]:
-    """Return the paths of a base model's components.
-
-    Args:
-        family: Its name, or the path of its folder.
-        base: "sd2", "sdxl", or "perceptual", whose only component is "perceptual".
+    """Return the components of a base model: "sd2", "sdxl" or "perceptual".
 
     Returns:
-        Folders, such as that of "unet", and single files, such as "lora.safetensors". Where a
-        folder has *.fp16.safetensors, these are the weights that were verified.
+        By name, folders such as "unet", and files such as "lora.safetensors"; "perceptual" is the
+        only component of its base. Where a folder has *.fp16.safetensors, these are the weights
+        that were verified.
 
     Raises:
-        WeightsError: A component is missing.
+        WeightsError: a component is missing.
     """
     own, cache = find(f"{family}/{base}"), Cache()
     entries = () if own is None else (own,) if base == "perceptual" else sorted(own.iterdir())
     paths = {path.name: path for path in entries}
     for component in needed(family):
         if component.base == base:
-            files = cache.locate(component)
-            if not files:
+            if not (found := cache.locate(component)):
                 raise WeightsError(f"{cache.folder} has no {base}/{component.name} of {family}")
-            first = files[0][0]
-            paths[component.name] = first if Path(component.name).suffix else first.parent
+            path, _ = found[0]
+            paths[component.name] = path if Path(component.name).suffix else path.parent
     return paths
 
 
@@ -91,61 +82,40 @@ def needed(family: str, modes: Modes = None) -> tuple[Component, ...]:
     return tuple(each for each in every if modes is None or set(modes) & set(each.modes))
 
 
-@dataclass(frozen=True)
-class MissingFile:
-    """A file that is not in the cache, or has the wrong bytes."""
-
-    component: Component
-    file: File
-    problem: str = ""
-
-    def __str__(self) -> str:
-        return (
-            self.problem
-            or f"{self.file.name} of {self.component.base}, from {self.component.origin}"
-        )
-
-
 def missing(
     family: str, modes: Modes = None, folder: Path | None = None, thorough: bool = False
-) -> list[MissingFile]:
-    """List the files that modes lack.
+) -> list[tuple[File, str]]:
+    """List the files that modes lack, each with words that say so.
 
     Args:
-        family: Its name, or the path of its folder.
-        modes: Those to consider.
-        folder: The hub cache; None for the default of `Cache`.
-        thorough: Read and verify every file, instead of seeing that it is there.
+        family: its name, or the path of its folder.
+        modes: those to consider.
+        folder: the hub cache; None for the default of `Cache`.
+        thorough: read and verify every file, instead of seeing that it is there.
     """
     cache = Cache(folder)
-    lacking = []
+    lacking: list[tuple[File, str]] = []
     for component in needed(family, modes):
-        found = cache.locate(component)
-        if not found:
-            source = component.sources[0]
-            files = [file for file in component.downloads if not cache.find(source, file)]
-            lacking += [MissingFile(component, file) for file in files]
-        elif thorough:
-            problems = [(file, mismatch(path, file)) for path, file in found]
-            lacking += [MissingFile(component, *pair) for pair in problems if pair[1]]
+        if found := cache.locate(component):
+            problems = [(file, mismatch(path, file)) for path, file in found if thorough]
+            lacking += [pair for pair in problems if pair[1]]
+        else:
+            source, place = component.sources[0], f"{component.base}, from {component.origin}"
+            absent = [file for file in component.downloads if not cache.find(source, file)]
+            lacking += [(file, f"{file.name} of {place}") for file in absent]
     return lacking
 
 
 def require(
     family: str, modes: Modes = None, folder: Path | None = None, thorough: bool = False
 ) -> None:
-    """Check that modes lack nothing, with the arguments of `missing`.
-
-    Raises:
-        WeightsError: Something is missing or wrong.
-    """
-    files = missing(family, modes, folder, thorough)
-    if files:
+    """Raise WeightsError if modes lack anything, with the arguments of `missing`."""
+    if files := missing(family, modes, folder, thorough):
         place = Cache(folder).folder
-        size = tqdm.format_sizeof(sum(each.file.size or 0 for each in files), "B", 1000)
+        size = tqdm.format_sizeof(sum(file.size or 0 for file, _ in files), "B", 1000)
         options = shlex.join(["--dir", str(place), *(f"--mode={mode}" for mode in modes or ())])
         raise WeightsError(
-            f"{place} lacks {len(files)} files of {family}, {size}, such as {files[0]}\n"
+            f"{place} lacks {len(files)} files of {family}, {size}, such as {files[0][1]}\n"
             f"script/fetch-weights {options} fetches them; in a container it is python -m "
             "panorama.weights, with the same options"
         )
@@ -154,11 +124,7 @@ def require(
 def ensure_weights(
     family: str, modes: Modes = None, folder: Path | None = None, thorough: bool = False
 ) -> None:
-    """Fetch and verify what modes lack, with the arguments of `missing`.
-
-    Raises:
-        WeightsError: A file cannot be fetched; the message has the cause.
-    """
+    """Fetch and verify what modes lack, with the arguments of `missing`, or raise WeightsError."""
     if constants.is_offline_mode():
         return require(family, modes, folder, thorough)
     # The hub client logs every retry, twice; the last failure is in the error.

@@ -31,17 +31,13 @@ def listing(family: str, modes: Modes, folder: Path | None) -> Iterator[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
-    Args:
-        arguments: None for those of this process.
-
     Returns:
-        The exit code: 0, or 1 when weights are missing or wrong. Bad arguments exit with 2.
+        The exit code: 0, 1 when weights are missing or wrong, 130 if it was interrupted. Bad
+        arguments exit with 2.
     """
     parser = argparse.ArgumentParser(prog="fetch-weights", description=__doc__)
     parser.add_argument("--mode", action="append", dest="modes", help="only what this mode needs")
-    parser.add_argument(
-        "--dir", type=Path, help="the cache; default: PANORAMA_WEIGHTS or the hub's"
-    )
+    parser.add_argument("--dir", type=Path, help="defaults to PANORAMA_WEIGHTS or the hub's cache")
     parser.add_argument("--list", action="store_true", help="list the files, without a request")
     parser.add_argument("--offline", action="store_true", help="only verify, without a request")
     options = parser.parse_args(arguments)
@@ -54,12 +50,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.error(f"--mode {mode}: must be one of {', '.join(offered)}")
             if options.list:
                 print(*listing(family, options.modes, options.dir), sep="\n")
-            elif options.offline:
-                require(family, options.modes, options.dir, thorough=True)
-            else:
-                ensure_weights(family, options.modes, options.dir, thorough=True)
-            if not options.list:
-                print(f"{Cache(options.dir).folder}: all of {family} is there, verified")
+                continue
+            obtain = require if options.offline else ensure_weights
+            obtain(family, options.modes, options.dir, thorough=True)
+            print(f"{Cache(options.dir).folder}: all of {family} is there, verified")
     except (WeightsError, ValueError) as error:
         print(f"fetch-weights: {error}", file=sys.stderr)
         return 1

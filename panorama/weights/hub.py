@@ -24,24 +24,17 @@ from panorama.weights.manifest import BUNDLED, Component, File, Source
 
 logger = logging.getLogger(__name__)
 
-LPIPS_FILES = ("config.json", "diffusion_pytorch_model.safetensors")
-STALE = 600
-"""Seconds after which a partial file that nobody has written to belongs to a killed process."""
+STALE = 600  # seconds without a write after which a partial file is that of a killed process
 
 
 class WeightsError(RuntimeError):
     """Weights are missing or cannot be fetched."""
 
 
-class ChecksumError(RuntimeError):
-    """A file does not have the bytes that its hash names."""
-
-
 class Cache:
     """A folder in the layout of the hub client's own cache.
 
-    Args:
-        folder: None for PANORAMA_WEIGHTS, or the user's own hub cache where that is not set.
+    By default it is PANORAMA_WEIGHTS, or the user's own hub cache where that is not set.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -72,8 +65,7 @@ class Cache:
     def fetch(self, component: Component) -> None:
         """Verify a component, and fetch what is missing or wrong from the first source that has it.
 
-        Raises:
-            WeightsError: No source has it, or the hub cannot be reached.
+        Raise WeightsError if no source has it, or if the hub cannot be reached.
         """
         failures = ""
         cached_first = sorted(component.sources, key=lambda s: not self.find_all(component, s))
@@ -82,7 +74,7 @@ class Cache:
                 for file in component.files:
                     self._fetch_file(component, source, file)
                 return
-            except (httpx2.HTTPError, OSError, ChecksumError) as error:
+            except (httpx2.HTTPError, OSError, WeightsError) as error:
                 hidden = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
                 text = " ".join(str(hidden or error).split()) or type(hidden or error).__name__
                 problem = text.partition(" For more information check")[0]
@@ -97,11 +89,7 @@ class Cache:
         raise WeightsError(f"{component.base}/{component.name}: no source has it{failures}")
 
     def _fetch_file(self, component: Component, source: Source, file: File) -> None:
-        """Verify a file, and fetch it if it is missing or wrong.
-
-        Raises:
-            ChecksumError: It is wrong, and so it was when it was fetched once more.
-        """
+        """Verify a file, and fetch it if it is missing, or wrong: that once more."""
         for _ in range(2):
             path, variant = self.find(source, file) or self._download(component, source, file)
             problem = mismatch(path, variant)
@@ -109,7 +97,7 @@ class Cache:
                 return
             logger.warning("%s", problem)
             path.resolve().unlink()
-        raise ChecksumError(problem)
+        raise WeightsError(problem)
 
     def _download(self, component: Component, source: Source, file: File) -> tuple[Path, File]:
         """Fetch a file, or its single-precision counterpart where the source lacks this one."""
@@ -148,11 +136,7 @@ class Cache:
         return self.folder / repo_folder_name(repo_id=source.repository, repo_type="model")
 
     def _make_lpips(self, pickle: File, source: Source) -> Path:
-        """Make LPIPS from VGG16, in the layout of a repository, and return its folder.
-
-        Raises:
-            ChecksumError: VGG16 is not what the manifest says; it is not opened.
-        """
+        """Make LPIPS from VGG16 as a repository's snapshot, and return its folder."""
         from torch import hub  # takes seconds
 
         from panorama.sampling.perceptual import save_lpips
@@ -162,7 +146,8 @@ class Cache:
         for path in (repository / "blobs", folder):
             path.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory() as work:
-            config, weights = (Path(work) / name for name in LPIPS_FILES)
+            config = Path(work, "config.json")
+            weights = Path(work, "diffusion_pytorch_model.safetensors")
             vgg16 = Path(hub.get_dir()) / "checkpoints" / pickle.name.rpartition("/")[2]
             if not vgg16.is_file() or sha256(vgg16) != pickle.sha256:
                 vgg16 = Path(work) / vgg16.name
@@ -171,8 +156,8 @@ class Cache:
                     hub.download_url_to_file(
                         pickle.name, str(vgg16), pickle.sha256, progress=sys.stderr.isatty()
                     )
-                except RuntimeError as error:  # names both hashes
-                    raise ChecksumError(f"{pickle.name}: {error}") from error
+                except RuntimeError as error:  # names both hashes; the file is not opened
+                    raise WeightsError(f"{pickle.name}: {error}") from error
             save_lpips(vgg16, BUNDLED / "lpips_vgg_heads.safetensors", weights)
             shutil.copyfile(BUNDLED / "full" / "perceptual" / config.name, config)
             for path in (config, weights):
@@ -185,13 +170,11 @@ class Cache:
 
 
 def mismatch(path: Path, file: File) -> str:
-    """Compare a cached file with the manifest's hash, or the hub's if the manifest has none.
+    """Return words for a cached file with another hash than the manifest's, or "".
 
-    The hub client names a blob by its SHA-256, or by its git hash where git itself keeps the file.
-    That name is lost on a file system without symbolic links, and some mirrors have others.
-
-    Returns:
-        The file and both hashes, or "" if they are equal.
+    Without a hash in the manifest, the hub's is in the name of the blob: SHA-256, or a git hash
+    where git itself keeps the file. That name is lost on a file system without symbolic links, and
+    some mirrors have others.
     """
     blob = path.readlink().name if path.is_symlink() else ""
     wanted, origin = (file.sha256, "the manifest") if file.sha256 else (blob, "the hub")

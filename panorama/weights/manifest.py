@@ -1,7 +1,7 @@
 """The manifest: every file that a family fetches, its sources, hash and licence."""
 
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,11 @@ class Source:
 
 @dataclass(frozen=True)
 class File:
-    """A file to fetch.
+    """A file to fetch."""
 
-    Attributes:
-        name: Path inside its repository, or a URL.
-        size: Bytes, for listings; the hashes alone decide whether a file is right.
-        sha256: None if it is not known in advance. The hub's own hash is checked in any case.
-    """
-
-    name: str
-    size: int | None = None
-    sha256: str | None = None
+    name: str  # path inside its repository, or a URL
+    size: int | None = None  # bytes, for listings; the hashes alone decide if a file is right
+    sha256: str | None = None  # None if not known in advance; the hub's own hash is checked anyway
 
     def variants(self) -> tuple["File", ...]:
         """Return this file, then its single-precision counterpart if it is in half precision."""
@@ -44,41 +38,29 @@ class File:
 
 @dataclass(frozen=True)
 class Component:
-    """Files that are loaded together, such as a UNet: all of them come from one source.
+    """Files that are loaded together, such as a UNet: all of them come from one source."""
 
-    Attributes:
-        name: As in `panorama.weights.components`. A name with a suffix is that of a single file.
-        base: The base model that it belongs to.
-        modes: Modes that need it.
-        sources: In the order in which they are tried.
-        pickle: VGG16, which LPIPS is made from, named by its URL; None for all other components.
-    """
-
-    name: str
-    base: str
-    modes: tuple[str, ...]
+    name: str  # as in `panorama.weights.components`; that of a single file has a suffix
+    base: str  # the base model that it belongs to
+    modes: tuple[str, ...]  # those that need it
     licence: str
     files: tuple[File, ...]
-    sources: tuple[Source, ...]
-    pickle: File | None = None
+    sources: tuple[Source, ...]  # in the order in which they are tried
+    pickle: File | None = None  # VGG16 by its URL, which LPIPS is made from; None elsewhere
 
     @property
     def downloads(self) -> tuple[File, ...]:
-        """The files that come over the network."""
+        """Return the files that come over the network."""
         return (self.pickle,) if self.pickle else self.files
 
     @property
     def origin(self) -> str:
-        """The places that its files come from, for people to read."""
+        """Return the places that its files come from, for people to read."""
         return self.pickle.name if self.pickle else ", or ".join(map(str, self.sources))
 
 
 def read_manifest(path: Path) -> Mapping[str, tuple[Component, ...]]:
-    """Read the components of every family that fetches any, keyed by family.
-
-    Raises:
-        ValueError: The file is not a manifest.
-    """
+    """Read the components that each family fetches; ValueError if the file is no manifest."""
     try:
         families = tomllib.loads(path.read_text())
         return {
@@ -90,32 +72,30 @@ def read_manifest(path: Path) -> Mapping[str, tuple[Component, ...]]:
 
 
 def split(
-    *,
-    modes: list[str],
-    files: list[dict[str, Any]],
-    sources: list[dict[str, str]] | None = None,
+    modes: Sequence[str],
+    files: Sequence[dict[str, Any]],
+    sources: Sequence[dict[str, str]] = (),
     component: str | None = None,
     pickle: dict[str, Any] | None = None,
     **shared: str,
 ) -> Iterator[Component]:
     """Split a part of the manifest into its components.
 
-    A file belongs to the component that it names, or that its part names, or that its first
-    folder is called.
+    A file belongs to the component that it names, or its part names, or its first folder is called.
     """
     if pickle:
         # The hub has no such repository: LPIPS is made here, and kept as if it came from one.
         sources = [{"repository": "panorama/lpips-vgg16", "revision": pickle["sha256"][:40]}]
     groups: dict[str, list[File]] = {}
-    for entry in files:
-        values = {"component": component or entry["name"].split("/")[0], **entry}
-        groups.setdefault(values.pop("component"), []).append(File(**values))
+    for file in files:
+        name = file.pop("component", component or file["name"].split("/")[0])
+        groups.setdefault(name, []).append(File(**file))
     for name, group in groups.items():
         yield Component(
             name,
             modes=tuple(modes),
             files=tuple(group),
-            sources=tuple(Source(**source) for source in sources or ()),
+            sources=tuple(Source(**source) for source in sources),
             pickle=File(**pickle) if pickle else None,
             **shared,
         )

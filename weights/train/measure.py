@@ -46,7 +46,7 @@ Make = Callable[..., Tensor]
 """From a prompt and a seed to an image (1, 3, H, W) in [0, 1]."""
 
 
-def make_image(models: Models, request: Request, **changes: object) -> Tensor:
+def make_image(models: Models, request: Request, **changes: Any) -> Tensor:
     """Make the image (1, 3, H, W) in [0, 1] of a request that has a seed.
 
     Args:
