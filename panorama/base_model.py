@@ -27,25 +27,15 @@ MODELS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class BaseModel:
-    """What a pipeline runs on.
+    """The networks that a pipeline runs on, with the scheduler that fits them."""
 
-    Attributes:
-        unet: UNet2DConditionModel that predicts noise; its `sample_size` is a window's side.
-        vae: AutoencoderKL.
-        text_encoders: one for SD 2, two for SDXL.
-        scheduler: the model's own, whose noise schedule it was trained on.
-        controlnet: ControlNetModel for depth, if there is one.
-        perceptual: LPIPS, or a module with its `embed` and `distance`, to synchronise windows.
-        tokens: trigger tokens of the UNet's LoRA, () without a LoRA.
-    """
-
-    unet: Any
-    vae: Any
-    text_encoders: tuple[TextEncoder, ...]
-    scheduler: Any
-    controlnet: Any = None
-    perceptual: Any = None
-    tokens: tuple[str, ...] = ()
+    unet: Any  # UNet2DConditionModel that predicts noise; its `sample_size` is a window's side
+    vae: Any  # AutoencoderKL
+    text_encoders: tuple[TextEncoder, ...]  # one for SD 2, two for SDXL
+    scheduler: Any  # with the noise schedule that the UNet was trained on
+    controlnet: Any = None  # ControlNetModel for depth
+    perceptual: Any = None  # LPIPS, or a module with its `embed` and `distance`
+    tokens: tuple[str, ...] = ()  # trigger tokens of the UNet's LoRA
 
     @property
     def embed_type(self) -> str | None:
@@ -103,13 +93,11 @@ def load_base_model(components: Mapping[str, Path], dtype: torch.dtype) -> BaseM
         for suffix in ("", "_2")
         if f"text_encoder{suffix}" in components
     )
-    base = BaseModel(
-        **models, text_encoders=encoders, scheduler=load_scheduler(components["scheduler"])
-    )
+    scheduler = load_scheduler(components["scheduler"])
+    base = BaseModel(**models, text_encoders=encoders, scheduler=scheduler)
     # SD 2's VAE does not overflow, though its configuration leaves force_upcast at its default.
     if base.embed_type == "text_time" and base.vae.config.force_upcast and dtype != torch.float32:
-        vae = load_model(AutoencoderKL, components["vae"], torch.float32)
-        base = replace(base, vae=vae)
+        base = replace(base, vae=load_model(AutoencoderKL, components["vae"], torch.float32))
     if "lora.safetensors" in components:
         load_lora(base.unet, components["lora.safetensors"])
         load_tokens(base.text_encoders, components["embeddings.safetensors"])
@@ -120,13 +108,8 @@ def load_base_model(components: Mapping[str, Path], dtype: torch.dtype) -> BaseM
 def load_model(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """Read a network from its folder, from half-precision files if there are any."""
     half = any(folder.glob("*.fp16.safetensors"))
-    return kind.from_pretrained(
-        folder,
-        dtype=dtype,
-        variant="fp16" if half else None,
-        local_files_only=True,
-        use_safetensors=True,
-    )
+    options = {"local_files_only": True, "use_safetensors": True}
+    return kind.from_pretrained(folder, dtype=dtype, variant="fp16" if half else None, **options)
 
 
 def load_scheduler(folder: Path) -> Any:

@@ -3,8 +3,8 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from math import inf
 from pathlib import Path
@@ -107,33 +107,20 @@ class Job:
         return torch.from_numpy(depth_images.resize(self.depth.values, *size, request.closed_axis))
 
 
+@dataclass(frozen=True)
 class Models:
     """A family, loaded. `generate` turns a request into a panorama.
 
     One panorama is made at a time: calls from several threads wait for each other, since the
     networks are changed while they run.
-
-    Attributes:
-        family: its name.
-        device: that it runs on.
-        bases: base models by the mode that uses them.
-        checker: every image must pass it; None if there is none.
     """
 
-    def __init__(
-        self,
-        family: str,
-        device: torch.device,
-        bases: Mapping[str, BaseModel],
-        defaults: Mapping[str, Mapping[str, Any]],
-        checker: SafetyChecker | None = None,
-    ) -> None:
-        self.family = family
-        self.device = device
-        self.bases = bases
-        self.checker = checker
-        self._defaults = defaults
-        self._lock = threading.Lock()
+    family: str  # its name, or the path of its folder
+    device: torch.device
+    bases: Mapping[str, BaseModel]  # by mode
+    defaults: Mapping[str, Mapping[str, Any]]  # inputs by mode
+    checker: SafetyChecker | None = None  # every image must pass it
+    _lock: AbstractContextManager[Any] = field(default_factory=threading.Lock, repr=False)
 
     def settings(self, mode: str) -> ModeSettings:
         """Return what a mode asks and offers in this family.
@@ -146,7 +133,7 @@ class Models:
         spans = all(preset.layout(1).wraps for preset in spec.presets.values())
         multiple = base.factor * (base.divisor if spans else 1)
         return ModeSettings(
-            **self._defaults[mode],
+            **self.defaults[mode],
             multiple=multiple,
             smallest=multiple if spans else base.window * base.factor,
             # A larger ring would be decoded in slices, which are not exact.

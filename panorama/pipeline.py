@@ -77,20 +77,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Make panoramas with the networks of a base model.
-
-    Attributes:
-        base: the networks.
-        batch_size: windows that pass through the networks at once; trades memory for time.
-        checkpointing: recompute blocks in the backward pass, for less memory. It is turned on
-            where memory runs out.
-        max_cells: the largest canvas that is decoded whole, see `decode_canvas`.
-    """
+    """Make panoramas with the networks of a base model. The options trade memory for time."""
 
     base: BaseModel
-    batch_size: int = BATCH_SIZE
-    checkpointing: bool = False
-    max_cells: int = MAX_CELLS
+    batch_size: int = BATCH_SIZE  # windows that pass through the networks at once
+    checkpointing: bool = False  # from the start; it is turned on anyway if memory runs out
+    max_cells: int = MAX_CELLS  # the largest canvas that is decoded whole, see `decode_canvas`
 
     def __call__(
         self,

@@ -62,15 +62,7 @@ class FrozenConvolution(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
-        """Convolve (N, C, H, W) to (N, C', H', W').
-
-        Args:
-            ctx: of autograd.
-            x: the input.
-            weight: (C', C / groups, h, w).
-            bias: (C',), or None.
-            geometry: stride, padding, dilation and groups.
-        """
+        """Convolve x to (N, C', H', W'). The geometry is stride, padding, dilation and groups."""
         ctx.save_for_backward(weight)
         ctx.shape, ctx.geometry = x.shape, geometry
         return F.conv2d(x, weight, bias, *geometry)

@@ -156,26 +156,21 @@ def require_affine(scheduler: Any) -> None:
             variance, or its step is not affine: clipping, thresholding and fresh noise
             (ancestral, SDE) break that.
     """
-    name = type(scheduler).__name__
     prediction = scheduler.config.get("prediction_type", "epsilon")
-    if prediction != "epsilon":
-        raise ValueError(
-            f"scheduler={name}: prediction_type is {prediction!r}, must be 'epsilon'; {ADVICE}"
-        )
     trial = copy.deepcopy(scheduler)
     trial.set_timesteps(5)
-    if not hasattr(trial, "alphas_cumprod") or not scales_to_unit_variance(trial):
-        raise ValueError(
-            f"scheduler={name}: must scale latents to unit variance by alphas_cumprod or sigmas; "
-            f"{ADVICE}"
+    if prediction != "epsilon":
+        rule = f"have prediction_type 'epsilon', not {prediction!r}"
+    elif not hasattr(trial, "alphas_cumprod") or not scales_to_unit_variance(trial):
+        rule = "scale latents to unit variance by alphas_cumprod or sigmas"
+    elif not steps_affinely(trial):
+        rule = (
+            "step affinely in (latents, noise), without clip_sample, thresholding or fresh noise, "
+            "or windows cannot be averaged before the step"
         )
-    with torch.random.fork_rng(devices=[]):  # some schedulers draw noise
-        affine = steps_affinely(trial)
-    if not affine:
-        raise ValueError(
-            f"scheduler={name}: its step must be affine in (latents, noise), without clip_sample, "
-            f"thresholding or fresh noise, or windows cannot be averaged before it; {ADVICE}"
-        )
+    else:
+        return
+    raise ValueError(f"scheduler={type(scheduler).__name__}: must {rule}; {ADVICE}")
 
 
 def scales_to_unit_variance(scheduler: Any) -> bool:
@@ -199,11 +194,12 @@ def steps_affinely(scheduler: Any) -> bool:
         return [*pair, pair.mean(0)]
 
     x = draw()
-    for t in scheduler.timesteps:
-        inputs = zip(solvers, draw(), x, strict=True)
-        for solver in solvers:
-            solver.scale_model_input(x[0], t)  # Euler warns when it steps without
-        x = [solver.step(noise, t, z).prev_sample for solver, noise, z in inputs]
-        if not torch.allclose(x[2], (x[0] + x[1]) / 2, rtol=1e-4, atol=1e-4):
-            return False
+    with torch.random.fork_rng(devices=[]):  # some schedulers draw noise
+        for t in scheduler.timesteps:
+            inputs = zip(solvers, draw(), x, strict=True)
+            for solver in solvers:
+                solver.scale_model_input(x[0], t)  # Euler warns if it steps without
+            x = [solver.step(noise, t, z).prev_sample for solver, noise, z in inputs]
+            if not torch.allclose(x[2], (x[0] + x[1]) / 2, rtol=1e-4, atol=1e-4):
+                return False
     return True

@@ -85,24 +85,14 @@ def keep_memory() -> bool:
 
 @dataclass(frozen=True)
 class Synchronizer:
-    """Move windows towards the anchor window, as far as a perceptual distance sees them.
-
-    Attributes:
-        denoise: the guided noise prediction.
-        decode: from latents (N, C, h, w) to images (N, 3, H, W), about [-1, 1].
-        perceptual: the distance.
-        solver: of the run.
-        settings: strength, steps and kind of the gradient.
-        save_memory: called when memory runs out in a sync step; returns True if the same windows
-            are worth another try.
-    """
+    """Move windows towards the anchor window, by the gradient of a perceptual distance."""
 
     denoise: Denoiser
-    decode: Callable[[Tensor], Tensor]
+    decode: Callable[[Tensor], Tensor]  # latents (N, C, h, w) to images (N, 3, H, W) in [-1, 1]
     perceptual: Perceptual
     solver: Solver
     settings: SyncSettings
-    save_memory: Callable[[], bool] = keep_memory
+    save_memory: Callable[[], bool] = keep_memory  # after an OOM; True to try the windows again
 
     def embed(self, x: Tensor, noise_pred: Tensor, t: Tensor) -> Features:
         """Return the features of the images that windows x (N, C, h, w) are predicted to become."""

@@ -11,21 +11,12 @@ MIN_SPACING = 8  # cells; the smallest stride, and the least spacing that equal 
 
 
 class Layout(Protocol):
-    """Place windows on a canvas.
+    """Place windows on a canvas."""
 
-    Attributes:
-        wraps: views span the closed axis, so the convolutions have to wrap around it.
-    """
-
-    wraps: ClassVar[bool]
+    wraps: ClassVar[bool]  # views span the closed axis, so convolutions have to wrap around it
 
     def __call__(self, canvas: Canvas, window: int, steps: int) -> Sequence[Sequence[View]]:
-        """Return the views of each step.
-
-        Args:
-            canvas: to cover.
-            window: side of the model's own window, latent cells.
-            steps: number of denoising steps.
+        """Return the views of each step, of windows with the model's own side in latent cells.
 
         Raises:
             ValueError: the canvas cannot be covered.
