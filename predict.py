@@ -30,7 +30,7 @@ warnings.filterwarnings("ignore", r"(BasePredictor|Predictor\.predict\(\)) is", 
 
 
 class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
-    """Makes panoramas with the family and modes of PANORAMA_FAMILY and PANORAMA_MODES."""
+    """Make panoramas with the family and modes of PANORAMA_FAMILY and PANORAMA_MODES."""
 
     def setup(self) -> None:
         """Fetch missing weights and load the models, once."""

@@ -15,35 +15,22 @@ from typing import TYPE_CHECKING
 from panorama.__version__ import __version__
 
 if TYPE_CHECKING:
-    from panorama.errors import NotFiniteError
-    from panorama.images.files import Panorama, read_metadata
-    from panorama.images.safety import ImageWithheldError
-    from panorama.images.vae import to_pil
-    from panorama.modes import Models, load
-    from panorama.pipeline import Pipeline, Settings
-    from panorama.request import ModeSettings, Request, ResolvedRequest
-    from panorama.sampling.synchronize import SyncSettings
-    from panorama.sampling.views import Disjoint, Sliding, Spanning
-
-__all__ = [
-    "Disjoint",
-    "ImageWithheldError",
-    "ModeSettings",
-    "Models",
-    "NotFiniteError",
-    "Panorama",
-    "Pipeline",
-    "Request",
-    "ResolvedRequest",
-    "Settings",
-    "Sliding",
-    "Spanning",
-    "SyncSettings",
-    "__version__",
-    "load",
-    "read_metadata",
-    "to_pil",
-]
+    from panorama.errors import NotFiniteError as NotFiniteError
+    from panorama.images.files import Panorama as Panorama
+    from panorama.images.files import read_metadata as read_metadata
+    from panorama.images.safety import ImageWithheldError as ImageWithheldError
+    from panorama.images.vae import to_pil as to_pil
+    from panorama.modes import Models as Models
+    from panorama.modes import load as load
+    from panorama.pipeline import Pipeline as Pipeline
+    from panorama.pipeline import Settings as Settings
+    from panorama.request import ModeSettings as ModeSettings
+    from panorama.request import Request as Request
+    from panorama.request import ResolvedRequest as ResolvedRequest
+    from panorama.sampling.synchronize import SyncSettings as SyncSettings
+    from panorama.sampling.views import Disjoint as Disjoint
+    from panorama.sampling.views import Sliding as Sliding
+    from panorama.sampling.views import Spanning as Spanning
 
 _NAMES = {
     "errors": ("NotFiniteError",),
@@ -56,6 +43,7 @@ _NAMES = {
     "sampling.synchronize": ("SyncSettings",),
     "sampling.views": ("Disjoint", "Sliding", "Spanning"),
 }
+__all__ = ["__version__", *(name for names in _NAMES.values() for name in names)]
 
 
 def __getattr__(name: str) -> object:

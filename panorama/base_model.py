@@ -27,7 +27,7 @@ MODELS: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class BaseModel:
-    """The networks that a pipeline runs on, with the scheduler that fits them."""
+    """Hold the networks that a pipeline runs on, and the scheduler that fits them."""
 
     unet: Any  # UNet2DConditionModel that predicts noise; its `sample_size` is a window's side
     vae: Any  # AutoencoderKL
@@ -35,7 +35,8 @@ class BaseModel:
     scheduler: Any  # with the noise schedule that the UNet was trained on
     controlnet: Any = None  # ControlNetModel for depth
     perceptual: Any = None  # LPIPS, or a module with its `embed` and `distance`
-    tokens: tuple[str, ...] = ()  # trigger tokens of the UNet's LoRA
+    has_lora: bool = False  # the UNet has a LoRA, see `lora_applied`
+    tokens: tuple[str, ...] = ()  # its trigger tokens, if it has any
 
     @property
     def embed_type(self) -> str | None:
@@ -75,8 +76,8 @@ def load_base_model(components: Mapping[str, Path], dtype: torch.dtype) -> BaseM
 
     Args:
         components: folders of `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler` and, where
-            the model has them, `text_encoder_2`, `tokenizer_2`, `controlnet`, `perceptual`, and
-            the files `lora.safetensors` and `embeddings.safetensors` of a LoRA.
+            the model has them, `text_encoder_2`, `tokenizer_2`, `controlnet`, `perceptual`; the
+            file `lora.safetensors` of a LoRA and `embeddings.safetensors` of its tokens.
         dtype: of the weights. LPIPS stays in float32, and so does a VAE of SDXL that overflows in
             half precision (`force_upcast`).
     """
@@ -98,9 +99,11 @@ def load_base_model(components: Mapping[str, Path], dtype: torch.dtype) -> BaseM
     # SD 2's VAE does not overflow, though its configuration leaves force_upcast at its default.
     if base.embed_type == "text_time" and base.vae.config.force_upcast and dtype != torch.float32:
         base = replace(base, vae=load_model(AutoencoderKL, components["vae"], torch.float32))
-    if "lora.safetensors" in components:
-        load_lora(base.unet, components["lora.safetensors"])
-        load_tokens(base.text_encoders, components["embeddings.safetensors"])
+    if lora := components.get("lora.safetensors"):
+        load_lora(base.unet, lora)
+        base = replace(base, has_lora=True)
+    if embeddings := components.get("embeddings.safetensors"):
+        load_tokens(base.text_encoders, embeddings)
         base = replace(base, tokens=TOKENS)
     return base
 

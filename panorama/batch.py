@@ -2,8 +2,8 @@
 
 Each line of the file is a JSON object of inputs, such as {"prompt": "night over the sea"}. Several
 processes are started by torchrun or accelerate. Each makes the images of other lines; with
-`--together` all of them share the windows of every image. `results.jsonl`, beside the images, says
-what was made, and the same command again makes what is missing.
+`--together` all of them share the windows of every image. `results.jsonl`, beside the images,
+records each result, and the same command again makes the images that are missing.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The edge of a process: which models its environment asks for, and what it prints."""
+"""The edge of a process: the models that its environment asks for, and its printed log."""
 
 import logging
 import os
@@ -59,7 +59,7 @@ def hide_progress_bars() -> None:
 
 @contextmanager
 def _printed_log() -> Iterator[None]:
-    """Print this package's log messages: Cog keeps what setup prints."""
+    """Print this package's log messages, since Cog keeps the output of setup."""
     logger, handler = logging.getLogger("panorama"), logging.StreamHandler(sys.stdout)
     level = logger.level
     logger.addHandler(handler)

@@ -28,7 +28,7 @@ from panorama.sampling.synchronize import SyncSettings
 
 DEFAULT_FAMILY = "tiny"
 
-OnStep = Callable[[int, int], None]
+Progress = Callable[[int, int], None]
 """Called after every step with its number, from 1, and the number of steps."""
 
 
@@ -61,12 +61,12 @@ class Job:
         request, mode = self.request, MODES[self.request.mode]
         preset = mode.presets[request.speed or mode.speed]
         sync = SyncSettings(
-            request.sync_weight,
-            request.sync_decay_rate,
-            request.sync_freq,
-            request.sync_threshold,
-            preset.through_unet,
-            preset.pooling,
+            weight=request.sync_weight,
+            decay_rate=request.sync_decay_rate,
+            freq=request.sync_freq,
+            threshold=request.sync_threshold,
+            through_unet=preset.through_unet,
+            pooling=preset.pooling,
         )
         return Settings(
             prompt=request.full_prompt,
@@ -85,7 +85,7 @@ class Job:
         )
 
     def metadata(self, family: str) -> dict[str, Any]:
-        """Return what makes the panorama, for its file."""
+        """Return the metadata to store with the panorama."""
         inputs = self.request.mode_inputs()
         if self.depth is not None:
             inputs["depth_image"] = f"sha256:{self.depth.sha256}"
@@ -123,7 +123,7 @@ class Models:
     _lock: AbstractContextManager[Any] = field(default_factory=threading.Lock, repr=False)
 
     def settings(self, mode: str) -> ModeSettings:
-        """Return what a mode asks and offers in this family.
+        """Return the defaults and limits of a mode in this family.
 
         Raises:
             ValueError: the mode was not loaded.
@@ -139,6 +139,7 @@ class Models:
             # A larger ring would be decoded in slices, which are not exact.
             largest=MAX_CELLS * base.factor**2 if spans else inf,
             window=0 if spans else base.window,
+            has_lora=base.has_lora,
             tokens=base.tokens,
             speed=spec.speed,
             speeds={
@@ -160,7 +161,7 @@ class Models:
         check_lengths(self.bases[request.mode].text_encoders, texts)
         return Job(resolved, image)
 
-    def run(self, job: Job, on_step: OnStep | None = None) -> Panorama:
+    def run(self, job: Job, on_step: Progress | None = None) -> Panorama:
         """Make the panorama of a job.
 
         Args:
@@ -176,10 +177,9 @@ class Models:
         generator = torch.Generator().manual_seed(job.request.seed)
         seconds: dict[str, float] = {}
 
-        def report(step: int, t: Tensor, latents: Tensor) -> Tensor:
+        def report(step: int, steps: int, latents: Tensor) -> None:
             if on_step:
-                on_step(step + 1, settings.num_inference_steps)
-            return latents
+                on_step(step, steps)
 
         with self._lock:
             with timed(seconds, "denoise"):
@@ -193,7 +193,7 @@ class Models:
                     self.checker.check(image, settings.closed)
         return Panorama(image, settings.closed, job.metadata(self.family), seconds)
 
-    def generate(self, request: Request, on_step: OnStep | None = None) -> Panorama:
+    def generate(self, request: Request, on_step: Progress | None = None) -> Panorama:
         """Make the panorama of a request; see `prepare` and `run`."""
         return self.run(self.prepare(request), on_step)
 
@@ -237,8 +237,8 @@ def load(
 def load_bases(family: str, modes: Sequence[str], dtype: torch.dtype) -> dict[str, BaseModel]:
     """Load the base model of each mode. Modes of one base model share its networks.
 
-    One is loaded after the other: while transformers and diffusers build a model, they set torch's
-    default dtype, which is that of all threads.
+    They are loaded one after another: transformers and diffusers set torch's default dtype while
+    they build a model, and all threads share it.
     """
     specs = [MODES[mode] for mode in modes]
     loaded = {}

@@ -23,7 +23,7 @@ from panorama.sampling.synchronize import Synchronizer, SyncSettings
 from panorama.sampling.views import Layout, Sliding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Settings:
     """Everything that decides what a panorama looks like, except its noise.
 
@@ -37,7 +37,7 @@ class Settings:
         num_inference_steps: denoising steps, at least 1.
         scheduler: a name in `solver.SCHEDULERS`, or any diffusers scheduler that `Solver` takes;
             None for the model's own.
-        layout: of the windows.
+        layout: the arrangement of the windows.
         sync: strength and kind of synchronising; None for none.
         depth: depth to follow, (height, width) in [0, 1], 1 is nearest.
         controlnet_conditioning_scale: how closely to follow it, 0 for not at all.
@@ -84,6 +84,9 @@ class Pipeline:
     checkpointing: bool = False  # from the start; it is turned on anyway if memory runs out
     max_cells: int = MAX_CELLS  # the largest canvas that is decoded whole, see `decode_canvas`
 
+    def __post_init__(self) -> None:
+        check_least(self, batch_size=1, max_cells=1)
+
     def __call__(
         self,
         settings: Settings,
@@ -94,7 +97,7 @@ class Pipeline:
 
         Args:
             settings: what to make.
-            generator: of the initial noise; on the CPU it gives the same noise on every device.
+            generator: draws the initial noise; on the CPU it gives the same noise on every device.
             on_step: called after each step, see `sample`.
 
         Returns:
@@ -145,7 +148,7 @@ class Pipeline:
             settings.guidance_scale,
         )
 
-    @torch.inference_mode(False)  # whatever the caller is in: synchronising needs gradients
+    @torch.inference_mode(False)  # synchronising needs gradients, whatever mode the caller is in
     def denoise(
         self,
         settings: Settings,
@@ -197,13 +200,13 @@ class Pipeline:
         return image.add_(1).div_(2)
 
     def _control(self, settings: Settings) -> DepthControl | None:
-        """Return what follows the depth image, if anything does."""
+        """Build the depth control, or return None if there is no depth to follow."""
         scale = settings.controlnet_conditioning_scale
         if settings.depth is None or scale == 0:
             return None
         if self.base.controlnet is None:
             raise ValueError("depth: needs a base model with a ControlNet; try depth=None")
-        image = settings.depth.to(self.base.unet.device).expand(1, 3, -1, -1)
+        image = settings.depth.to(self.base.unet.device).expand(1, 3, -1, -1)  # (1, 3, H, W)
         return DepthControl(self.base.controlnet, image, scale)
 
     def _synchronizer(
@@ -213,7 +216,7 @@ class Pipeline:
         solver: Solver,
         save_memory: Callable[[], bool],
     ) -> Synchronizer | None:
-        """Return what keeps windows coherent, if anything does."""
+        """Build the synchronizer, or return None without settings for it."""
         if sync is None:
             return None
         if self.base.perceptual is None:

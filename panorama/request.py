@@ -18,14 +18,14 @@ SEED_BITS = 32  # torch's CPU generator reads only the low 32 bits of a seed
 LONGEST_TEXT = 10_000  # characters of a prompt
 
 EVERY_MODE = ("syncdiffusion", "syncdiffusion-xl", "sdxl-360")
-WINDOWED = ("syncdiffusion", "syncdiffusion-xl")
-SDXL = ("syncdiffusion-xl", "sdxl-360")
+WINDOW_MODES = ("syncdiffusion", "syncdiffusion-xl")
+SDXL_MODES = ("syncdiffusion-xl", "sdxl-360")
 ALWAYS_CLOSED = ("sdxl-360",)  # closes left to right without `loop_closure`
 
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """What a value of `speed` means for the inputs that it decides."""
+    """The defaults and limits that a value of `speed` sets."""
 
     num_inference_steps: int  # default
     scheduler: str | None = None  # default; None for the model's own
@@ -34,7 +34,7 @@ class SpeedSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModeSettings:
-    """What one mode of a loaded family needs and offers."""
+    """The defaults and limits of a mode in a loaded family."""
 
     width: int  # default, pixels
     height: int  # default, pixels
@@ -43,7 +43,8 @@ class ModeSettings:
     smallest: int  # least width and height in pixels, a multiple of `multiple`
     largest: float = inf  # greatest area, pixels
     window: int = 0  # side of a window in latent cells, 0 without windows
-    tokens: tuple[str, ...] = ()  # trigger tokens of the LoRA, empty without one
+    has_lora: bool = False  # takes `lora_scale` other than 0 and the default
+    tokens: tuple[str, ...] = ()  # trigger tokens of the LoRA, empty if it has none
     speed: str = "exact"  # default
     speeds: Mapping[str, SpeedSettings]  # meaning of every value of `speed`
 
@@ -66,7 +67,7 @@ class Input:
 
     @property
     def required(self) -> bool:
-        """Return True if a request must give the input."""
+        """True if a request must give the input."""
         return self.default is MISSING
 
     def check(self, value: object) -> object:
@@ -74,22 +75,17 @@ class Input:
         if value is None and self.optional:
             return None
         number = self.kind in (int, float)
-        if number:
-            fits = isinstance(value, int | float) and not isinstance(value, bool)
-        else:  # a text is no file: it could name any file of this machine
-            fits = isinstance(value, self.kind)
-        if not fits:
+        # A string is not accepted as a file: it could name any file on this machine.
+        fits = isinstance(value, int | float if number else self.kind)
+        if not fits or (number and isinstance(value, bool)):
             raise self.refuse(value, f"be {_NOUNS[self.kind]}", self.example)
         if isinstance(value, str):
             _check_text(self, value)
         return _check_number(self, value) if number else value
 
     def refuse(self, value: object, rule: str, legal: object) -> ValueError:
-        """Build the error for a value that breaks a rule: it must `rule`; try `legal`.
-
-        Where `legal` is None, the advice is to leave the input out.
-        """
-        # The folder of a file is nobody else's business.
+        """Build the error for a value that must `rule`; try `legal`, None to leave it out."""
+        # Do not reveal the file's folder.
         shown = shorten(value.name if isinstance(value, Path) else value)
         advice = "leave it out" if legal is None else f"try {legal!r}"
         return ValueError(f"{self.name}={shown}: must {rule}; {advice}")
@@ -118,7 +114,7 @@ def _check_number(rule: Input, value: Any) -> float:
 
 
 def _check_text(rule: Input, value: str) -> None:
-    """Check what a text says."""
+    """Check the content of a text input."""
     if rule.choices and value not in rule.choices:
         raise rule.refuse(value, f"be one of {', '.join(rule.choices)}", rule.example)
     if rule.required and not value.strip():
@@ -190,22 +186,22 @@ class Request:
         "Weight of the gradient that pulls the windows towards one another; 0 turns it off.",
         default=20.0,
         bounds=(0.0, 30.0),
-        modes=WINDOWED,
+        modes=WINDOW_MODES,
     )
     sync_decay_rate: float = _input(
         "Factor by which that weight shrinks from one step to the next.",
         default=0.99,
         bounds=(0.0, 1.0),
-        modes=WINDOWED,
+        modes=WINDOW_MODES,
     )
     sync_freq: int = _input(
-        "Synchronise at every n-th step.", default=1, bounds=(1, inf), modes=WINDOWED
+        "Synchronise at every n-th step.", default=1, bounds=(1, inf), modes=WINDOW_MODES
     )
     sync_threshold: int = _input(
         "Number of steps, counted from the first, during which to synchronise.",
         default=5,
         bounds=(0, 200),
-        modes=WINDOWED,
+        modes=WINDOW_MODES,
     )
     num_inference_steps: int | None = _input(
         "Number of denoising steps. Defaults to 50, or 20 with speed=fast.",
@@ -219,7 +215,7 @@ class Request:
         "windows itself.",
         default=16,
         bounds=(8, inf),
-        modes=WINDOWED,
+        modes=WINDOW_MODES,
     )
     seed: int | None = _input(
         "Seed of the noise: the same seed and inputs give the same image. Random by default.",
@@ -228,7 +224,7 @@ class Request:
         bounds=(0, 2**SEED_BITS - 1),
     )
     loop_closure: bool = _input(
-        "Close the panorama into a ring along its longer side.", default=False, modes=WINDOWED
+        "Close the panorama into a ring along its longer side.", default=False, modes=WINDOW_MODES
     )
     speed: str | None = _input(
         "exact: as published. fast: several times cheaper, with fewer windows, fewer steps and a "
@@ -236,7 +232,7 @@ class Request:
         default=None,
         example="exact",
         choices=("exact", "fast"),
-        modes=WINDOWED,
+        modes=WINDOW_MODES,
     )
     scheduler: str | None = _input(
         "Solver of the denoising steps: DDIM, Euler, DPM-Solver++ 2M or UniPC. Defaults to the "
@@ -249,13 +245,13 @@ class Request:
         "Depth image to follow; brighter is nearer. The edges that a panorama closes should match. "
         "Left out, the prompt alone decides.",
         default=None,
-        modes=SDXL,
+        modes=SDXL_MODES,
     )
     controlnet_conditioning_scale: float = _input(
         "How closely to follow the depth image; 0 ignores it.",
         default=0.5,
         bounds=(0.0, 2.0),
-        modes=SDXL,
+        modes=SDXL_MODES,
         needs="depth_image",
     )
     lora_scale: float = _input(
@@ -263,7 +259,7 @@ class Request:
         "prompt that names none of its trigger tokens starts with them.",
         default=0.8,
         bounds=(0.0, 2.0),
-        modes=SDXL,
+        modes=SDXL_MODES,
     )
     disable_safety_checker: bool = _input(
         "Return the image unchecked. Otherwise a deployment with a safety checker withholds an "
@@ -291,17 +287,17 @@ class Request:
         """Fill in what was left open, and check what depends on the family.
 
         Args:
-            settings: those of the request's mode, in the family that will run it.
+            settings: the settings of the request's mode, in the family that will run it.
             depth_size: width and height of the depth image, if there is one.
 
         Raises:
-            ValueError: as for the class; a size, the stride, the negative prompt or lora_scale.
+            ValueError: a size, the stride, the negative prompt or lora_scale is not legal there.
         """
         speed = settings.speeds[self.speed or settings.speed]
         width, height = depth_size or (settings.width, settings.height)
         sides = {"width": self.width or width, "height": self.height or height}
-        origin = f" (depth_image has {width} x {height} pixels)" if depth_size else ""
-        _check_size(sides, settings, origin)
+        measured = [name for name in sides if depth_size and getattr(self, name) is None]
+        _check_size(sides, settings, measured)
         open_inputs = {
             "guidance_scale": settings.guidance_scale,
             "num_inference_steps": speed.num_inference_steps,
@@ -341,12 +337,12 @@ class ResolvedRequest(Request):
 
     @property
     def full_prompt(self) -> str:
-        """Return the prompt after the tokens that precede it."""
+        """The prompt after the tokens that precede it."""
         return f"{self.tokens} {self.prompt}" if self.tokens else self.prompt
 
     @property
     def closed_axis(self) -> Literal["", "x", "y"]:
-        """Return the axis along which the panorama closes, "" for none."""
+        """The axis along which the panorama closes, "" for none."""
         if self.mode in ALWAYS_CLOSED:
             return "x"
         if not self.loop_closure:
@@ -363,32 +359,38 @@ def _rules(f: Field[Any]) -> Input:
 INPUTS: Mapping[str, Input] = MappingProxyType({f.name: _rules(f) for f in fields(Request)})
 
 
-def _check_size(sides: Mapping[str, int], settings: ModeSettings, origin: str) -> None:
-    """Check that sides are whole cells, large enough, and not too large together."""
-    legal = _nearest_size(sides, settings)
+def _check_size(sides: Mapping[str, int], settings: ModeSettings, measured: list[str]) -> None:
+    """Check that `sides`, of which the depth image gave those in `measured`, make a legal size."""
+    legal, bounds = _nearest_size(sides, settings), INPUTS["width"]
     wrong = [name for name in sides if sides[name] != legal[name]]
     if not wrong:
         return
-    rule = f"be a multiple of {settings.multiple}, at least {settings.smallest}"
+    least = max(settings.smallest, bounds.minimum)
+    rule = f"be a multiple of {settings.multiple}, at least {least} and at most {bounds.maximum}"
     if prod(sides.values()) > settings.largest:
         rule += f", and at most {settings.largest} pixels in all"
-    found = " and ".join(f"{name}={sides[name]}" for name in wrong)
+    origin = dict.fromkeys(measured, " (from depth_image)")
+    found = " and ".join(f"{name}={sides[name]}{origin.get(name, '')}" for name in wrong)
     advice = " and ".join(f"{name}={legal[name]}" for name in wrong)
-    raise ValueError(f"{found}: must {rule}{origin}; try {advice}")
+    raise ValueError(f"{found}: must {rule}; try {advice}")
 
 
 def _nearest_size(sides: Mapping[str, int], settings: ModeSettings) -> dict[str, int]:
-    """Return the legal width and height nearest to some, of about their shape."""
-    multiple, rule = settings.multiple, INPUTS["width"]
-    least = ceil(max(settings.smallest, rule.minimum) / multiple) * multiple
-    greatest = int(rule.maximum) // multiple * multiple
-    shrink = sqrt(settings.largest / prod(sides.values()))
+    """Return the legal size nearest to `sides`, with about the same aspect ratio."""
+    multiple, largest, bounds = settings.multiple, settings.largest, INPUTS["width"]
+    least = ceil(max(settings.smallest, bounds.minimum) / multiple) * multiple
+    greatest = int(bounds.maximum) // multiple * multiple
+    shrink = sqrt(largest / prod(sides.values()))
 
     def legal(side: int) -> int:
         multiples = floor(side * shrink / multiple) if shrink < 1 else round(side / multiple)
         return min(max(multiples * multiple, least), greatest)
 
-    return {name: legal(side) for name, side in sides.items()}
+    size = {name: legal(side) for name, side in sides.items()}
+    if prod(size.values()) > largest:  # a side was rounded up, or is at its least
+        longer = max(size, key=lambda name: size[name])
+        size[longer] = int(largest) // min(size.values()) // multiple * multiple
+    return size
 
 
 def _check_stride(request: ResolvedRequest, window: int, speed: SpeedSettings) -> None:
@@ -397,23 +399,20 @@ def _check_stride(request: ResolvedRequest, window: int, speed: SpeedSettings) -
     The windows of a ring start at even distances of at most `stride`. At the distance of a whole
     window they would touch without overlapping, and their joints would stay open.
     """
-    rule = INPUTS["stride"]
-    if not speed.takes_stride:
-        if request.stride != rule.default:
-            reason = f"not be set with speed={request.speed!r}, which places its windows itself"
-            raise rule.refuse(request.stride, reason, rule.default)
-        return
-    largest = window - 1 if request.loop_closure else window
-    if request.stride > largest:
-        ring = " on a ring" if request.loop_closure else ""
+    rule, stride = INPUTS["stride"], request.stride
+    largest, ring = (window - 1, " on a ring") if request.loop_closure else (window, "")
+    if speed.takes_stride and stride > largest:
         reason = f"be at most {largest}{ring}, with windows of {window} latent cells"
-        raise rule.refuse(request.stride, reason, window // 2)
+        raise rule.refuse(stride, reason, window // 2)
+    if not speed.takes_stride and stride != rule.default:
+        reason = f"not be set with speed={request.speed!r}, which places its windows itself"
+        raise rule.refuse(stride, reason, rule.default)
 
 
 def _lora(request: Request, settings: ModeSettings) -> dict[str, Any]:
     """Return the LoRA's scale, 0 without a LoRA, and the tokens that the prompt needs for it."""
     rule, scale = INPUTS["lora_scale"], request.lora_scale
-    if request.mode in rule.modes and not settings.tokens:
+    if request.mode in rule.modes and not settings.has_lora:
         if scale not in (0, rule.default):
             raise rule.refuse(scale, "not be set with a model family without a LoRA", 0.0)
         scale = 0.0

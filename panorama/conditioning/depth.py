@@ -46,7 +46,7 @@ def read(path: Path) -> DepthImage:
     data is applied, and the first of several images in a file is taken.
 
     Args:
-        path: of the file.
+        path: the file.
 
     Returns:
         The depth, with the precision of the file if it has one channel (16 bits, or 32 as
@@ -122,8 +122,8 @@ def resize(
 def warn_of_open_edges(depth: NDArray[np.float32], closed: Axis) -> None:
     """Log a warning if the edges of depth (H, W) do not meet along the axis that closes.
 
-    They do not if they differ by more than 2 grey levels of 255, and by more than four times the
-    difference of neighbouring pixels, on average.
+    Edges count as open if they differ on average by more than 2 of 255 grey levels, and by more
+    than four times the mean difference of neighbouring pixels.
     """
     if not closed:
         return

@@ -47,14 +47,14 @@ def embed_sd2(encoders: Sequence[TextEncoder], text: str, contexts: int) -> tupl
 def embed_sdxl(encoders: Sequence[TextEncoder], text: str, contexts: int) -> tuple[Tensor, Tensor]:
     """Embed a text as SDXL does (arXiv 2307.01952, section 2.1).
 
-    The states are the last hidden states but one of both encoders, side by side. The pooled
+    The states are the penultimate hidden states of both encoders, concatenated. The pooled
     embedding is that of the second encoder, for the first context. An empty text is all zeros, as
-    SDXL was trained.
+    in SDXL's training.
 
     The pooled embedding is taken at the end token, unless the encoder's configuration says
     `eos_token_id` 2, as SDXL's does. transformers then takes it at the largest token id, which in
-    a prompt with a LoRA's trigger tokens is the last of those. cog-sdxl trained its LoRAs with just
-    that (`trainer_pti.py`, transformers 4.31), so it stays.
+    a prompt with a LoRA's trigger tokens is the last of those. cog-sdxl trained its LoRAs this way
+    (`trainer_pti.py`, transformers 4.31), so it is kept.
     """
     outputs = [encoder(text, contexts) for encoder in encoders]
     states = torch.cat([output.hidden_states[-2] for output in outputs], -1)  # (n, L, D + D')
@@ -80,8 +80,8 @@ def encode_prompts(
     gets empty contexts, so that both have one length.
 
     Args:
-        encoders: of the base model.
-        embed_type: of its UNet, a key of `EMBED`.
+        encoders: the text encoders of the base model.
+        embed_type: the `addition_embed_type` of its UNet, a key of `EMBED`.
         prompt: what the image shows.
         negative_prompt: what it does not show.
         guidance_scale: 1 leaves the negative prompt out.
@@ -116,7 +116,7 @@ def check_lengths(encoders: Sequence[TextEncoder], texts: Mapping[str, str]) -> 
 
 
 def count_contexts(tokenizer: Any, text: str) -> int:
-    """Return how many contexts a text fills, at least 1."""
+    """Count the contexts that a text fills, at least 1."""
     return max(1, ceil(len(tokenize(tokenizer, text)) / room(tokenizer)))
 
 
@@ -124,7 +124,7 @@ def token_ids(tokenizer: Any, text: str, contexts: int) -> Tensor:
     """Cut a text into contexts of a text encoder.
 
     Args:
-        tokenizer: of CLIP; its `model_max_length` is L.
+        tokenizer: CLIPTokenizer; its `model_max_length` is L.
         text: fills at most that many contexts.
         contexts: how many, n; the last ones may be empty.
 

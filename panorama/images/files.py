@@ -4,6 +4,7 @@ import io
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,7 @@ class Panorama:
 
     image: Image.Image  # RGB
     closed: "Axis"  # along which it closes, "" for none
-    metadata: Mapping[str, Any]  # what made it, ready for JSON: see `read_metadata`
+    metadata: Mapping[str, Any]  # ready for JSON; see `read_metadata`
     seconds: Mapping[str, float]  # time by stage: "denoise", "decode" and "check"
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -49,22 +50,20 @@ class Panorama:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what made a PNG that `Panorama.save` wrote.
+    """Read the metadata of a PNG that `Panorama.save` wrote.
 
     Returns:
-        The `inputs` that its mode takes, as they were used, with the hash of a file in its place;
+        The `inputs` that its mode takes, as they were used, with files replaced by their hashes;
         the LoRA's `tokens` that preceded the prompt, "" for none; the model `family`; `versions`.
 
     Raises:
-        ValueError: the PNG is not one of ours.
+        ValueError: the file is not a PNG with such metadata.
     """
-    # Image.open refuses large images; this reads no pixels.
-    with PngImageFile(os.fspath(path)) as image:
-        text = image.info
-    if METADATA_KEY not in text:
-        raise ValueError(f"{path}: has no text {METADATA_KEY!r}; try a PNG made by panorama")
-    metadata: dict[str, Any] = json.loads(text[METADATA_KEY])
-    return metadata
+    # Image.open refuses large images; this reads no pixels, and raises SyntaxError for no PNG.
+    with suppress(SyntaxError, KeyError, ValueError), PngImageFile(os.fspath(path)) as image:
+        metadata: dict[str, Any] = json.loads(image.info[METADATA_KEY])
+        return metadata
+    raise ValueError(f"{path}: must be a PNG made by panorama; try one that Panorama.save wrote")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -80,14 +79,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 def gpano_properties(width: int, height: int, closed: "Axis") -> dict[str, object]:
     """Return the GPano fields of an image, {} if they cannot describe it.
 
-    An image that closes left to right, or one twice as wide as high, is the middle band of an
-    equirectangular image of its own width. GPano has no fields for an image that closes top to
-    bottom, or for one higher than that whole image.
+    An image that closes left to right is the middle band of an equirectangular image of its own
+    width, unless it is higher than that whole image. Only such a band is a 360 degree image.
 
     Source: Google, "Photo Sphere XMP Metadata".
     """
     full_height = width // 2
-    if height > full_height or (closed != "x" and height != full_height):
+    if closed != "x" or height > full_height:
         return {}
     return {
         "ProjectionType": "equirectangular",

@@ -13,10 +13,10 @@ from PIL.Image import Image
 from torch import Tensor
 from transformers import CLIPImageProcessorPil
 
-from panorama.sampling.canvas import Axis, Canvas, crop
-from panorama.sampling.views import sliding_views
+from panorama.sampling.canvas import Axis, View, crop
+from panorama.sampling.views import half_overlapping_starts
 
-# diffusers announces a black image for what it flags. Nobody gets one here.
+# diffusers warns that it returns a black image; this checker raises instead.
 logging.getLogger("diffusers.pipelines.stable_diffusion.safety_checker").addFilter(
     lambda record: "black image" not in record.getMessage()
 )
@@ -30,7 +30,7 @@ class ImageWithheldError(RuntimeError):
 
 @dataclass(frozen=True)
 class SafetyChecker:
-    """Compares what CLIP sees in an image with concepts that must not be shown.
+    """Compare the CLIP embedding of an image with concepts that must not be shown.
 
     Source: "Red-Teaming the Stable Diffusion Safety Filter" (arXiv 2210.04610), figure 1.
     """
@@ -40,12 +40,12 @@ class SafetyChecker:
 
     @property
     def name(self) -> str:
-        """Return the name of the model's class."""
+        """The name of the model's class."""
         return type(self.model).__name__
 
     @classmethod
     def from_pretrained(cls, folder: Path, dtype: torch.dtype) -> "SafetyChecker":
-        """Load a checker from a folder that holds `FILES`, with weights of a type.
+        """Load a checker from a folder that holds `FILES`, with weights in `dtype`.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -89,5 +89,6 @@ def squares(image: Image, closed: Axis) -> Iterator[Tensor]:
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W)
     height, width = pixels.shape[-2:]
     side = min(height, width)
-    views = sliding_views(Canvas(height, width, closed), side, side // 2)
-    return (crop(pixels, [view])[0] for view in views)
+    tops = half_overlapping_starts(height, side, closed == "y")
+    lefts = half_overlapping_starts(width, side, closed == "x")
+    return (crop(pixels, [View(top, left, side, side)])[0] for top in tops for left in lefts)

@@ -44,8 +44,8 @@ def decode_canvas(
         vae: AutoencoderKL.
         latents: (1, C, H, W), as the solver leaves them.
         closed: the axis that closes.
-        max_cells: H * W above which slices are decoded, of so many cells each, but of at least
-            `MIN_SLICE` along the longer axis.
+        max_cells: the largest H * W that is decoded whole. A larger canvas is decoded in slices of
+            about as many cells, but at least `MIN_SLICE` along the longer axis.
 
     Returns:
         The image (1, 3, H * f, W * f) in [-1, 1], float32, f the VAE's factor.
@@ -71,9 +71,9 @@ def decode_canvas(
                 failed,
                 size,
             )
-            continue
-        require_finite(image, "the decoded image is")
-        return image.clamp_(-1, 1)
+        else:
+            require_finite(image, "the decoded image is")
+            return image.clamp_(-1, 1)
 
 
 def to_pil(image: Tensor) -> Image.Image:
@@ -90,7 +90,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def decode_slices(vae: Any, latents: Tensor, closed: Axis, size: int) -> Tensor:
-    """Decode slices of `size` cells along the longer axis, and blend them where they overlap."""
+    """Decode slices of `size` cells along the longer axis, blended, to (1, 3, H * f, W * f)."""
     height, width = latents.shape[-2:]
     axis, dim = ("x", -1) if width >= height else ("y", -2)
     length = latents.shape[dim]
@@ -134,7 +134,7 @@ def slice_weight(size: int, device: torch.device) -> Tensor:
 
 
 def blocks(latents: Tensor, dim: int, size: int) -> list[Tensor]:
-    """Take four blocks from all along a dimension, together as large as a slice of `size` cells."""
+    """Take four blocks spread evenly along a dimension, together `size` cells long."""
     length, block = latents.shape[dim], size // 4
     return [latents.narrow(dim, (length - block) * k // 3, block) for k in range(4)]
 

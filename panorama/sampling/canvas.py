@@ -93,6 +93,6 @@ def view_weight(view: View, device: torch.device) -> Tensor:
 
 
 def edge_distance(size: int, device: torch.device) -> Tensor:
-    """Return the distance (size,) of cell centres from the nearer end of a row, as parts of it."""
+    """Return the distance (size,) of cell centres from the nearer end, as a fraction of size."""
     places = torch.arange(size, device=device)
     return (torch.minimum(places, places.flip(0)) + 0.5) / size

@@ -28,16 +28,16 @@ class Denoiser(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Conditioning:
     """The embeddings of negative prompt and prompt, or of the prompt alone without guidance."""
 
-    states: Tensor  # of the text encoders, (2, L, D) or (1, L, D)
+    states: Tensor  # of the text encoders, (2, n * L, D) or (1, n * L, D)
     pooled: Tensor | None  # of SDXL, (2, D') or (1, D'); None for SD 2
     guidance_scale: float  # weight of classifier-free guidance
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DepthControl:
     """A ControlNet and the depth that it follows."""
 
@@ -52,7 +52,7 @@ class UNetDenoiser:
     Args:
         unet: of SD 2 or SDXL.
         conditioning: the prompts.
-        canvas: that the windows lie on.
+        canvas: the canvas under the windows.
         solver: scales latents to the UNet's input.
         factor: pixels per latent cell.
         control: a depth image to follow.
@@ -68,7 +68,7 @@ class UNetDenoiser:
         control: DepthControl | None = None,
     ) -> None:
         self._unet, self._solver, self._control = unet, solver, control
-        self._dtype = unet.dtype  # asks every weight, so ask once
+        self._dtype = unet.dtype  # scans every weight, so read it once
         self._canvas, self._factor = canvas, factor
         self._states = conditioning.states.to(unet.device, self._dtype)
         self._pooled = conditioning.pooled
@@ -79,11 +79,12 @@ class UNetDenoiser:
     def __call__(self, x: Tensor, t: Tensor, views: Sequence[View]) -> Tensor:
         """Predict noise with classifier-free guidance (arXiv 2207.12598, equation 6)."""
         halves = len(self._states)  # negative prompt and prompt share a batch
-        inputs = self._solver.scale(x, t).to(self._dtype).repeat(halves, 1, 1, 1)
+        inputs = self._solver.scale(x, t).to(self._dtype)
+        inputs = inputs.repeat(halves, 1, 1, 1)  # (halves * N, C, h, w)
         options: dict[str, Any] = {
             "encoder_hidden_states": self._states.repeat_interleave(
                 len(x), 0
-            ),  # (halves * N, L, D)
+            ),  # (halves * N, n * L, D)
             "added_cond_kwargs": self._micro_conditioning(views),
             "return_dict": False,
         }

@@ -1,4 +1,4 @@
-"""Networks that keep little for a gradient with respect to their inputs."""
+"""Gradients with respect to the inputs of networks, in little memory."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,4 +1,4 @@
-"""Presets: the levers of sampling, set together."""
+"""Presets: named combinations of sampling settings."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -14,8 +14,8 @@ from panorama.sampling.ranks import split_among_ranks
 from panorama.sampling.solver import Solver
 from panorama.sampling.synchronize import Synchronizer, keep_memory
 
-OnStep = Callable[[int, Tensor, Tensor], Tensor]
-"""From step index, timestep and latents to the latents that replace them."""
+OnStep = Callable[[int, int, Tensor], None]
+"""Called with the number of a step, from 1, the number of steps, and the latents (1, C, H, W)."""
 Update = Callable[[Tensor, Sequence[View]], tuple[Tensor, Tensor]]
 """From windows (N, C, h, w) and their views to the updated windows and the noise in them."""
 
@@ -47,12 +47,11 @@ def sample(
         latents: the canvas (1, C, H, W), as `solver.initial` scales noise.
         views_per_step: for each step, views of one size that cover the canvas.
         denoise: the guided noise prediction.
-        solver: of this run.
+        solver: the solver of this run.
         sync: moves windows; None, or a weight of 0, costs no gradient, decode or anchor pass.
         batch_size: windows that pass through the networks at once, half as many in sync steps,
             whose gradients take memory. Halved again where the device runs out of memory.
-        on_step: called after each step; the latents it returns replace the current ones. It may
-            raise to stop.
+        on_step: called after each step; an exception that it raises ends the run.
 
     Returns:
         The denoised latents (1, C, H, W).
@@ -77,20 +76,20 @@ def sample(
             target = sync.embed(x, noise_pred, t)
             update = partial(sync.update, t, target, weight)
             batches = synced
-        windows = split_among_ranks(partial(batches.map, update, latents))(views)
-        fusion.add(windows, views)  # (N, 2C, h, w)
+        update_all = split_among_ranks(partial(batches.map, update, latents))
+        fusion.add(update_all(views), views)  # (N, 2C, h, w), N - 1 without the anchor
         moved, noise_pred = fusion.mean().chunk(2, 1)  # (1, C, H, W) each
         latents = solver.step(noise_pred, t, moved)
         require_finite(latents, f"the latents after step {k + 1} of {len(weights)} are")
         if on_step is not None:
-            latents = on_step(k, t, latents)
+            on_step(k + 1, len(weights), latents)
     return latents
 
 
 def sync_weights(
     sync: Synchronizer | None, views_per_step: Sequence[Sequence[View]]
 ) -> list[float]:
-    """Return the weight of each step, 0 for a single window: it has no other to be like."""
+    """Return the weight of each step, 0 where a single window has none to be synchronised with."""
     if sync is None:
         return [0.0] * len(views_per_step)
     counts = enumerate(map(len, views_per_step))
@@ -145,7 +144,7 @@ class Batches:
         return torch.cat(results)
 
     def _make_room(self, count: int) -> bool:
-        """Need less memory than `count` windows did. Return False if there is no way to."""
+        """Reduce memory use below that of `count` windows. Return False if that is impossible."""
         if self.save_memory():
             logger.warning(
                 "not enough memory for the gradient of %d windows: turning checkpointing on", count

@@ -22,7 +22,7 @@ SCHEDULERS: Mapping[str, tuple[Any, Mapping[str, Any]]] = {
     "dpm++": (DPMSolverMultistepScheduler, {}),
     "unipc": (UniPCMultistepScheduler, {}),
 }
-"""The schedulers that can be chosen by name, each with what its configuration must say."""
+"""The schedulers that can be chosen by name, each with the configuration that it needs."""
 
 ADVICE = (
     "try DDIMScheduler with clip_sample=False, EulerDiscreteScheduler, "
@@ -73,13 +73,14 @@ class Solver:
 
     The scheduler may preserve variance (x = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) eps, as DDIM)
     or let it explode (x = x0 + sigma eps, as Euler). Its step must be affine in (latents, noise):
-    then a step of the mean of windows equals the mean of their steps. Some solvers that start
-    from the sample of an earlier step, such as PNDM, forget a part of how windows were moved.
+    then a step of the mean of windows equals the mean of their steps. Solvers that go
+    back to the sample of an earlier step, such as PNDM and Heun, lose part of a move of windows.
 
     Use a solver for one run only: multistep schedulers keep a history.
 
     Attributes:
-        timesteps: of the run, on the CPU, where schedulers look them up without waiting for a GPU.
+        timesteps: all timesteps, on the CPU, where schedulers look them up without waiting for a
+            GPU.
     """
 
     def __init__(self, scheduler: Any, num_inference_steps: int) -> None:
@@ -99,22 +100,22 @@ class Solver:
         return self._levels[float(t)]
 
     def initial(self, noise: Tensor) -> Tensor:
-        """Scale noise of unit variance to the latents that the run starts from."""
+        """Scale noise (1, C, H, W) of unit variance to the latents that the run starts from."""
         latents: Tensor = noise * self._scheduler.init_noise_sigma
         return latents
 
     def scale(self, x: Tensor, t: Tensor) -> Tensor:
-        """Scale latents to the unit variance that the UNet expects."""
+        """Scale latents (N, C, h, w) to the unit variance that the UNet expects."""
         scaled: Tensor = self._scheduler.scale_model_input(x, t)
         return scaled
 
     def x0(self, x: Tensor, noise_pred: Tensor, t: Tensor) -> Tensor:
-        """Predict the clean latents from latents and their noise (arXiv 2010.02502, equation 9)."""
+        """Predict x0 from latents and noise, (N, C, h, w) each (arXiv 2010.02502, equation 9)."""
         level = self.level(t)
         return (x - level.sigma * noise_pred) / level.alpha
 
     def step(self, noise_pred: Tensor, t: Tensor, x: Tensor) -> Tensor:
-        """Step from latents at t, and the noise predicted in them, to the next timestep."""
+        """Step latents (1, C, H, W) from t to the next timestep, given the noise in them."""
         previous: Tensor = self._scheduler.step(noise_pred, t, x).prev_sample
         return previous
 

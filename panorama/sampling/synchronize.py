@@ -30,6 +30,7 @@ docs/speed.md has the figures.
 """
 
 Features = list[Tensor]
+"""For each stage of a perceptual network its features, (N, C, h, w)."""
 
 
 class Perceptual(Protocol):
@@ -106,9 +107,9 @@ class Synchronizer:
         Args:
             t: timestep.
             target: features of the anchor.
-            weight: of the gradient.
+            weight: weight of the gradient.
             x: windows (N, C, h, w).
-            views: of the windows.
+            views: their N views.
 
         Returns:
             The moved windows and their noise, (N, C, h, w) each.
@@ -136,8 +137,8 @@ class Synchronizer:
     ) -> tuple[Tensor, Tensor]:
         """Move x0 by its own gradient, and keep the noise (cf. arXiv 2311.16424).
 
-        The move is scaled to what `move_latents` does, see `X0_SCALE`. In the later half of the
-        steps next to nothing moves.
+        The move is scaled to what `move_latents` does, see `X0_SCALE`. In the second half
+        of a run almost nothing moves.
         """
         noise_pred = self.denoise(x, t, views)
         level = self.solver.level(t)

@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 from panorama.sampling.canvas import Canvas, View
 
-MIN_SPACING = 8  # cells; the smallest stride, and the least spacing that equal coverage may ask for
+MIN_SPACING = 8  # cells; the smallest stride, and the smallest spacing used for equal coverage
 
 
 class Layout(Protocol):
@@ -26,7 +26,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Spanning:
-    """One view that spans the canvas, as in a stock pipeline."""
+    """Cover the canvas with one view, as a stock pipeline does."""
 
     wraps: ClassVar[bool] = True
 
@@ -37,7 +37,7 @@ class Spanning:
 
 @dataclass(frozen=True)
 class Sliding:
-    """Overlapping windows, at most `stride` latent cells apart.
+    """Cover the canvas with overlapping windows, at most `stride` latent cells apart.
 
     The UNet pads a window's edges with zeros, which leaves a faint step in the latents. Where the
     edges stay in place, the steps add up and show. On a ring the windows therefore turn from step
@@ -68,11 +68,11 @@ class Sliding:
 
 @dataclass(frozen=True)
 class Disjoint:
-    """As few windows as cover the canvas, in other places at each step.
+    """Cover the canvas with windows that overlap as little as possible, elsewhere at each step.
 
     Based on SpotDiffusion (arXiv 2407.15507), with three changes. Windows move by golden sections
     of a window rather than at random, so that the edges of nearby steps lie apart. On a flat axis
-    no window crosses the canvas's edge: the last one ends there and overlaps its neighbour. At the
+    the first and the last window stay at the canvas's edges and overlap their neighbours. At the
     last step windows overlap by half and are feathered, because no later step smooths their edges.
     """
 
@@ -114,12 +114,12 @@ def sliding_views(canvas: Canvas, window: int, stride: int) -> tuple[View, ...]:
 
 
 def starts(length: int, window: int, stride: int, *, ring: bool) -> tuple[int, ...]:
-    """Return where windows start along one axis, see `sliding_views`."""
+    """Return the starts of windows along one axis, see `sliding_views`."""
     return (ring_starts if ring else flat_starts)(length, window, stride)
 
 
 def flat_starts(length: int, window: int, stride: int) -> tuple[int, ...]:
-    """Return the multiples of `stride` at which a window fits, and one start that ends it."""
+    """Return the multiples of `stride` at which a window fits and, if needed, a last start."""
     check_fit(length, window, stride)
     found = list(range(0, length - window + 1, stride))
     if found[-1] != length - window:

@@ -1,4 +1,4 @@
-"""Model families: what they offer, where their models are, and what has to be fetched.
+"""Model families: their modes, their base models, and the files to fetch.
 
 A family is a folder with a family.toml and a folder for each base model; it goes by its name or its
 path. What the manifest names of a family comes from the hub instead, through a hub cache.
@@ -54,7 +54,7 @@ def safety_checker(family: str) -> Path | None:
 
 
 def components(family: str, base: str) -> Mapping[str, Path]:
-    """Return the components of a base model: "sd2", "sdxl" or "perceptual".
+    """Return the components of a base model, such as "sd2" or "perceptual".
 
     Returns:
         By name, folders such as "unet", and files such as "lora.safetensors"; "perceptual" is the
@@ -85,11 +85,11 @@ def needed(family: str, modes: Modes = None) -> tuple[Component, ...]:
 def missing(
     family: str, modes: Modes = None, folder: Path | None = None, thorough: bool = False
 ) -> list[tuple[File, str]]:
-    """List the files that modes lack, each with words that say so.
+    """List the files that modes lack, each with a description of the problem.
 
     Args:
         family: its name, or the path of its folder.
-        modes: those to consider.
+        modes: the modes to consider; None for all that the family offers.
         folder: the hub cache; None for the default of `Cache`.
         thorough: read and verify every file, instead of seeing that it is there.
     """

@@ -13,7 +13,7 @@ from panorama.weights.hub import Cache
 
 
 def listing(family: str, modes: Modes, folder: Path | None) -> Iterator[str]:
-    """Yield lines that say what comes from where, how large, and under which licence."""
+    """Yield lines with the source, licence, names and sizes of the files that modes need."""
     cache, total, heading = Cache(folder), 0, ""
     for component in needed(family, modes):
         above, modes_text = heading, ", ".join(component.modes)
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments exit with 2.
     """
     parser = argparse.ArgumentParser(prog="fetch-weights", description=__doc__)
-    parser.add_argument("--mode", action="append", dest="modes", help="only what this mode needs")
+    parser.add_argument("--mode", action="append", dest="modes", help="only the files of this mode")
     parser.add_argument("--dir", type=Path, help="defaults to PANORAMA_WEIGHTS or the hub's cache")
     parser.add_argument("--list", action="store_true", help="list the files, without a request")
     parser.add_argument("--offline", action="store_true", help="only verify, without a request")

@@ -24,7 +24,7 @@ from panorama.weights.manifest import BUNDLED, Component, File, Source
 
 logger = logging.getLogger(__name__)
 
-STALE = 600  # seconds without a write after which a partial file is that of a killed process
+STALE = 600  # seconds without a write after which a partial file belongs to a killed process
 
 
 class WeightsError(RuntimeError):
@@ -43,7 +43,7 @@ class Cache:
         self._token: Literal[False] | None = None  # False once the hub has refused the user's
 
     def find(self, source: Source, file: File) -> tuple[Path, File] | None:
-        """Return the path of a cached file and which variant it is, or None."""
+        """Return the path of a cached file and its variant, or None."""
         for variant in file.variants():
             path = try_to_load_from_cache(
                 source.repository, variant.name, cache_dir=self.folder, revision=source.revision
@@ -53,7 +53,7 @@ class Cache:
         return None
 
     def find_all(self, component: Component, source: Source) -> list[tuple[Path, File]]:
-        """Return what `find` does for every file of a component, or nothing if one is missing."""
+        """Find every file of a component, or return an empty list if one is missing."""
         found = [self.find(source, file) for file in component.files]
         return [pair for pair in found if pair] if all(found) else []
 
@@ -170,7 +170,7 @@ class Cache:
 
 
 def mismatch(path: Path, file: File) -> str:
-    """Return words for a cached file with another hash than the manifest's, or "".
+    """Describe the problem of a cached file with another hash than the manifest's, "" for none.
 
     Without a hash in the manifest, the hub's is in the name of the blob: SHA-256, or a git hash
     where git itself keeps the file. That name is lost on a file system without symbolic links, and
@@ -191,7 +191,7 @@ def sha256(path: Path) -> str:
 
 
 def remove_stale(blobs: Path) -> None:
-    """Delete what killed processes leave: the hub client never does, and it may be gigabytes."""
+    """Delete partial files of killed processes, up to gigabytes: the hub client never does."""
     for path in blobs.glob("*.incomplete"):
         with suppress(FileNotFoundError):  # another process has finished it meanwhile
             if time.time() - path.stat().st_mtime > STALE:

@@ -40,22 +40,22 @@ class File:
 class Component:
     """Files that are loaded together, such as a UNet: all of them come from one source."""
 
-    name: str  # as in `panorama.weights.components`; that of a single file has a suffix
+    name: str  # as in `panorama.weights.components`; the name of a single file has a suffix
     base: str  # the base model that it belongs to
-    modes: tuple[str, ...]  # those that need it
+    modes: tuple[str, ...]  # the modes that need it
     licence: str
     files: tuple[File, ...]
     sources: tuple[Source, ...]  # in the order in which they are tried
-    pickle: File | None = None  # VGG16 by its URL, which LPIPS is made from; None elsewhere
+    pickle: File | None = None  # VGG16 by its URL, which LPIPS is made from; None otherwise
 
     @property
     def downloads(self) -> tuple[File, ...]:
-        """Return the files that come over the network."""
+        """The files that come over the network."""
         return (self.pickle,) if self.pickle else self.files
 
     @property
     def origin(self) -> str:
-        """Return the places that its files come from, for people to read."""
+        """The places that its files come from, for people to read."""
         return self.pickle.name if self.pickle else ", or ".join(map(str, self.sources))
 
 

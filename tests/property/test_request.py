@@ -1,11 +1,11 @@
 import ast
 import dataclasses
 import re
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from panorama.request import (
@@ -29,6 +29,17 @@ ANYTHING = (
     | st.sampled_from([10**400, {"a": 1}, b"bytes"])
 )
 SPEEDS = {"exact": SpeedSettings(50), "fast": SpeedSettings(20, "dpm++", takes_stride=False)}
+
+SPHERE = ModeSettings(
+    width=1024,
+    height=512,
+    guidance_scale=7.5,
+    multiple=32,
+    smallest=32,
+    largest=2048 * 2048,
+    speeds=SPEEDS,
+)
+SIDES = st.integers(1, 20000)
 
 prompts = st.text(st.characters(codec="utf-8")).filter(str.strip)
 
@@ -63,15 +74,16 @@ def families(draw):
     window = draw(st.integers(16, 128))
     sides = st.integers(window, 1024).map(lambda cells: cells * multiple)
     width, height = draw(sides), draw(sides)
-    least = max(window * multiple * 16384, width * height)  # a family's own size is legal
     return ModeSettings(
         width=width,
         height=height,
         guidance_scale=draw(st.floats(0, 20)),
         multiple=multiple,
         smallest=window * multiple,
-        largest=draw(st.just(inf) | st.integers(least, 2 * 10**9)),
+        # A family's own size is legal.
+        largest=draw(st.just(inf) | st.integers(width * height, 2 * 10**9)),
         window=draw(st.sampled_from([0, window])),
+        has_lora=draw(st.booleans()),
         tokens=draw(st.sampled_from([(), ("<s0>", "<s1>")])),
         speed=draw(st.sampled_from(list(SPEEDS))),
         speeds=SPEEDS,
@@ -124,13 +136,32 @@ def test_given_inputs_are_kept_and_nothing_stays_open(request, settings):
     assert still_open <= {"depth_image", "scheduler", "speed"}
     assert resolved.speed or request.mode not in INPUTS["speed"].modes
     given_inputs = {name: value for name, value in request.inputs().items() if value is not None}
-    if not settings.tokens:  # without a LoRA a scale at its default becomes 0
+    if not settings.has_lora:  # without a LoRA a scale at its default becomes 0
         given_inputs["lora_scale"] = resolved.lora_scale
     assert resolved.inputs() | given_inputs == resolved.inputs()
     for side in (resolved.width, resolved.height):
         assert side % settings.multiple == 0
         assert side >= settings.smallest
     assert resolved.width * resolved.height <= settings.largest
+
+
+@given(st.tuples(SIDES, SIDES), families(), st.sampled_from([8, 32, 48, 64]))
+@example((2929, 1425), SPHERE, 32)
+@example((16384, 65), SPHERE, 32)
+def test_the_size_that_an_error_suggests_is_legal(depth_size, settings, multiple):
+    smallest = ceil(settings.smallest / multiple) * multiple
+    largest = max(settings.largest, smallest**2, 64**2)
+    settings = dataclasses.replace(
+        settings, multiple=multiple, smallest=smallest, largest=largest, window=0
+    )
+    request = Request(prompt="sea", mode="sdxl-360")
+    try:
+        request.resolve(settings, depth_size)
+    except ValueError as error:
+        resolved = dataclasses.replace(request, **advice(error)).resolve(settings, depth_size)
+        for side in (resolved.width, resolved.height):
+            assert side % multiple == 0 and side >= smallest
+        assert resolved.width * resolved.height <= largest
 
 
 @given(requests_of("syncdiffusion"), families())

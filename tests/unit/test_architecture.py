@@ -152,6 +152,10 @@ def test_importing_a_module_prints_nothing(module):
 def test_public_names_can_be_imported():
     import panorama
 
+    tree = ast.walk(ast.parse(SOURCES["panorama"].read_text()))
+    aliases = [alias for node in tree if isinstance(node, ast.ImportFrom) for alias in node.names]
+    typed = [alias.asname for alias in aliases if alias.asname]
+    assert sorted([*typed, "__version__"]) == sorted(panorama.__all__)
     for name in panorama.__all__:
         assert getattr(panorama, name) is not None
     with pytest.raises(AttributeError, match="nonesuch"):

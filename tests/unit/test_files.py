@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from panorama.images.files import Panorama, read_metadata, write_atomically
 
@@ -105,17 +106,16 @@ def test_a_ring_is_the_middle_band_of_an_equirectangular_image(saved):
     }
 
 
-@pytest.mark.parametrize("closed", ["", "x"])
-def test_an_image_twice_as_wide_as_high_is_a_whole_one(saved, closed):
-    fields = gpano(saved(height=256, closed=closed))
+def test_a_ring_twice_as_wide_as_high_is_a_whole_one(saved):
+    fields = gpano(saved(height=256, closed="x"))
     assert fields["FullPanoHeightPixels"] == fields["CroppedAreaImageHeightPixels"] == "256"
     assert fields["CroppedAreaTopPixels"] == "0"
 
 
 @pytest.mark.parametrize(
     ("width", "height", "closed"),
-    [(512, 128, ""), (128, 512, "y"), (512, 128, "y"), (256, 256, "x")],
-    ids=["flat", "tall, closed", "wide, closed top to bottom", "higher than half its width"],
+    [(512, 128, ""), (512, 256, ""), (128, 512, "y"), (512, 256, "y"), (256, 256, "x")],
+    ids=["flat", "2:1", "tall, closed", "closed top to bottom", "higher than half its width"],
 )
 def test_an_image_that_is_no_360_does_not_claim_to_be_one(saved, width, height, closed):
     assert gpano(saved(width=width, height=height, closed=closed)) == {}
@@ -153,8 +153,17 @@ def test_a_write_that_fails_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_an_image_of_others_is_refused(tmp_path):
-    path = tmp_path / "other.png"
+@pytest.mark.parametrize("suffix", ["png", "jpeg"])
+def test_an_image_of_others_is_refused(tmp_path, suffix):
+    path = tmp_path / f"other.{suffix}"
     Image.new("RGB", (8, 8)).save(path)
-    with pytest.raises(ValueError, match=r"other\.png.*panorama"):
+    with pytest.raises(ValueError, match=rf"other\.{suffix}: must .*; try .*Panorama\.save"):
+        read_metadata(path)
+
+
+def test_metadata_of_others_is_refused(tmp_path):
+    path, info = tmp_path / "other.png", PngInfo()
+    info.add_itxt("panorama", "a wide view")
+    Image.new("RGB", (8, 8)).save(path, pnginfo=info)
+    with pytest.raises(ValueError, match=r"other\.png: must "):
         read_metadata(path)

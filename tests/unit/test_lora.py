@@ -193,3 +193,12 @@ def test_a_base_model_loads_its_lora_and_its_tokens(tuned: BaseModel, tmp_path: 
     assert loaded.tokens == TOKENS
     prompt = f"<s0><s1> {PROMPT}"
     assert torch.equal(run(loaded, prompt=prompt), run(tuned, prompt=prompt))
+
+
+def test_a_lora_needs_no_trigger_tokens(fresh: BaseModel, tmp_path: Path) -> None:
+    paths = save(fresh, tmp_path)
+    paths["lora.safetensors"] = cog_sdxl(fresh, tmp_path / "lora.safetensors")
+    base = load_base_model(paths, torch.float32)
+    assert base.has_lora and base.tokens == ()
+    assert not torch.equal(run(base, lora_scale=1.0), run(base, lora_scale=0))
+    assert not load_base_model(save(fresh, tmp_path), torch.float32).has_lora

@@ -37,12 +37,12 @@ SPHERE = ModeSettings(
     guidance_scale=7.5,
     multiple=32,
     smallest=32,
+    has_lora=True,
     tokens=("<s0>", "<s1>"),
     speeds={"exact": SpeedSettings(50)},
 )
-XL = dataclasses.replace(
-    SD2, smallest=1024, height=1024, window=128, tokens=SPHERE.tokens, speed="fast"
-)
+LORA = {"has_lora": True, "tokens": SPHERE.tokens}
+XL = dataclasses.replace(SD2, smallest=1024, height=1024, window=128, speed="fast", **LORA)
 SETTINGS = {"syncdiffusion": SD2, "syncdiffusion-xl": XL, "sdxl-360": SPHERE}
 DEPTH = Path("/some/folder/depth.png")
 
@@ -332,7 +332,7 @@ def test_tokens_of_the_lora_precede_a_prompt_that_names_none(inputs, prompt):
 
 
 def test_a_family_without_a_lora_takes_no_scale_for_one():
-    bare = dataclasses.replace(SPHERE, tokens=())
+    bare = dataclasses.replace(SPHERE, has_lora=False, tokens=())
     for inputs in ({}, {"lora_scale": 0.8}, {"lora_scale": 0}):
         resolved = resolve(bare, mode="sdxl-360", **inputs)
         assert (resolved.lora_scale, resolved.full_prompt) == (0, "sea")
@@ -340,6 +340,13 @@ def test_a_family_without_a_lora_takes_no_scale_for_one():
     name, rule, legal = refusal(lambda: resolve(bare, mode="sdxl-360", lora_scale=0.5))
     assert (name, legal) == ("lora_scale", 0)
     assert "LoRA" in rule
+
+
+def test_a_lora_without_tokens_has_a_scale_and_leaves_the_prompt_as_it_is():
+    bare = dataclasses.replace(SPHERE, tokens=())
+    for scale in (0.8, 0.5, 0.0):
+        resolved = resolve(bare, mode="sdxl-360", lora_scale=scale)
+        assert (resolved.lora_scale, resolved.full_prompt) == (scale, "sea")
 
 
 def test_the_size_is_that_of_the_depth_image():
@@ -354,21 +361,28 @@ BOUNDED = dataclasses.replace(SPHERE, largest=2048 * 2048)
 
 
 @pytest.mark.parametrize(
-    ("depth_size", "given", "advice"),
+    ("depth_size", "given", "advice", "rule"),
     [
-        ((1000, 500), {}, {"width": 992, "height": 512}),
-        ((20, 40), {}, {"width": 64, "height": 64}),
-        ((20000, 384), {}, {"width": 14752, "height": 256}),
-        ((1000, 500), {"height": 512}, {"width": 992}),
-        ((8192, 4096), {}, {"width": 2880, "height": 1440}),
-        ((100000, 50), {}, {"width": 16384, "height": 64}),
+        ((1000, 500), {}, {"width": 992, "height": 512}, "multiple of 32"),
+        ((20, 40), {}, {"width": 64, "height": 64}, "at least 64"),
+        ((20000, 384), {}, {"width": 14752, "height": 256}, "at most 16384"),
+        ((20000, 64), {}, {"width": 16384}, "at most 16384"),
+        ((1000, 500), {"height": 512}, {"width": 992}, "multiple of 32"),
+        ((1000, 500), {"width": 1000}, {"width": 992, "height": 512}, "multiple of 32"),
+        ((1024, 512), {"width": 1000}, {"width": 992}, "multiple of 32"),
+        ((8192, 4096), {}, {"width": 2880, "height": 1440}, "4194304 pixels"),
+        ((100000, 50), {}, {"width": 16384, "height": 64}, "at most 16384"),
     ],
 )
-def test_a_depth_image_of_no_legal_size_needs_one_to_be_given(depth_size, given, advice):
+def test_a_depth_image_of_no_legal_size_needs_one_to_be_given(depth_size, given, advice, rule):
     inputs = {"mode": "sdxl-360", "depth_image": DEPTH, **given}
     with pytest.raises(ValueError) as error:
         resolve(BOUNDED, depth_size, **inputs)
-    assert f"depth_image has {depth_size[0]} x {depth_size[1]} pixels" in str(error.value)
+    found, _, rest = str(error.value).partition(": must ")
+    assert rule in rest
+    from_depth = set(re.findall(r"(width|height)=\d+ [^=]*depth_image", found))
+    assert from_depth == set(advice) - set(given)
+    assert ("depth_image" in str(error.value)) == bool(from_depth)
     tried = re.findall(r"(width|height)=(\d+)", str(error.value).rpartition("; try ")[2])
     assert {name: int(side) for name, side in tried} == advice
     resolved = resolve(BOUNDED, depth_size, **inputs | advice)

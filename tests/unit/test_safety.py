@@ -186,6 +186,16 @@ def test_stripes_on_the_edge_are_seen_where_the_image_closes(checker: SafetyChec
         checker.check(image, "x")
 
 
+@pytest.mark.parametrize(
+    ("width", "height", "closed", "count"),
+    [(264, 64, "x", 9), (64, 264, "y", 9), (264, 64, "", 8), (264, 64, "y", 16), (65, 65, "x", 3)],
+)
+def test_squares_overlap_by_half_and_are_as_few_as_can(
+    width: int, height: int, closed: Axis, count: int
+) -> None:
+    assert len(list(squares(Image.new("RGB", (width, height)), closed))) == count
+
+
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (200, 64), (64, 136), (1024, 512)])
 @pytest.mark.parametrize("closed", ["", "x", "y"])
 def test_every_pixel_is_in_a_square(width: int, height: int, closed: Axis) -> None:

@@ -110,23 +110,23 @@ def test_each_window_comes_with_its_view(sync: SyncSettings | None) -> None:
     assert seen.count(4) == (STEPS if sync is None else STEPS - 2)  # of 6, the rest of each step 2
 
 
-def test_on_step_sees_every_step_and_may_replace_the_latents() -> None:
-    seen: list[tuple[int, float]] = []
+def test_on_step_sees_every_step() -> None:
+    seen: list[tuple[int, int]] = []
+    kept: list[Tensor] = []
 
-    def on_step(step: int, t: Tensor, latents: Tensor) -> Tensor:
-        seen.append((step, float(t)))
-        return torch.full_like(latents, 5.0) if step == STEPS - 1 else latents
+    def on_step(step: int, steps: int, latents: Tensor) -> None:
+        seen.append((step, steps))
+        kept.append(latents)
 
     latents = Networks().run(STRIP, Sliding(8), on_step=on_step)
-    assert seen == [(k, float(t)) for k, t in enumerate(make_solver().timesteps)]
-    assert torch.equal(latents, torch.full_like(latents, 5.0))
+    assert seen == [(k, STEPS) for k in range(1, STEPS + 1)]
+    assert torch.equal(kept[-1], latents) and not torch.equal(kept[-2], latents)
 
 
 def test_on_step_may_stop_a_run() -> None:
-    def on_step(step: int, t: Tensor, latents: Tensor) -> Tensor:
-        if step == 2:
+    def on_step(step: int, steps: int, latents: Tensor) -> None:
+        if step == 3:
             raise KeyboardInterrupt
-        return latents
 
     networks = Counting()
     with pytest.raises(KeyboardInterrupt):
