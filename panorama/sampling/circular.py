@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -57,7 +58,9 @@ def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     """
     own = vars(conv)
     axes: str = own.get("wrapped_axes", "")
-    conv2d: Callable[..., Tensor] = own.get("conv2d", F.conv2d)
+    conv2d: Callable[..., Tensor] = F.conv2d
+    if torch.is_grad_enabled():  # otherwise nothing is kept anyway
+        conv2d = own.get("conv2d", F.conv2d)
     padding: Any = conv.padding
     if axes or conv.padding_mode != "zeros" or isinstance(padding, str):
         x, padding = pad(conv, x, axes), (0, 0)

@@ -37,7 +37,7 @@ def test_a_flagged_image_is_withheld_unless_the_request_says_otherwise(server: S
     assert png(again) == png(unchecked)
 
 
-def test_its_log_speaks_of_no_black_picture(server: Server) -> None:
+def test_its_log_speaks_of_no_black_image(server: Server) -> None:
     _, withheld = server.predict(QUICK)
     assert withheld["status"] == "failed"
     assert "safety checker: StableDiffusionSafetyChecker" in server.log()

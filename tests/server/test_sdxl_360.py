@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.bad_pictures import bomb
+from tests.bad_images import bomb
 from tests.small_sdxl import save_family
 
 from .conftest import Server, decoded, png, serving
@@ -106,9 +106,15 @@ BAD = {
     "no image": (data_url(b"<html>404</html>"), ("depth_image=",)),
     "truncated": (data_url(depth()[:-40]), ("depth_image=",)),
     "a decompression bomb": (data_url(bomb()), ("depth_image=",)),
-    "too many pixels": (data_url(depth(3200, 3200)), ("3200 x 3200", "width=2048 and height=2048")),
+    "too many pixels": (
+        data_url(depth(3200, 3200)),
+        ("width=3200 (from depth_image)", "width=2048 and height=2048"),
+    ),
     "1 x 1": (data_url(depth(1, 1)), ("depth_image=", "16")),
-    "odd size": (data_url(depth(60, 190)), ("190 x 60", "width=192 and height=64")),
+    "odd size": (
+        data_url(depth(60, 190)),
+        ("width=190 (from depth_image)", "width=192 and height=64"),
+    ),
     "a path": ("/etc/passwd", ("depth_image='/etc/passwd'", "file")),
     "a file URL": ("file:///etc/passwd", ("depth_image=", "file")),
 }
