@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
 
 from panorama.conditioning.depth import MAX_PIXELS, read, resize, warn_of_open_edges
-from tests.bad_pictures import bomb
+from tests.bad_images import bomb
 
 
 def ramp(height: int = 32, width: int = 64) -> np.ndarray:

@@ -65,7 +65,7 @@ def test_a_depth_image_is_1_where_it_is_nearest_and_0_in_the_sky() -> None:
     assert np.allclose(depth_image(distance), expected, atol=1e-3)
 
 
-def test_depth_images_are_those_of_the_pictures_and_rolled_with_them() -> None:
+def test_depth_images_are_those_of_the_images_and_rolled_with_them() -> None:
     rng = np.random.default_rng(0)
     distances = [rng.uniform(1, 9, (3, 16, 32)).astype(np.float16) for _ in range(2)]
     depth = depth_images(distances, [2, 3], [0, 1])
@@ -74,14 +74,14 @@ def test_depth_images_are_those_of_the_pictures_and_rolled_with_them() -> None:
     assert np.array_equal(depth[1, 2], np.roll(depth_image(distances[1][0]), 8, axis=1))
 
 
-def test_pictures_are_numbered_set_after_set() -> None:
+def test_images_are_numbered_set_after_set() -> None:
     places = [dataset.locate([2, 0, 3], index) for index in range(5)]
     assert places == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
     with pytest.raises(IndexError):
         dataset.locate([2, 0, 3], 5)
 
 
-def test_correlation_is_that_of_each_picture() -> None:
+def test_correlation_is_that_of_each_image() -> None:
     depth = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0))
     same = correlation(depth, torch.stack([2 * depth[0] + 1, -depth[1]]))
     torch.testing.assert_close(same, torch.tensor([1.0, -1.0]))
@@ -152,7 +152,7 @@ def test_a_caption_left_out_is_that_of_an_empty_negative_prompt(base: BaseModel)
     assert torch.equal(own["added_cond_kwargs"]["text_embeds"][:1], pooled)
 
 
-def test_batches_follow_from_their_generator_and_are_rolled_pictures(base: BaseModel) -> None:
+def test_batches_follow_from_their_generator_and_are_rolled_images(base: BaseModel) -> None:
     latents = torch.randn(4, 4, 8, 16)
     spheres = Spheres(latents, [ROOM, SCENE] * 2, base.text_encoders[0].tokenizer)
     draws = [spheres.draw(torch.Generator().manual_seed(1)) for _ in range(2)]
@@ -217,13 +217,13 @@ def test_the_reader_that_teaches_sees_every_cell() -> None:
     assert latents.grad is not None and latents.grad.abs().amin() > 0
 
 
-def test_crisp_pictures_keep_areas_and_part_their_edges() -> None:
-    picture = np.full((64, 64, 3), (90, 100, 140), np.uint8)
-    picture[:, 32:] = (150, 160, 200)
-    changed = style.crisp(picture)
-    assert np.array_equal(changed[:, [0, -1]], picture[:, [0, -1]])
-    assert (changed[:, 31] < picture[:, 31] - 10).all()
-    assert (changed[:, 32] > picture[:, 32] + 10).all()
+def test_crisp_images_keep_areas_and_part_their_edges() -> None:
+    image = np.full((64, 64, 3), (90, 100, 140), np.uint8)
+    image[:, 32:] = (150, 160, 200)
+    changed = style.crisp(image)
+    assert np.array_equal(changed[:, [0, -1]], image[:, [0, -1]])
+    assert (changed[:, 31] < image[:, 31] - 10).all()
+    assert (changed[:, 32] > image[:, 32] + 10).all()
 
 
 def test_a_style_loads_as_it_was_trained(base: BaseModel, tmp_path: Path) -> None:
@@ -290,16 +290,16 @@ def test_the_first_model_and_its_features_load_from_where_they_are_exported(
     assert {weight.dtype for weight in stored.values()} == {torch.float16}
 
 
-def pictures(kind: str, count: int) -> dataset.Pictures:
+def draw_images(kind: str, count: int) -> dataset.Images:
     drawn = [dataset.draw_one(kind, "test", index) for index in range(count)]
     rgb, distance, attributes = zip(*drawn, strict=True)
-    return dataset.Pictures(np.stack(rgb), np.stack(distance).astype(np.float16), list(attributes))
+    return dataset.Images(np.stack(rgb), np.stack(distance).astype(np.float16), list(attributes))
 
 
 def test_windows_come_from_all_sets_and_are_labelled() -> None:
-    sets = [pictures("outdoors", 1), pictures("rooms", 2)]
+    sets = [draw_images("outdoors", 1), draw_images("rooms", 2)]
     windows = recognise.draw_windows(sets, 512, 12, torch.Generator().manual_seed(0))
-    assert {id(w.pictures) for w in windows} == {id(s) for s in sets}
+    assert {id(w.images) for w in windows} == {id(s) for s in sets}
     assert all(w.rgb.shape == (256, 512, 3) for w in windows)
     answers = recognise.labels(windows, recognise.SPHERE_ATTRIBUTES)
     for i, window in enumerate(windows):

@@ -25,7 +25,7 @@ PLAN = Plan("controlnet", steps=2600, learning_rate=1e-3, average=0.99, warmup=5
 READER_PLAN = Plan("latent-depth", steps=2000, learning_rate=2e-3, average=0.99, warmup=50)
 DROPPED = 0.5  # share of captions left out, so that shapes are read off the depth (2302.05543)
 SCALES = (0.5, 1.0)
-"""Between these lies controlnet_conditioning_scale in training: each of them is followed."""
+"""The range of controlnet_conditioning_scale in training, so depth is followed throughout it."""
 
 
 def build(base: TextToSphere) -> ControlNetModel:
@@ -48,8 +48,8 @@ def build(base: TextToSphere) -> ControlNetModel:
 class LatentReader(nn.Module):
     """A small network that reads depth off latents.
 
-    It teaches the ControlNet. Another network measures, `depths.DepthReader`, which has no part in
-    making images.
+    It teaches the ControlNet. Measurements use another network, `depths.DepthReader`, which has
+    no part in making images.
     """
 
     def __init__(self, channels: tuple[int, ...] = (48, 64, 96, 128)) -> None:
@@ -73,8 +73,8 @@ def depth_images(
 
     Args:
         distances: (M, H, W) metres for each kind of image.
-        index: numbers of images, kind after kind.
-        shift: the cells that each is rolled by.
+        index: the numbers of the images, counted kind after kind.
+        shift: the number of cells to roll each by.
     """
     rolled = []
     for i, turn in zip(index, shift, strict=True):
@@ -86,7 +86,7 @@ def depth_images(
 
 @dataclass(frozen=True)
 class Lessons:
-    """The lessons of reader and ControlNet: images with their depth, and the frozen base."""
+    """The lessons of the reader and ControlNet: images with their depth, and the frozen base."""
 
     base: TextToSphere
     spheres: Spheres
@@ -121,8 +121,8 @@ def train(
 ) -> ControlNetModel:
     """Train on the rendered distances.
 
-    The error of the noise alone says little of the depth: after a thousand steps no depth was
-    followed. A reader of depth says more (ControlNet++, arXiv 2404.07987).
+    The error of the noise alone says little about depth: after a thousand steps the ControlNet
+    still followed none. A depth reader says more (ControlNet++, arXiv 2404.07987).
     """
     torch.manual_seed(5)
     base.requires_grad_(False)

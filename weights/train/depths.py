@@ -1,4 +1,4 @@
-"""Depth images, and a network that reads depth off images, to check that they followed one."""
+"""Make depth images, and read depth off images to check that they follow one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +21,7 @@ CELL = 2**FINEST  # pixels
 
 
 def depth_image(distance: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Return the depth image of an image: the root of the nearest distance over each distance.
+    """Return an image's depth image: the square root of the nearest distance over each distance.
 
     The root keeps apart what is far off: 0.17 and 0.12 for ridges at 200 m and 400 m above ground
     at 6 m.
@@ -76,7 +76,7 @@ def train(work: Path) -> nn.Module:
     def loss(generator: torch.Generator) -> Tensor:
         windows = draw_windows(sets, width, BATCH, generator)
         images = disturb(to_tensor(np.stack([w.rgb for w in windows])), generator)
-        depths = [depth_image(w.pictures.distance[w.index])[:, w.columns] for w in windows]
+        depths = [depth_image(w.images.distance[w.index])[:, w.columns] for w in windows]
         target = cells(torch.from_numpy(np.stack(depths)))
         if draw(2, generator):
             images, target = images.flip(-1), target.flip(-1)

@@ -64,7 +64,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def words() -> Iterator[str]:
-    """Yield the words of every caption, of rooms too: both models share the vocabulary."""
+    """Yield the words of every caption, rooms included: both models share the vocabulary."""
     for table in (scenes.TIME_WORDS, scenes.LAND_WORDS):
         for synonyms in table.values():
             yield from dict.fromkeys(synonyms)
@@ -129,15 +129,15 @@ class TextToImage(nn.Module):
 
 @torch.no_grad()
 def encode(
-    work: Path, vae: AutoencoderKL, name: str, pictures: Iterable[NDArray[np.uint8]]
+    work: Path, vae: AutoencoderKL, name: str, images: Iterable[NDArray[np.uint8]]
 ) -> Tensor:
-    """Encode images that close left to right; a file in the work folder keeps the latents.
+    """Encode images that wrap around horizontally; a file in the work folder keeps the latents.
 
     Args:
         work: the folder.
-        vae: the autoencoder; a change of its encoder's weights makes another file.
-        name: of the set of images.
-        pictures: (H, W, 3) in [0, 255] each; read only if the file is missing.
+        vae: the autoencoder; a change of its encoder's weights gives another file.
+        name: the name of the set of images.
+        images: the images, (H, W, 3) in [0, 255] each; read only if the file is missing.
 
     Returns:
         The scaled latents, (N, 4, H / 8, W / 8).
@@ -148,8 +148,8 @@ def encode(
     if path.exists():
         return torch.load(path, weights_only=True)
     latents = []
-    for index, picture in enumerate(pictures):
-        around = np.concatenate([picture[:, -WRAP:], picture, picture[:, :WRAP]], 1)
+    for index, image in enumerate(images):
+        around = np.concatenate([image[:, -WRAP:], image, image[:, :WRAP]], 1)
         with mixed_precision():
             mean = vae.encode(to_tensor(around[None])).latent_dist.mean.float()
         latents.append(mean[..., WRAP // 8 : -WRAP // 8] * vae.config.scaling_factor)
@@ -179,8 +179,8 @@ def loss_weight(alpha_bar: Tensor, low: float = 0.2, high: float = 5.0) -> Tenso
     """Return the loss's weight at alpha_bar (N,), for x0's error: SNR clamped to [low, high].
 
     The upper bound is that of Min-SNR (arXiv 2303.09556). The lower one makes up for how little
-    the error of the noise says of x0 where there is next to nothing but noise, which is where the
-    colours of large areas are decided.
+    the error of the noise says about x0 where there is next to nothing but noise, which is where
+    the colours of large areas are decided.
     """
     snr = alpha_bar / (1 - alpha_bar)
     return snr.clamp(low, high) / snr
@@ -188,7 +188,7 @@ def loss_weight(alpha_bar: Tensor, low: float = 0.2, high: float = 5.0) -> Tenso
 
 @dataclass(frozen=True)
 class Noisy:
-    """Latents with noise."""
+    """Latents with noise added."""
 
     latents: Tensor  # (N, C, h, w)
     noise: Tensor  # (N, C, h, w), the noise in them
@@ -222,9 +222,9 @@ def denoising_loss(
     """Return the weighted error of the noise that a model predicts.
 
     Args:
-        predict: from noisy latents (N, C, h, w) and timesteps (N,) to the noise in them.
-        x0: latents (N, C, h, w).
-        scheduler: of the noise.
+        predict: maps noisy latents (N, C, h, w) and timesteps (N,) to the noise in them.
+        x0: the clean latents (N, C, h, w).
+        scheduler: the noise schedule.
         generator: draws timesteps and noise.
     """
     noisy = add_noise(x0, scheduler, generator)
@@ -248,8 +248,8 @@ def train(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToIma
     torch.manual_seed(3)
     model = TextToImage(build_text_encoder(tokenizer), build_unet())
     scheduler = build_scheduler()
-    pictures = dataset.load(work, "strips", "train")
-    latents, attributes = encode(work, vae, "strips", pictures.rgb), pictures.attributes
+    images = dataset.load(work, "strips", "train")
+    latents, attributes = encode(work, vae, "strips", images.rgb), images.attributes
     width = latents.shape[-1]
 
     def loss(generator: torch.Generator) -> Tensor:

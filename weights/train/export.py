@@ -1,4 +1,4 @@
-"""Write what was trained to `weights/tiny/`, in diffusers format and half precision."""
+"""Write the trained networks to `weights/tiny/`, in diffusers format and half precision."""
 
 import json
 from collections.abc import Mapping
@@ -22,8 +22,8 @@ TINY = Path(__file__).parent.parent / "tiny"
 SD2, SDXL, PERCEPTUAL = "sd2", "sdxl", "perceptual"  # folders of the family
 JUDGES = Path(__file__).parent / "judges"
 DISTANCE_SCALE = 0.5
-"""The strength of a sync_weight of 20; of 0.3, 0.5 and 1.7, tried on the first seeds of
-`script/coherence`, the one that left windows most alike.
+"""The strength of a sync_weight of 20. Of 0.3, 0.5 and 1.7, tried on the first seeds of
+`script/coherence`, this value left windows most alike.
 """
 
 
@@ -79,7 +79,7 @@ def forget_origin(path: Path) -> None:
 def load_base() -> tuple[AutoencoderKL, CLIPTokenizer, TextToSphere]:
     """Read the files of `export_base` in single precision.
 
-    A style or a ControlNet is trained on what it is used with.
+    A style or a ControlNet is trained on the same files that it is used with.
     """
     folder = TINY / SDXL
 

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plan:
-    """The plan of a training; resumed any number of times, it sees the same batches."""
+    """The plan of a training run, which sees the same batches however often it is resumed."""
 
     name: str
     steps: int
@@ -43,7 +43,7 @@ class Plan:
 
 
 def has_bfloat16() -> bool:
-    """Return True if the processor multiplies in bfloat16, which others do many times slower."""
+    """Return True if the processor multiplies in bfloat16; others are many times slower at it."""
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
@@ -56,9 +56,9 @@ def fit(model: nn.Module, loss: Loss, plan: Plan, work: Path) -> nn.Module:
     """Train in place, from the last checkpoint if there is one.
 
     Args:
-        model: to train.
+        model: the model to train.
         loss: draws a batch with the generator given and returns the model's loss on it.
-        plan: of the training.
+        plan: the plan of the training run.
         work: the folder whose `checkpoints/` a later run resumes from.
 
     Returns:
@@ -107,7 +107,7 @@ def blend(average: nn.Module, model: nn.Module, decay: float) -> None:
 def save(
     path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, step: int
 ) -> None:
-    """Write a checkpoint; a run killed meanwhile leaves the one before."""
+    """Write a checkpoint; a run killed meanwhile leaves the previous one."""
     state = {
         "model": model.state_dict(),
         "average": average.state_dict(),

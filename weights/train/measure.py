@@ -1,10 +1,10 @@
 """Measure the embedded family on held-out data: `python -m weights.train.measure --help`.
 
-Prints the figures of the model card. syncdiffusion: the autoencoder's PSNR, the judge's own
-accuracy, and how often images show what their prompt asked for. sdxl-360: the same of its judge and
-its images, and how closely images follow a depth image. syncdiffusion-xl: how closely its rings
-follow the same depth images. Both SDXL modes are measured with the LoRA as requests have it by
-default, and again without it.
+The output is the figures of the model card. For syncdiffusion: the autoencoder's PSNR, the judge's
+own accuracy, and how often images show what their prompt asked for. For sdxl-360: the same for its
+judge and its images, and how closely images follow a depth image. For syncdiffusion-xl: how closely
+its rings follow the same depth images. Both SDXL modes are measured with the LoRA at its default
+strength, and again without it.
 """
 
 import argparse
@@ -43,7 +43,7 @@ DEPTHS = 24  # held-out depth images of each kind
 Wish = tuple[str, Mapping[str, object]]
 """A prompt, and the attributes that it asks for."""
 Make = Callable[..., Tensor]
-"""From a prompt and a seed to an image (1, 3, H, W) in [0, 1]."""
+"""A function from a prompt and a seed to an image (1, 3, H, W) in [0, 1]."""
 
 
 def make_image(models: Models, request: Request, **changes: Any) -> Tensor:
@@ -51,7 +51,7 @@ def make_image(models: Models, request: Request, **changes: Any) -> Tensor:
 
     Args:
         models: the family.
-        request: what to make.
+        request: the request to make an image of.
         changes: settings of the pipeline that replace those of the request.
     """
     settings = replace(models.prepare(request).settings(), **changes)
@@ -92,9 +92,9 @@ def agreement(
     Args:
         make: makes an image.
         judge: reads attributes.
-        attributes: their values.
+        attributes: the values of those attributes.
         wishes: the prompts, and the attributes that they ask for.
-        seeds: images for every wish.
+        seeds: the number of images made for each wish.
         sheet: a PNG to write of all images at half their size, a row for each wish.
     """
     hits: dict[str, list[bool]] = {name: [] for name in (*wishes[0][1], "all")}
@@ -113,7 +113,7 @@ def agreement(
 
 
 def save_sheet(tiles: Sequence[Tensor], columns: int, path: Path) -> None:
-    """Write images (3, H, W) in [0, 1] of one size as a table."""
+    """Write images (3, H, W) in [0, 1] of one size as a grid."""
     rows = [torch.cat(list(tiles[i : i + columns]), -1) for i in range(0, len(tiles), columns)]
     pixels = torch.cat(rows, -2).permute(1, 2, 0).mul(255).round().byte().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -233,12 +233,12 @@ def measure_agreement(make: Make, judge: Judge, sheets: Path | None) -> None:
 
 
 def depth_correlations(make: Make, work: Path, kind: str) -> dict[str, dict[str, float]]:
-    """Correlate the depth that is read off images with a given one.
+    """Correlate the depth that is read off images with the depth given.
 
     Args:
         make: makes an image, with `depth` (H, W) or without.
         work: the folder of the held-out images, of the same size.
-        kind: of images.
+        kind: the kind of the images.
 
     Returns:
         For images that follow the depth image, for those of its caption alone, and for the render
@@ -275,7 +275,7 @@ MEASURES: Mapping[str, Callable[[Models, Path, Path | None], None]] = {
     "syncdiffusion": measure_syncdiffusion,
     "sdxl-360": measure_sdxl_360,
 }
-"""The figures of each mode but those of depth."""
+"""The functions that print the figures of each mode, except those of depth."""
 
 
 def main() -> None:

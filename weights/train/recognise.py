@@ -127,26 +127,26 @@ class Judge(nn.Module):
 class Window:
     """Some columns of an image, also across the wrap."""
 
-    pictures: dataset.Pictures
+    images: dataset.Images
     index: int
     columns: NDArray[np.intp]
 
     @property
     def rgb(self) -> NDArray[np.uint8]:
         """The pixels, (H, w, 3) in [0, 255]."""
-        return self.pictures.rgb[self.index][:, self.columns]
+        return self.images.rgb[self.index][:, self.columns]
 
     @property
     def attributes(self) -> Mapping[str, object]:
         """The attributes of the image."""
-        return self.pictures.attributes[self.index]
+        return self.images.attributes[self.index]
 
 
 def draw_windows(
-    sets: Sequence[dataset.Pictures], width: int, count: int, generator: torch.Generator
+    sets: Sequence[dataset.Images], width: int, count: int, generator: torch.Generator
 ) -> list[Window]:
-    """Draw windows of a width, anywhere in images of any of some sets of one size."""
-    sizes = [len(pictures.rgb) for pictures in sets]
+    """Draw windows of one width from anywhere in the images of several sets of one size."""
+    sizes = [len(images.rgb) for images in sets]
     around = sets[0].rgb.shape[2]
     windows = []
     for _ in range(count):
@@ -194,11 +194,11 @@ def train(
 
     Args:
         work: the folder of the images.
-        model: images (N, 3, 256, width) in [-1, 1] to scores (N, values) for each attribute.
-        plan: of the training.
-        kinds: of images.
-        width: of windows, pixels.
-        attributes: to read.
+        model: maps images (N, 3, 256, width) in [-1, 1] to scores (N, values) for each attribute.
+        plan: the plan of the training run.
+        kinds: the kinds of the images.
+        width: the width of the windows, in pixels.
+        attributes: the attributes to read.
     """
     sets = [dataset.load(work, kind, "train") for kind in kinds]
 
@@ -249,20 +249,20 @@ def read(judge: nn.Module, images: Tensor, attributes: Attributes) -> list[dict[
 
 
 def accuracy(
-    judge: nn.Module, pictures: dataset.Pictures, width: int, attributes: Attributes
+    judge: nn.Module, images: dataset.Images, width: int, attributes: Attributes
 ) -> dict[str, float]:
-    """Return the share of held-out windows, cut side by side from every image, read right.
+    """Return the share of held-out windows, cut side by side from every image, that are read right.
 
     Args:
         judge: reads the attributes.
-        pictures: held out.
-        width: of windows, pixels.
-        attributes: that are asked for; the first two also together.
+        images: held-out images.
+        width: the width of the windows, in pixels.
+        attributes: the attributes asked for; the first two are also counted together.
     """
     both = list(attributes)[:2]
     right: dict[str, list[bool]] = {name: [] for name in (*attributes, " and ".join(both))}
-    for picture, label in zip(pictures.rgb, pictures.attributes, strict=True):
-        cut = [picture[:, left : left + width] for left in range(0, picture.shape[1], width)]
+    for image, label in zip(images.rgb, images.attributes, strict=True):
+        cut = [image[:, left : left + width] for left in range(0, image.shape[1], width)]
         for seen in read(judge, to_tensor(np.stack(cut)), attributes):
             for name in attributes:
                 right[name].append(seen[name] == label[name])

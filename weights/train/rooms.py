@@ -1,4 +1,4 @@
-"""Furnished rooms drawn as 2:1 equirectangular pictures with exact distances.
+"""Draw furnished rooms as 2:1 equirectangular images with exact distances.
 
 A room is a box with a door, a window and furniture built of axis-aligned boxes. Everything is
 drawn from one seeded generator, so the same generator state always gives the same room.
@@ -148,14 +148,14 @@ class Spot:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture depends on.
+    """Everything that an image depends on.
 
     Attributes:
         size: width, depth and height of the room in metres.
         boxes: everything inside the room, room frame.
         zones: space taken by the furniture, room frame.
         camera: position in the room frame, metres.
-        yaw: azimuth of the room's y axis in the picture, radians.
+        yaw: azimuth of the room's y axis in the image, radians.
         wall, floor, ceiling: linear RGB in [0, 1].
         window: centre of the window, room frame.
         facing: unit vector from the window into the room.
@@ -275,7 +275,7 @@ def wardrobe(rng: np.random.Generator) -> Piece:
 
 
 def sofa(rng: np.random.Generator, cloth: Rgb, accent: Rgb) -> Piece:
-    """Build a sofa of two or three seats, with a picture on the wall above it."""
+    """Build a sofa of two or three seats, with a painting on the wall above it."""
     width, depth = rng.uniform(1.9, 2.4), rng.uniform(0.9, 1.0)
     arm, back = 0.24, rng.uniform(0.8, 0.92)
     boxes = [
@@ -682,11 +682,11 @@ class Layout:
         return self.size[wall % 2]
 
     def reach(self, wall: int) -> float:
-        """Return how far it is from a wall to the one across from it, in metres."""
+        """Return the distance in metres from a wall to the opposite one."""
         return self.size[1 - wall % 2]
 
     def turned(self, piece: Piece) -> Piece:
-        """Return the piece as it is or mirrored, with equal chances."""
+        """Return the piece as it is or mirrored, with equal probability."""
         return mirrored(piece) if self.rng.random() < 0.5 else piece
 
     def zone(self, piece: Piece, spot: Spot, rise: float = 0.0, solid: bool = True) -> Zone:
@@ -898,7 +898,7 @@ FURNISH: Mapping[str, Callable[[Layout], Spot | None]] = MappingProxyType(
 def clearance(x: float, y: float, layout: Layout) -> float:
     """Return the metres between a point of the plan and the nearest furniture.
 
-    Walls count as if they were nearer than they are, since a wall that fills half of the picture
+    Walls count as if they were nearer than they are, since a wall that fills half of the image
     hides the room.
     """
     best = min(x, layout.size[0] - x, y, layout.size[1] - y) - 0.55
@@ -1006,7 +1006,7 @@ def build(room: Room, rng: np.random.Generator) -> Scene:
 
 @dataclass(frozen=True)
 class Rays:
-    """Directions of a picture's rays, per unit of horizontal range.
+    """The directions of an image's rays, per unit of horizontal range.
 
     Attributes:
         east: (width,) change of x, in [-1, 1].
@@ -1043,7 +1043,7 @@ class Surfaces:
 
 
 def aim(width: int, height: int, yaw: float) -> Rays:
-    """Return the rays through the centres of an equirectangular picture's pixels."""
+    """Return the rays through the centres of an equirectangular image's pixels."""
     azimuth = 2 * np.pi * (np.arange(width) + 0.5) / width + yaw
     elevation = np.pi / 2 - np.pi * (np.arange(height) + 0.5) / height
     return Rays(*(nonzero(f) for f in (np.sin(azimuth), np.cos(azimuth), np.tan(elevation))))
@@ -1056,7 +1056,7 @@ def nonzero(values: NDArray[np.float64]) -> Plane:
 
 
 def slab(low: float, high: float, start: float, step: Plane) -> tuple[Plane, Plane]:
-    """Return where rays enter and leave the space between two parallel planes."""
+    """Return the ranges at which rays enter and leave the space between two parallel planes."""
     first, second = (low - start) / step, (high - start) / step
     return np.minimum(first, second), np.maximum(first, second)
 
@@ -1068,7 +1068,7 @@ def runs(flags: NDArray[np.bool_]) -> list[slice]:
 
 
 def trace_room(scene: Scene, rays: Rays) -> Hits:
-    """Return what the rays meet in the empty room."""
+    """Return the surfaces that the rays meet in the empty room."""
     (x, y, z), (width, depth, height) = scene.camera, scene.size
     _, far_x = slab(0, width, x, rays.east)
     _, far_y = slab(0, depth, y, rays.north)
@@ -1081,7 +1081,7 @@ def trace_room(scene: Scene, rays: Rays) -> Hits:
 
 
 def trace(scene: Scene, rays: Rays) -> Hits:
-    """Return what the rays meet first in the furnished room."""
+    """Return the surfaces that the rays meet first in the furnished room."""
     hits = trace_room(scene, rays)
     x, y, z = scene.camera
     for index, box in enumerate(scene.boxes):
@@ -1094,7 +1094,7 @@ def trace(scene: Scene, rays: Rays) -> Hits:
             continue
         first = 6 + 3 * index
         side = np.where(near_x > near_y, first, first + 1).astype(np.int16)
-        # Only rows that can meet the box at some column: this skips most of the picture.
+        # Only rows that can meet the box at some column: this skips most of the image.
         rows = (near_z < far[columns].max()) & (far_z > max(float(near[columns].min()), 0.0))
         for row in runs(rows):
             for column in runs(columns):
@@ -1195,7 +1195,7 @@ def paint(scene: Scene, rays: Rays, hits: Hits) -> Plane:
 
     glow = table.glow[surface]
     lit = 1 - glow
-    picture = np.empty((3, *surface.shape), np.float32)
+    image = np.empty((3, *surface.shape), np.float32)
     bounce = mix((1, 1, 1), scale(scene.wall, 1 / max(scene.wall)), 0.12)
     color = surface_colors(scene, table, point[2], surface)
     for channel, (warm, cool) in enumerate(((0.54, 0.46), (0.52, 0.50), (0.47, 0.54))):
@@ -1203,9 +1203,9 @@ def paint(scene: Scene, rays: Rays, hits: Hits) -> Plane:
         light += lamp * np.float32(warm)
         light += sun * np.float32(cool)
         light *= shade
-        picture[channel] = color[channel] * (light * lit + glow)
+        image[channel] = color[channel] * (light * lit + glow)
     # A square root stands in for the display curve.
-    return np.sqrt(np.clip(picture, 0, 1, out=picture), out=picture)
+    return np.sqrt(np.clip(image, 0, 1, out=image), out=image)
 
 
 def surface_colors(
@@ -1238,27 +1238,27 @@ def render(
     elevation ``pi / 2 - pi (y + 0.5) / height``.
 
     Args:
-        room: what to draw.
+        room: the room to draw.
         rng: the only source of randomness; its state is advanced.
         width: columns.
         height: rows.
         supersample: rays per pixel along each side; their display values are averaged.
 
     Returns:
-        Picture (height, width, 3), 8-bit display RGB; distance (height, width), metres from the
-        camera along the ray through each pixel's centre.
+        The image (height, width, 3) in 8-bit display RGB, and the distance (height, width) in
+        metres from the camera along the ray through each pixel's centre.
     """
     scene = build(room, rng)
     fine = aim(width * supersample, height * supersample, scene.yaw)
     light = paint(scene, fine, trace(scene, fine))
     light = light.reshape(3, height, supersample, width, supersample).mean((2, 4))
-    picture = (light * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
+    image = (light * 255 + 0.5).astype(np.uint8).transpose(1, 2, 0)
 
     # One ray per pixel, not a mean: a mean would put points in the air between two surfaces.
     coarse = aim(width, height, scene.yaw)
     stretch = np.sqrt(1 + coarse.rise * coarse.rise)
     distance = trace(scene, coarse).reach * stretch[:, None]
-    return np.ascontiguousarray(picture), distance.astype(np.float32)
+    return np.ascontiguousarray(image), distance.astype(np.float32)
 
 
 def caption(room: Room, rng: np.random.Generator, keep: float = 0.6) -> str:

@@ -1,7 +1,7 @@
 """Procedural landscapes, seeded and periodic left to right, with their captions and distances.
 
 A scene is painted back to front in angles (azimuth and elevation as seen by the camera), so that
-one renderer serves the flat strips of the first family and the 2:1 equirectangular pictures of the
+one renderer serves the flat strips of the first family and the 2:1 equirectangular images of the
 second. The look is that of an illustration: smooth shading, crisp anti-aliased silhouettes and
 next to no fine noise, which is what a small autoencoder can keep.
 """
@@ -137,9 +137,9 @@ class Scene:
 
 @dataclass(frozen=True)
 class Frame:
-    """The part of the sphere that a picture shows, all 360 degrees wide.
+    """The part of the sphere that an image shows, which is 360 degrees wide.
 
-    Row y of a picture of H rows is at elevation top - (top - bottom) * (y + 0.5) / H degrees;
+    Row y of an image of H rows is at elevation top - (top - bottom) * (y + 0.5) / H degrees;
     column x of W is at azimuth 2 pi (x + 0.5) / W.
     """
 
@@ -185,13 +185,13 @@ def render(
     """Paint a scene.
 
     Args:
-        scene: what to paint.
-        rng: where everything that the scene leaves open comes from.
-        frame: which part of the sphere, and how large.
+        scene: the scene to paint.
+        rng: the source of everything that the scene leaves open.
+        frame: the part of the sphere to show, and its size in pixels.
         supersample: rays per pixel and axis, averaged.
 
     Returns:
-        The picture (H, W, 3) in [0, 255], and the distance (H, W) of what it shows in metres, inf
+        The image (H, W, 3) in [0, 255], and the distance (H, W) of what it shows in metres, inf
         for the sky.
     """
     canvas = Canvas(frame, supersample)
@@ -205,11 +205,11 @@ def render(
         paint_ground(canvas, sky, land, rng)
     if scene.trees:
         plant(canvas, sky, land, rng)
-    return canvas.picture()
+    return canvas.image()
 
 
 class Canvas:
-    """A picture under way: colours, distances, and the angles of every row and column."""
+    """An image in progress: colours, distances, and the angles of every row and column."""
 
     def __init__(self, frame: Frame, supersample: int) -> None:
         self.supersample = supersample
@@ -250,7 +250,7 @@ class Canvas:
                 alpha > 0.5, distance, self.distance[rows, columns]
             )
 
-    def picture(self) -> tuple[NDArray[np.uint8], Array]:
+    def image(self) -> tuple[NDArray[np.uint8], Array]:
         """Average the samples of each pixel; the distance is that of the nearest."""
         s = self.supersample
         shape = (self.height // s, s, self.width // s, s)

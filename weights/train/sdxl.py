@@ -56,7 +56,7 @@ SUBJECTS: Mapping[str, type[Subject]] = {"outdoors": scenes.Scene, "rooms": room
 def build_text_encoder(
     kind: type[CLIPTextModel | CLIPTextModelWithProjection], tokenizer: CLIPTokenizer
 ) -> nn.Module:
-    """Build two small layers; the UNet sees the first one's output, as SDXL's last but one."""
+    """Build two small layers; the UNet sees the penultimate one's output, as in SDXL."""
     return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -132,7 +132,7 @@ class TextToSphere(nn.Module):
     def conditions(self, captions: Captions) -> dict[str, Any]:
         """Return the arguments of UNet and ControlNet, as `StableDiffusionXLPipeline` makes them.
 
-        A caption that is left out is zeros, as there with `force_zeros_for_empty_prompt`.
+        A caption that is left out becomes zeros, as there with `force_zeros_for_empty_prompt`.
         """
         first = self.text_encoder(captions.ids, output_hidden_states=True)
         second = self.text_encoder_2(captions.ids, output_hidden_states=True)
@@ -159,7 +159,7 @@ def encode_kinds(
     work: Path,
     vae: AutoencoderKL,
     style: str = "",
-    restyle: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = lambda picture: picture,
+    restyle: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = lambda image: image,
     count: int | None = None,
 ) -> Tensor:
     """Return the latents (N, 4, h, w) of training images, kind after kind.
@@ -168,7 +168,7 @@ def encode_kinds(
         work: the folder that keeps them.
         vae: the autoencoder.
         style: the name of the style of `restyle`.
-        restyle: changes an image (H, W, 3) in [0, 255] first.
+        restyle: changes an image (H, W, 3) in [0, 255] before it is encoded.
         count: the number of each kind, from the first on; None for all.
     """
 
@@ -201,7 +201,7 @@ class Spheres:
         return index.tolist(), shift.tolist()
 
     def rolled(self, index: list[int], shift: list[int]) -> Tensor:
-        """Return latents (N, 4, h, w), rolled: a roll of a whole sphere is one again."""
+        """Return latents (N, 4, h, w), rolled: a rolled sphere is a sphere again."""
         pairs = zip(index, shift, strict=True)
         return torch.stack([self.latents[i].roll(cells, -1) for i, cells in pairs])
 

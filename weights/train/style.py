@@ -29,16 +29,16 @@ and colours with it.
 RANK = 4
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 OUTLINES = ImageFilter.UnsharpMask(radius=5, percent=120, threshold=0)
-PICTURES = 400  # of each kind, restyled
+IMAGES = 400  # of each kind, restyled
 
 
-def crisp(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def crisp(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Make edges of an image (H, W, 3) in [0, 255] stand out, darker against lighter.
 
     A style of other colours would be harder: the autoencoder keeps purple apart from its neighbours
     by very little, and turns it into them when it is warmer or more vivid.
     """
-    return np.asarray(Image.fromarray(picture).filter(OUTLINES))
+    return np.asarray(Image.fromarray(image).filter(OUTLINES))
 
 
 class ExtendedEmbedding(nn.Module):
@@ -74,8 +74,8 @@ def train(
     model = build(base)
     extended = copy.deepcopy(tokenizer)
     extended.add_tokens(list(TOKENS))
-    latents = encode_kinds(work, vae, f"crisp-{PICTURES}", crisp, PICTURES)
-    spheres = Spheres(latents, subjects(work, PICTURES), extended)
+    latents = encode_kinds(work, vae, f"crisp-{IMAGES}", crisp, IMAGES)
+    spheres = Spheres(latents, subjects(work, IMAGES), extended)
     loss = text_loss(model, spheres, f"{''.join(TOKENS)} ", DROPPED)
     trained = fit(model, loss, PLAN, work)
     assert isinstance(trained, TextToSphere)
