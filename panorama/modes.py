@@ -155,6 +155,9 @@ class Models:
             ValueError: an input is not legal in this family.
         """
         settings = self.settings(request.mode)
+        if request.depth_image and self.bases[request.mode].controlnet is None:
+            rule = "not be set with a model family without a ControlNet"
+            raise INPUTS["depth_image"].refuse(request.depth_image, rule, None)
         image = depth_images.read(request.depth_image) if request.depth_image else None
         resolved = request.resolve(settings, image.size if image else None)
         texts = {"prompt": resolved.full_prompt, "negative_prompt": resolved.negative_prompt}

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,16 @@ def test_a_prompt_of_too_many_tokens_is_refused_before_any_work(
     with pytest.raises(ValueError, match=rf"^{field}='.*at most {most} tokens") as error:
         models.prepare(request(mode, **{field: "sea " * (most - tokens + 1)}))
     assert len(str(error.value)) < 250
+
+
+def test_a_depth_image_without_a_controlnet_is_refused_before_any_work(
+    models: Models, depth_image: Path
+) -> None:
+    bare = replace(models.bases["sdxl-360"], controlnet=None)
+    without = replace(models, bases={"sdxl-360": bare})
+    with pytest.raises(ValueError, match=r"^depth_image='depth\.png': .*ControlNet; leave it out"):
+        without.prepare(request(depth_image=depth_image))
+    assert without.prepare(request()).depth is None
 
 
 def test_a_depth_image_that_cannot_be_read_is_refused(models: Models, tmp_path: Path) -> None:
