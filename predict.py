@@ -41,7 +41,9 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
 
     def predict(
         self,
-        prompt: str = Input(description="What the panorama shows."),
+        prompt: str = Input(
+            description="What the panorama shows. In syncdiffusion and syncdiffusion-xl, texts between vertical bars follow one another along the longer side; a bar after a backslash is literal."
+        ),
         negative_prompt: str = Input(description="What the panorama should not show.", default=""),
         mode: str = Input(
             description="How to make it. syncdiffusion: a wide or tall strip from overlapping windows of Stable Diffusion 2, synchronised to keep it coherent. syncdiffusion-xl: the same with SDXL, and a depth image to follow if given. sdxl-360: a 360 degree image by SDXL that always closes left to right, with or without a depth image.",
@@ -67,7 +69,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             le=20.0,
         ),
         sync_weight: float = Input(
-            description="Weight of the gradient that pulls the windows towards one another; 0 turns it off.",
+            description="How strongly windows are pulled towards one another; 0 turns it off.",
             default=20.0,
             ge=0.0,
             le=30.0,
@@ -79,9 +81,9 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             le=1.0,
         ),
         sync_freq: int = Input(description="Synchronise at every n-th step.", default=1, ge=1),
-        sync_threshold: int = Input(
-            description="Number of steps, counted from the first, during which to synchronise.",
-            default=5,
+        sync_threshold: Optional[int] = Input(
+            description="Number of steps, counted from the first, during which to synchronise. Defaults to 5, or 8 with speed=fast.",
+            default=None,
             ge=0,
             le=200,
         ),
@@ -97,7 +99,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             ge=8,
         ),
         seed: Optional[int] = Input(
-            description="Seed of the noise: the same seed and inputs give the same image. Random by default.",
+            description="Seed of the noise: on one machine, the same seed and inputs give the same image. Random by default.",
             default=None,
             ge=0,
             le=4294967295,
@@ -106,7 +108,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             description="Close the panorama into a ring along its longer side.", default=False
         ),
         speed: Optional[str] = Input(
-            description="exact: as published. fast: several times cheaper, with fewer windows, fewer steps and a cheaper gradient. Defaults to exact in syncdiffusion and to fast in syncdiffusion-xl.",
+            description="exact: the published gradient on windows that overlap, and shared means. fast: shared means alone, with fewer windows and fewer steps, many times cheaper. Defaults to exact in syncdiffusion and to fast in syncdiffusion-xl.",
             default=None,
             choices=["exact", "fast"],
         ),
@@ -179,7 +181,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
         """
         cancelled = Event()
 
-        def on_step(step: int, steps: int) -> None:
+        def on_step(step: int, steps: int, preview: object) -> None:
             if cancelled.is_set():
                 raise CancelledError
             print(f"step {step}/{steps}", flush=True)

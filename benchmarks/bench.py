@@ -26,17 +26,17 @@ from diffusers import StableDiffusionPanoramaPipeline as Diffusers
 from torch import Tensor
 
 from benchmarks.activations import Activations, weights_of
-from benchmarks.operations import STRIDE, Networks, Setting, calls_of
+from benchmarks.operations import PUBLISHED_LOOP, STRIDE, Networks, Setting, calls_of
 from benchmarks.plain_loop import StableDiffusion, plain_loop
 from benchmarks.true_size import TrueSize, activations, kept_by_unet
 from panorama.images.vae import decode_canvas
 from panorama.modes import Models, load
 from panorama.pipeline import Pipeline, Settings
-from panorama.sampling.presets import EXACT, WINDOWED, Preset
+from panorama.sampling.presets import FAST, WINDOWED, Preset
 from panorama.sampling.sampler import BATCH_SIZE
 from panorama.sampling.solver import build_scheduler
 from panorama.sampling.synchronize import SyncSettings
-from panorama.sampling.views import Sliding
+from panorama.sampling.views import Fixed
 from weights.train.fit import has_bfloat16
 
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class Run:
     def __init__(self, models: Models, preset: Preset | None, sync: bool, part: int = PART) -> None:
         """Prepare a run of our sampler with a preset, or of the published loop without one."""
         self.base = models.bases["syncdiffusion"]
-        self._published, chosen = preset is None, preset or EXACT
+        self._published, chosen = preset is None, preset or PUBLISHED_LOOP
         # Fast is taken whole: its last step costs more than the others.
         self.part = part if chosen.takes_stride else 1
         steps = chosen.num_inference_steps // self.part
@@ -100,8 +100,8 @@ class Run:
             sync=SyncSettings(
                 20.0 if sync else 0.0,
                 threshold=5 // self.part,
-                through_unet=chosen.through_unet,
-                pooling=chosen.pooling,
+                gradient=chosen.gradient,
+                means=preset is not None,
             ),
         )
         self._pipeline = Pipeline(self.base)
@@ -235,8 +235,8 @@ def measure_diffusers(options: argparse.Namespace) -> Table:
     models = load_tiny()
     rows: Table = {}
     for name, part, repeats in (("fast", PART, 1), ("exact", BRIEF, 8)):
-        exact = Run(models, EXACT, sync=False, part=part)
-        run = Run(models, WINDOWED[name], sync=False, part=part)
+        exact = Run(models, PUBLISHED_LOOP, sync=False, part=part)
+        run = Run(models, FAST, sync=False, part=part) if name == "fast" else exact
         theirs = f"diffusers, beside {name}"
         calls = {theirs: diffusers_call(exact), name: run}
         rows |= compare(calls, {theirs: exact.part, name: run.part}, repeats * options.repeats)
@@ -257,7 +257,7 @@ def diffusers_call(run: Run) -> Callable[[], Tensor]:
         requires_safety_checker=False,
     )
     stock.set_progress_bar_config(disable=True)
-    negative_prompt_embeds, prompt_embeds = run.conditioning.states.split(1)
+    negative_prompt_embeds, prompt_embeds = run.conditioning.states[:, 0].split(1)
     places = [(v.top, v.top + v.height, v.left, v.left + v.width) for v in run.views[0]]
     stock.get_views = lambda *_, **__: places
 
@@ -298,7 +298,7 @@ def measure_scale(options: argparse.Namespace) -> Table:
         values = [rows[f"{windows} windows wide: {name}"] for windows in SCALES]
         rows[f"{name}: largest over smallest"] = max(values) / min(values)
     pipeline = Pipeline(base, batch_size=min(SCALES))
-    alike = {"guidance_scale": 1.0, "layout": Sliding(base.window)}
+    alike = {"guidance_scale": 1.0, "layout": Fixed(base.window)}
     calls = {str(n): partial(strip, pipeline, n, max(SCALES) // n, **alike) for n in SCALES}
     rounds = Rounds(calls, 2 * options.repeats)
     for name in calls:

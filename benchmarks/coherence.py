@@ -1,10 +1,9 @@
 """Coherence and seams on the embedded family, over many seeds, as a table for each mode.
 
-syncdiffusion, syncdiffusion-xl: for every sync_weight, rings of five windows' width are made from a
-prompt that leaves the palette open. Coherence is the mean perceptual distance of all pairs of
-non-overlapping windows, by a network that has no part in making images. The seam ratio is the mean
-step between the last and the first column over the mean step between neighbouring columns: 1 means
-no seam.
+syncdiffusion, syncdiffusion-xl: for every sync_weight, rings of five windows' width and flat strips
+of six are made from a prompt that leaves the palette open. The distance is the mean perceptual
+distance of all pairs of non-overlapping windows, by a network that has no part in making images.
+`benchmarks/metrics.py` explains the other columns.
 
 sdxl-360: the seam ratio and the Discontinuity Score with circular padding and, from the same noise,
 without it; where there is a LoRA, at the strength that requests have by default, and at 0.
@@ -12,115 +11,91 @@ without it; where there is a LoRA, at the strength that requests have by default
 
 import argparse
 from collections.abc import Callable, Mapping
-from itertools import combinations, product
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
+from benchmarks.metrics import (
+    coherence,
+    discontinuity_score,
+    edge_ratio,
+    repetition,
+    seam_ratio,
+    variety,
+)
 from panorama.modes import DEFAULT_FAMILY, load
+from panorama.pipeline import Pipeline
 from panorama.request import Request
 from panorama.sampling.canvas import Axis
 from weights.train.export import load_judge
 from weights.train.measure import lora_scales, make_image
 from weights.train.recognise import Judge
 
-WINDOWS = 5
 PROMPTS = {
     "syncdiffusion": "autumn hills with trees",
     "syncdiffusion-xl": "autumn hills with trees",
     "sdxl-360": "hdri view, sunset over green hills",
 }
 PADDINGS: Mapping[str, Axis] = {"circular": "x", "zeros": ""}
-GREY = (0.299, 0.587, 0.114)
-SCHARR = ((-3.0, 0.0, 3.0), (-10.0, 0.0, 10.0), (-3.0, 0.0, 3.0))
 
 
-def coherence(judge: Judge, image: Tensor, window: int) -> float:
-    """Return the mean distance of pairs of non-overlapping windows of an image.
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a panorama one window high."""
 
-    Args:
-        judge: measures distances.
-        image: (1, 3, H, W) in [0, 1].
-        window: width, pixels.
-    """
-    windows = torch.cat(image.split(window, dim=-1)) * 2 - 1
-    first, second = zip(*combinations(range(len(windows)), 2), strict=True)
-    with torch.no_grad():
-        return float(judge.distance(windows[list(first)], windows[list(second)]).mean())
+    closed: Axis
+    windows: int  # width, in windows
 
 
-def seam_ratio(image: Tensor) -> float:
-    """Return the step across the seam of (1, 3, H, W) over the mean step between columns."""
-    steps = image.diff(dim=-1).abs().mean()
-    seam = (image[..., 0] - image[..., -1]).abs().mean()
-    return float(seam / steps)
-
-
-def discontinuity_score(image: Tensor, floor: float = 0.1) -> float:
-    """Return the Discontinuity Score of (1, 3, H, W) in [0, 1], which is 0 for one colour.
-
-    Three columns on either side of the seam are put together and convolved across it. Of the four
-    columns that result, the middle two see the seam and the outer two do not: the score is the mean
-    ratio of the former to the latter, about 1 for a busy image without a seam.
-
-    Args:
-        image: converted to grey first.
-        floor: added to the denominators.
-
-    Source:
-        Geometry Fidelity for Spherical Images, arXiv 2407.18207, of which no code is published;
-        kernel and floor are those of the evaluation in the repository
-        littlewhitesea/Text-Driven-Pano-Gen.
-    """
-    grey = torch.einsum("nchw,c->nhw", image, torch.tensor(GREY))[:, None]
-    seam = torch.cat([grey[..., -3:], grey[..., :3]], -1)  # (1, 1, H, 6)
-    edges = F.conv2d(seam, torch.tensor(SCHARR)[None, None], padding=(1, 0)).abs()  # (1, 1, H, 4)
-    outer_left, left, right, outer_right = edges.unbind(-1)
-    ratios = left / (outer_left + floor) + right / (outer_right + floor)
-    return float(ratios.mean() / 2)
+SHAPES: Mapping[str, Shape] = {"ring": Shape("x", 5), "strip": Shape("", 6)}
 
 
 def table_windows(arguments: argparse.Namespace) -> None:
-    """Print coherence and seam of a mode with windows, for every sync_weight."""
+    """Print the coherence of a mode with windows, for every shape and sync_weight."""
     models = load(arguments.family, modes=[arguments.mode])
     base = models.bases[arguments.mode]
     if arguments.distance_scale is not None:
         base.perceptual.register_to_config(distance_scale=arguments.distance_scale)
     window = base.window * base.factor
     judge = load_judge(Judge(), "windows")
-    print(f"{arguments.prompt!r}, {WINDOWS * window} x {window}, {arguments.seeds} seeds")
-    print("sync_weight  distance (sd)      change  seam ratio (sd)", flush=True)
-    reference = None
-    for weight in arguments.weights:
-        distances, seams = [], []
-        for seed in range(arguments.seeds):
+    print(f"{arguments.prompt!r}, windows of {window}, {arguments.seeds} seeds")
+    print("       sync_weight  distance (sd)    worst   change  edges  repetition  variety  seam")
+    for name, shape in SHAPES.items():
+        reference = None
+        for weight in arguments.weights:
             request = Request(
                 prompt=arguments.prompt,
                 mode=arguments.mode,
-                width=WINDOWS * window,
+                width=shape.windows * window,
                 height=window,
                 num_inference_steps=arguments.steps,
                 speed=arguments.speed,
                 sync_weight=weight,
-                loop_closure=True,
-                seed=seed,
+                loop_closure=bool(shape.closed),
             )
-            image = make_image(models, request)
-            distances.append(coherence(judge, image, window))
-            seams.append(seam_ratio(image))
-            if arguments.keep:
-                keep(image, arguments.keep / f"{weight:g}-{seed:02d}.png")
-        reference = reference or mean(distances)
-        change = mean(distances) / reference - 1
-        print(
-            f"{weight:11g}  {mean(distances):.4f} ({stdev(distances):.4f})  {change:+6.1%}"
-            f"  {mean(seams):.3f} ({stdev(seams):.3f})",
-            flush=True,
-        )
+            images = []
+            for seed in range(arguments.seeds):
+                images.append(make_image(models, replace(request, seed=seed)))
+                if arguments.keep:
+                    keep(images[-1], arguments.keep / f"{name}-{weight:g}-{seed:02d}.png")
+            distances = [coherence(judge, image, window) for image in images]
+            reference = reference or mean(distances)
+            pipeline, settings = Pipeline(base), models.prepare(request).settings()
+            panoramas = [torch.cat(image.split(window, -1)) * 2 - 1 for image in images]
+            print(
+                f"{name:5}  {weight:11g}  {mean(distances):.4f} ({stdev(distances):.4f})"
+                f"  {max(distances):.3f}  {mean(distances) / reference - 1:+6.1%}"
+                f"  {mean(edge_ratio(image, pipeline, settings) for image in images):5.2f}"
+                f"  {mean(repetition(i, window, ring=bool(shape.closed)) for i in images):10.3f}"
+                f"  {variety(judge, panoramas):7.3f}"
+                + (f"  {mean(map(seam_ratio, images)):.3f}" if shape.closed else ""),
+                flush=True,
+            )
 
 
 def table_sdxl_360(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ is counted by torch on the published configurations, whose weights have a shape 
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from panorama.sampling.perceptual import LPIPS
 from panorama.sampling.presets import EXACT, Preset
 from panorama.sampling.sampler import sample
 from panorama.sampling.solver import Solver, build_scheduler
-from panorama.sampling.synchronize import Synchronizer, SyncSettings
+from panorama.sampling.synchronize import PerceptualGradient, Synchronizer, SyncSettings
+from panorama.sampling.views import Fixed
 
 PUBLISHED = Path(__file__).parents[1] / "tests" / "data" / "sd2"
+PUBLISHED_LOOP = replace(EXACT, layout=Fixed)
 WINDOW, STRIDE, FACTOR = 64, 16, 8
 TOKENS = 77
 
@@ -143,22 +145,23 @@ class Setting:
 
 def calls_of(setting: Setting, preset: Preset | None) -> Counter[Call]:
     """Tally the calls of our sampler with a preset; of the published loop without one."""
-    chosen = preset or EXACT
+    chosen = preset or PUBLISHED_LOOP
     own = DDIMScheduler.from_config(published("scheduler"))
     solver = Solver(build_scheduler(chosen.scheduler, own), chosen.num_inference_steps)
     canvas = Canvas(WINDOW, setting.width // FACTOR)
     views = chosen.layout(STRIDE)(canvas, WINDOW, chosen.num_inference_steps)
     settings = SyncSettings(
-        threshold=setting.sync_threshold,
-        through_unet=chosen.through_unet,
-        pooling=chosen.pooling,
+        threshold=setting.sync_threshold, gradient=chosen.gradient, means=preset is not None
     )
     noise, tally = torch.ones(1, 4, canvas.height, canvas.width), Tally()
     if preset is None:
         own.set_timesteps(chosen.num_inference_steps)
         plain_loop(noise, views, tally, own, settings)
         return tally.calls
-    sync = Synchronizer(tally.predict_noise, tally.decode, tally, solver, settings)
+    gradient = None
+    if settings.gradient:
+        gradient = PerceptualGradient(tally.predict_noise, tally.decode, tally, solver)
+    sync = Synchronizer(settings, tally.predict_noise, canvas, WINDOW, gradient=gradient)
     sample(noise, views, tally.predict_noise, solver, sync=sync)
     return tally.calls
 

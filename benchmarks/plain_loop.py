@@ -1,7 +1,8 @@
 """SyncDiffusion as it was published: one window after the other, nothing shared or batched.
 
 The published code also takes the anchor's gradient and discards it. `sample()` is held against this
-loop: its results by the tests, its speed by `script/bench`.
+loop: its results by the tests, its speed by `script/bench`. For the tests the loop also takes
+windows that hang over the ends or are feathered, and `SyncSettings.means`.
 """
 
 import copy
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from panorama.base_model import BaseModel
 from panorama.images.vae import decode
-from panorama.sampling.canvas import View
+from panorama.sampling.canvas import Axis, View
 from panorama.sampling.denoiser import Conditioning
 from panorama.sampling.synchronize import SyncSettings
 
@@ -47,7 +48,8 @@ class StableDiffusion:
 
     def predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict the noise; see `Networks`."""
-        unet, states = self._base.unet, self._conditioning.states.repeat_interleave(len(x), 0)
+        unet, states = self._base.unet, self._conditioning.states[:, 0]  # (G, n * L, D)
+        states = states.repeat_interleave(len(x), 0)
         noise = unet(x.to(unet.dtype).repeat(2, 1, 1, 1), t, states).sample.float()
         uncond, text = noise.chunk(2)
         noise_pred: Tensor = uncond + self._conditioning.guidance_scale * (text - uncond)
@@ -64,32 +66,26 @@ def plain_loop(
     networks: Networks,
     scheduler: Any,
     settings: SyncSettings,
+    closed: Axis = "",
 ) -> Tensor:
     """Denoise a canvas through the windows of each step.
 
-    The parametrisation is written out from its formulas. Every window has a scheduler of its own,
-    so a multistep scheduler needs windows that stay in place.
+    The parametrisation is written out from its formulas. Every window has a scheduler of its own
+    for as long as it stays in place, so a multistep scheduler needs windows that stay.
 
     Args:
         z: the canvas (1, C, H, W), as the scheduler starts from.
         steps: the views of each step.
         networks: called with one window at a time.
         scheduler: of diffusers, with whole timesteps already set.
-        settings: of the gradient through the UNet, without pooling.
+        settings: of synchronising with a single anchor.
+        closed: the axis of the canvas that closes.
 
     Returns:
         The denoised canvas, (1, C, H, W).
     """
     exploding = scheduler.init_noise_sigma != 1  # as Euler's: x = x0 + sigma eps
-    schedulers = [copy.deepcopy(scheduler) for _ in steps[0]]
-
-    def cut(view: View) -> Tensor:
-        return z.roll((-view.top, -view.left), (2, 3))[:, :, : view.height, : view.width]
-
-    def put(x: Tensor, view: View) -> Tensor:
-        canvas = torch.zeros_like(z)
-        canvas[:, :, : view.height, : view.width] = x
-        return canvas.roll((view.top, view.left), (2, 3))
+    schedulers: dict[View, Any] = {}
 
     def predict_noise(x: Tensor, t: Tensor) -> Tensor:
         return networks.predict_noise(x / variance(t).sqrt(), t)
@@ -108,24 +104,79 @@ def plain_loop(
 
     for k, (t, views) in enumerate(zip(scheduler.timesteps, steps, strict=True)):
         anchor = views[len(views) // 2]
+        schedulers = {v: schedulers.get(v) or copy.deepcopy(scheduler) for v in views}
         weight = settings.weight * settings.decay_rate**k
-        synchronising = weight > 0 and k < settings.threshold and (k + 1) % settings.freq == 0
-        if synchronising:
-            with torch.no_grad():
-                target = image_of(cut(anchor), t)
+        moving = weight > 0 and k < settings.threshold and (k + 1) % settings.freq == 0
+        anchor_x = cut(z, anchor, closed)
+        with torch.no_grad():
+            target = image_of(anchor_x, t) if moving and settings.gradient else None
+            anchor_noise = predict_noise(anchor_x, t) if moving and settings.means else None
         total, count = torch.zeros_like(z), torch.zeros_like(z)
-        for view, own in zip(views, schedulers, strict=True):
-            x = cut(view)
-            if synchronising:
+        for view, own in schedulers.items():
+            x = cut(z, view, closed)
+            if anchor_noise is not None:
+                x = share_means(x, anchor_x, weight, z, closed)
+            if target is not None:
                 x = x.clone().requires_grad_()
                 loss = networks.distance(image_of(x, t), networks.embed(target)).sum()
                 (gradient,) = torch.autograd.grad(loss, x)
-                move = weight * variance(t) * gradient
-                x = (x if view is anchor else x - move).detach()
+                x = (x if view is anchor else x - weight * variance(t) * gradient).detach()
             with torch.no_grad():
+                noise = predict_noise(x, t)
+                if anchor_noise is not None:
+                    noise = share_means(noise, anchor_noise, weight, z, closed)
                 own.scale_model_input(x, t)  # Euler expects this call before each step
-                x = own.step(predict_noise(x, t), t, x).prev_sample
-            total += put(x, view)
-            count += put(torch.ones_like(x), view)
+                x = own.step(noise, t, x).prev_sample
+            add(total, x * feather(view), view, closed)
+            add(count, torch.ones_like(x) * feather(view), view, closed)
         z = total / count
     return z
+
+
+def share_means(x: Tensor, anchor: Tensor, weight: float, z: Tensor, closed: Axis) -> Tensor:
+    """Move means m of a window (1, C, h, w) to (m + w anchor) / (1 + w).
+
+    They are taken along the axes on which the windows of a canvas z (1, C, H, W) move.
+    """
+    dims = [
+        dim for dim, axis in ((-2, "y"), (-1, "x")) if axis == closed or z.shape[dim] > x.shape[dim]
+    ]
+    own, theirs = x.mean(dims, keepdim=True), anchor.mean(dims, keepdim=True)
+    return x - own + (own + weight * theirs) / (1 + weight)
+
+
+def cut(z: Tensor, view: View, closed: Axis) -> Tensor:
+    """Cut a window out of a canvas (1, C, H, W), mirrored beyond its flat ends."""
+    height, width = z.shape[-2:]
+    rows = [cell(view.top + k, height, closed == "y") for k in range(view.height)]
+    columns = [cell(view.left + k, width, closed == "x") for k in range(view.width)]
+    return z[:, :, rows][..., columns]
+
+
+def cell(place: int, length: int, wraps: bool) -> int:
+    """Return the cell of an axis that is seen at a place, which may lie beyond the ends."""
+    if wraps:
+        return place % length
+    place %= 2 * length  # mirrored twice, an axis repeats itself
+    return min(place, 2 * length - 1 - place)
+
+
+def add(total: Tensor, x: Tensor, view: View, closed: Axis) -> None:
+    """Add a window (1, C, h, w) to a canvas (1, C, H, W), without what lies beyond flat ends."""
+    height, width = total.shape[-2:]
+    rows = [k for k in range(view.height) if closed == "y" or 0 <= view.top + k < height]
+    columns = [k for k in range(view.width) if closed == "x" or 0 <= view.left + k < width]
+    tops = torch.tensor([(view.top + k) % height for k in rows])[:, None]
+    lefts = torch.tensor([(view.left + k) % width for k in columns])
+    total[:, :, tops, lefts] += x[:, :, rows][..., columns]
+
+
+def feather(view: View) -> Tensor:
+    """Return the weight of each cell (h, w) of a view, which falls towards a feathered edge."""
+    if not view.feathered:
+        return torch.ones(view.height, view.width)
+    rows, columns = (
+        torch.tensor([(min(k, size - 1 - k) + 0.5) / size for k in range(size)])
+        for size in (view.height, view.width)
+    )
+    return torch.outer(rows, columns)

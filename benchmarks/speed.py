@@ -1,10 +1,14 @@
-"""The cost and the effect of each lever of speed, as a Markdown table.
+"""The cost and the effect of each way to synchronise, as a Markdown table.
 
-For each way, rings of five windows' width are made on the embedded family, from prompts that name
-a land and leave the palette open, which windows have to agree on. Coherence, agreement and the seam
-are measured on each; the distance of distributions is Frechet's (arXiv 1706.08500), between windows
-from all around the rings and single windows of the family, in the features of the judge's last
-block. Operations are those of Stable Diffusion 2 base, in every mode.
+For each way, rings of five windows' width and flat strips of six are made on the embedded family,
+from prompts that name a land and leave the palette open, which windows have to agree on. Columns:
+
+- operations: those of Stable Diffusion 2 base at 2048 x 512, in units of 10^12.
+- distance: mean perceptual distance of non-overlapping windows, and that of the worst image.
+- edges, repetition, variety, seam: see `benchmarks/metrics.py`.
+- agreement: the share of windows that show the land that was asked for.
+- Frechet: the distance (arXiv 1706.08500) between windows and single images of the family, in the
+  features of the judge's last block, over their variance.
 """
 
 import argparse
@@ -12,19 +16,30 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import TypedDict, TypeVar
 
 import torch
+from matplotlib import pyplot
 from torch import Tensor
 
-from benchmarks.coherence import WINDOWS, coherence, seam_ratio
+from benchmarks.coherence import SHAPES, Shape, keep
+from benchmarks.metrics import (
+    coherence,
+    edge_ratio,
+    features,
+    repetition,
+    seam_ratio,
+    strangeness,
+    variety,
+)
 from benchmarks.operations import Networks, Setting, operations
 from panorama.images.vae import decode
 from panorama.modes import Models, load
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.presets import EXACT, FAST, Preset
 from panorama.sampling.synchronize import SyncSettings
+from panorama.sampling.views import Fixed
 from weights.train.export import load_judge
 from weights.train.measure import Wish
 from weights.train.recognise import ATTRIBUTES, Judge, read
@@ -32,100 +47,83 @@ from weights.train.scenes import LAND_WORDS
 
 T = TypeVar("T")
 
-ON_X0 = replace(EXACT, through_unet=False)
-WAYS: Mapping[str, tuple[Preset, float]] = {
-    "no synchronising": (EXACT, 0.0),
-    "exact": (EXACT, 20.0),
-    "disjoint windows": (replace(EXACT, layout=FAST.layout), 20.0),
-    "20 steps of DPM-Solver++ 2M": (replace(EXACT, num_inference_steps=20, scheduler="dpm++"), 20),
-    "20 steps of UniPC": (replace(EXACT, num_inference_steps=20, scheduler="unipc"), 20.0),
-    "gradient of x0": (ON_X0, 20.0),
-    "gradient of x0, half resolution": (replace(ON_X0, pooling=2), 20.0),
-    "fast": (FAST, 20.0),
-    "fast, no synchronising": (FAST, 0.0),
+GRADIENT, MEANS = SyncSettings(), SyncSettings(gradient=False, means=True)
+LONGER = replace(MEANS, threshold=FAST.sync_threshold)
+WAYS: Mapping[str, tuple[Preset, SyncSettings | None]] = {
+    "published": (replace(EXACT, layout=Fixed), GRADIENT),
+    "no synchronising": (EXACT, None),
+    "gradient": (EXACT, GRADIENT),
+    "means": (EXACT, MEANS),
+    "exact": (EXACT, SyncSettings(means=True)),
+    "fast, no synchronising": (FAST, None),
+    "fast, gradient": (FAST, GRADIENT),
+    "fast": (FAST, LONGER),
 }
-"""The ways that are compared: the levers, and the sync_weight."""
+"""The ways that are compared."""
 MODES = ("syncdiffusion", "syncdiffusion-xl")
-STRIDE = 16  # latent cells, where windows slide
-CUTS = 32  # windows around each ring, for the distance of distributions
-SINGLES = 21  # for each ring
+STRIDE = 16  # latent cells, where windows overlap
+CUTS = 32  # windows cut out of each panorama, for the distance of distributions
+SINGLES = 12  # for each panorama
 WISHES: Sequence[Wish] = tuple((words[0], {"land": land}) for land, words in LAND_WORDS.items())
 """The prompts, taken in turn, and the attributes that they ask for."""
 
 
 class Found(TypedDict):
-    """The measurements of one ring."""
+    """The measurements of one panorama."""
 
     seconds: float
     distance: float  # between its windows, by the judge
-    seam: float
+    edges: float
+    seam: float  # meaningless where it is flat
+    repetition: float
     right: list[bool]  # of each window that overlaps no other
+    windows: Tensor  # those windows in 8 bits, (n, 3, h, w)
     features: Tensor  # (CUTS, C)
 
 
-def features(judge: Judge, windows: Tensor) -> Tensor:
-    """Return the means (N, C) of the last block's features of windows (N, 3, H, W) in [-1, 1]."""
-    x = windows
-    with torch.no_grad():
-        for block in judge.blocks:
-            x = block(x)
-    return x.mean((2, 3))
-
-
-def frechet(first: Tensor, second: Tensor) -> float:
-    """Return the Frechet distance of the normal distributions of features (N, C) and (M, C)."""
-    first, second = first.double(), second.double()
-    means = (first.mean(0) - second.mean(0)).square().sum()
-    one, two = (torch.cov(x.T) for x in (first, second))
-    product = torch.linalg.eigvals(one @ two).real.clamp(min=0).sqrt().sum()
-    return float(means + one.trace() + two.trace() - 2 * product)
-
-
-def strangeness(found: Tensor, singles: Tensor) -> float:
-    """Return the Frechet distance of features from those of single windows, over their variance."""
-    return frechet(found, singles) / float(torch.cov(singles.T.double()).trace())
-
-
-def settings_for(models: Models, prompt: str, windows: int, way: str) -> Settings:
-    """Return the settings of a flat canvas so many windows wide, for the mode that was loaded."""
+def settings_for(models: Models, prompt: str, shape: Shape, way: str) -> Settings:
+    """Return the settings of a panorama, for the mode that was loaded."""
     ((mode, base),) = models.bases.items()
-    preset, weight = WAYS[way]
+    preset, sync = WAYS[way]
     side = base.window * base.factor
     return Settings(
         prompt=f"{''.join(base.tokens)} {prompt}".strip(),
         height=side,
-        width=windows * side,
+        width=shape.windows * side,
+        closed=shape.closed,
         guidance_scale=models.settings(mode).guidance_scale,
         num_inference_steps=preset.num_inference_steps,
         scheduler=preset.scheduler,
         layout=preset.layout(STRIDE),
-        sync=SyncSettings(weight, through_unet=preset.through_unet, pooling=preset.pooling),
+        sync=sync,
     )
 
 
-def make(models: Models, prompt: str, seed: int, way: str) -> Tensor:
-    """Make a ring (1, 3, H, W) in [0, 1]."""
+def examine(
+    models: Models, judge: Judge, shape: Shape, index: int, way: str, folder: Path | None
+) -> Found:
+    """Make a panorama and measure it."""
+    prompt, asked = WISHES[index % len(WISHES)]
     (base,) = models.bases.values()
-    settings = replace(settings_for(models, prompt, WINDOWS, way), closed="x")
-    return Pipeline(base)(settings, torch.Generator().manual_seed(seed))
-
-
-def examine(models: Models, judge: Judge, wish: Wish, seed: int, way: str) -> Found:
-    """Make a ring and measure it."""
-    prompt, asked = wish
+    settings, pipeline = settings_for(models, prompt, shape, way), Pipeline(base)
     started = time.perf_counter()
-    image = make(models, prompt, seed, way)
+    image = pipeline(settings, torch.Generator().manual_seed(index))
     seconds = time.perf_counter() - started
-    side = image.shape[-2]
-    apart = torch.cat(image.split(side, -1)) * 2 - 1
+    if folder:
+        keep(image, folder / f"{way}-{index:02d}.png")
+    side, width = image.shape[-2:]
+    apart = torch.cat(image.split(side, -1)) * 2 - 1  # (n, 3, h, w)
     seen = read(judge, apart, ATTRIBUTES)
-    turns = range(0, image.shape[-1], image.shape[-1] // CUTS)
+    turns = [k * (width if shape.closed else width - side) // CUTS for k in range(CUTS)]
     cut = torch.cat([image.roll(-turn, -1)[..., :side] for turn in turns]) * 2 - 1
     return Found(
         seconds=seconds,
         distance=coherence(judge, image, side),
+        edges=edge_ratio(image, pipeline, settings),
         seam=seam_ratio(image),
+        repetition=repetition(image, side, ring=bool(shape.closed)),
         right=[all(facts[name] == value for name, value in asked.items()) for facts in seen],
+        windows=apart.add(1).mul(127.5).round().byte(),
         features=features(judge, cut),
     )
 
@@ -149,8 +147,8 @@ def single_windows(models: Models, judge: Judge, wish: Wish, index: int) -> Tens
     They are denoised side by side, without overlap, and decoded one by one.
     """
     (base,) = models.bases.values()
-    settings = settings_for(models, wish[0], SINGLES, "no synchronising")
-    settings = replace(settings, layout=EXACT.layout(base.window))
+    settings = settings_for(models, wish[0], Shape("", SINGLES), "fast, no synchronising")
+    settings = replace(settings, layout=Fixed(base.window))
     pipeline = Pipeline(base)
     noise = pipeline.noise(settings, torch.Generator().manual_seed(1000 + index))
     latents = pipeline.denoise(settings, pipeline.encode(settings), noise)
@@ -159,79 +157,107 @@ def single_windows(models: Models, judge: Judge, wish: Wish, index: int) -> Tens
     return features(judge, torch.cat(images).clamp(-1, 1))
 
 
+def varieties(judge: Judge, found: Sequence[Found]) -> float:
+    """Return the variety between panoramas of one prompt, the mean over prompts with several."""
+    windows = [f["windows"] / 127.5 - 1 for f in found]
+    groups = [windows[first :: len(WISHES)] for first in range(len(WISHES))]
+    return mean(variety(judge, group) for group in groups if len(group) > 1)
+
+
+def cost(way: str, networks: Networks) -> float:
+    """Return the operations of a way at 2048 x 512, in units of 10^12."""
+    preset, sync = WAYS[way]
+    preset = replace(preset, gradient=bool(sync and sync.gradient))
+    return operations(Setting(sync_threshold=sync.threshold if sync else 0), preset, networks)
+
+
 def row(
-    way: str, found: Sequence[Found], exact: Sequence[Found], singles: Tensor, networks: Networks
+    name: str, way: str, found: Sequence[Found], judge: Judge, singles: Tensor, networks: Networks
 ) -> str:
-    """Return the row of a way in Markdown, beside exact with the same prompts and noise."""
-    preset, weight = WAYS[way]
-    setting = Setting(sync_threshold=5 if weight else 0)
+    """Return the row of a way and a shape in Markdown."""
+    distances, edges = [f["distance"] for f in found], [f["edges"] for f in found]
     cells = [
-        way,
-        f"{operations(setting, preset, networks):.0f}",
+        f"{way}, {name}",
+        f"{cost(way, networks):.0f}",
         f"{min(f['seconds'] for f in found):.1f}",
-        beside([f["distance"] for f in found], [f["distance"] for f in exact]),
-        beside([mean(f["right"]) for f in found], [mean(f["right"]) for f in exact]),
-        beside([f["seam"] for f in found], [f["seam"] for f in exact]),
+        f"{mean(distances):.3f} / {max(distances):.2f}",
+        f"{mean(edges):.2f} / {max(edges):.2f}",
+        f"{mean(f['seam'] for f in found):.2f}" if SHAPES[name].closed else "",
+        f"{mean(f['repetition'] for f in found):.3f}",
+        f"{varieties(judge, found):.3f}",
+        f"{mean(right for f in found for right in f['right']):.3f}",
         f"{strangeness(torch.cat([f['features'] for f in found]), singles):.2f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
-def beside(values: Sequence[float], exact: Sequence[float]) -> str:
-    """Return a mean, its difference from exact's, and the standard error of this difference.
-
-    Both are of the same prompts and noise, whose own differences drop out.
-    """
-    more = [value - other for value, other in zip(values, exact, strict=True)]
-    return f"{mean(values):.3f} ({mean(more):+.3f} ± {stdev(more) / len(more) ** 0.5:.3f})"
+def plot(points: Sequence[tuple[str, str, float, float]], path: Path) -> None:
+    """Draw distance against operations; each point is a way, a shape and the two values."""
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, marker in zip(SHAPES, "os", strict=True):
+        chosen = [point for point in points if point[1] == name]
+        axes.scatter([p[2] for p in chosen], [p[3] for p in chosen], marker=marker, label=name)
+        for way, _, cost, distance in chosen:
+            axes.annotate(way, (cost, distance), (5, 3), textcoords="offset points", fontsize=7)
+    axes.set(
+        xscale="log",
+        xlabel="operations at 2048 x 512, 10^12",
+        ylabel="mean distance between windows",
+        ylim=(0, None),
+    )
+    axes.legend()
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    pyplot.close(figure)
 
 
 HEADER = """\
-| | operations, 10^12 | seconds, the least | distance of windows (beside exact) \
-| agreement (beside exact) | seam ratio (beside exact) | Frechet distance, over variance |
-|---|---|---|---|---|---|---|"""
+| | operations, 10^12 | seconds, the least | distance, mean / worst | edges, mean / worst | seam \
+| repetition | variety | agreement | Frechet |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def main() -> None:
     """Make the images and print the table; the measurements of each image are kept."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("ways", nargs="*", help=f"of {', '.join(WAYS)}; default: all")
-    parser.add_argument(
-        "--seeds",
-        type=int,
-        default=24,
-        help="images of each way, at least 2",
-    )
+    parser.add_argument("--seeds", type=int, default=24, help="images of each way and shape")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=[*SHAPES])
     parser.add_argument(
         "--work",
         type=Path,
         required=True,
         help="a folder for the measurements, a new one after any change",
     )
+    parser.add_argument("--keep", type=Path, help="a folder for the images")
+    parser.add_argument("--plot", type=Path, help="an image of distance against operations")
     parser.add_argument("--mode", choices=MODES, default=MODES[0])
     options = parser.parse_args()
-    if options.seeds < 2:
-        parser.error("--seeds must be at least 2, for a standard error; try 24")
+    if options.seeds <= len(WISHES):
+        parser.error(f"--seeds must be more than the {len(WISHES)} prompts, for variety; try 24")
     if unknown := set(options.ways) - set(WAYS):
         parser.error(f"unknown ways: {', '.join(sorted(unknown))}")
     models = load("tiny", modes=[options.mode], device="cpu")
-    judge = load_judge(Judge(), "windows")
+    judge, networks = load_judge(Judge(), "windows"), Networks()
     options.work.mkdir(parents=True, exist_ok=True)
-
-    def rings(way: str) -> list[Found]:
-        def find(index: int) -> Found:
-            return examine(models, judge, WISHES[index % len(WISHES)], index, way)
-
-        return kept(options.work / f"{way}.pt", options.seeds, find)
 
     def windows(index: int) -> Tensor:
         return single_windows(models, judge, WISHES[index % len(WISHES)], index)
 
     singles = torch.cat(kept(options.work / "singles.pt", options.seeds, windows))
-    exact, networks = rings("exact"), Networks()
     print(HEADER, flush=True)
+    points = []
     for way in options.ways or WAYS:
-        print(row(way, rings(way), exact, singles, networks), flush=True)
+        for name in options.shapes:
+
+            def find(index: int, way: str = way, name: str = name) -> Found:
+                folder = options.keep and options.keep / name
+                return examine(models, judge, SHAPES[name], index, way, folder)
+
+            found = kept(options.work / f"{way}-{name}.pt", options.seeds, find)
+            print(row(name, way, found, judge, singles, networks), flush=True)
+            points.append((way, name, cost(way, networks), mean(f["distance"] for f in found)))
+    if options.plot:
+        plot(points, options.plot)
     floor = strangeness(singles[::2], singles[1::2])
     print(f"\nOne half of the single windows from the other, so of fewer: {floor:.2f}")
 

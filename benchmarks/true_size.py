@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -20,7 +21,7 @@ from panorama.sampling.gradient import frozen
 from panorama.sampling.perceptual import LPIPS
 from panorama.sampling.presets import EXACT, FAST, Preset
 from panorama.sampling.synchronize import SyncSettings
-from panorama.sampling.views import Sliding
+from panorama.sampling.views import Fixed
 
 
 class TrueSize:
@@ -37,7 +38,7 @@ class TrueSize:
         scheduler = DDIMScheduler.from_config(published("scheduler"))  # its values are read
         with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
             unet, vae = build_networks(dtype)
-            states = torch.randn(2, TOKENS, unet.config.cross_attention_dim).to(dtype)
+            states = torch.randn(2, 1, TOKENS, unet.config.cross_attention_dim).to(dtype)
             self.base = BaseModel(unet, vae, (), scheduler, perceptual=LPIPS().eval())
             self.noise = torch.randn(1, 4, self.base.window, 2 * self.base.window)
         for network in self.base.networks():
@@ -59,7 +60,8 @@ class TrueSize:
         views = settings.layout(Pipeline(self.base).canvas(settings), self.base.window, 1)
         self.base.scheduler.set_timesteps(1)
         assert settings.sync
-        return plain_loop(self.noise, views, networks, self.base.scheduler, settings.sync)
+        published = replace(settings.sync, means=False)
+        return plain_loop(self.noise, views, networks, self.base.scheduler, published)
 
     def ours(self, preset: Preset, checkpointing: bool = False) -> Tensor:
         """Take the step by the pipeline."""
@@ -74,8 +76,8 @@ class TrueSize:
             height=height,
             width=width,
             num_inference_steps=1,
-            layout=Sliding(self.base.window),
-            sync=SyncSettings(through_unet=preset.through_unet, pooling=preset.pooling),
+            layout=Fixed(self.base.window),
+            sync=SyncSettings(gradient=preset.gradient, means=True),
         )
 
 

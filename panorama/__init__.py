@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from panorama.request import Request as Request
     from panorama.request import ResolvedRequest as ResolvedRequest
     from panorama.sampling.synchronize import SyncSettings as SyncSettings
-    from panorama.sampling.views import Disjoint as Disjoint
+    from panorama.sampling.views import Fixed as Fixed
     from panorama.sampling.views import Sliding as Sliding
     from panorama.sampling.views import Spanning as Spanning
 
@@ -41,7 +41,7 @@ _NAMES = {
     "pipeline": ("Pipeline", "Settings"),
     "request": ("ModeSettings", "Request", "ResolvedRequest"),
     "sampling.synchronize": ("SyncSettings",),
-    "sampling.views": ("Disjoint", "Sliding", "Spanning"),
+    "sampling.views": ("Fixed", "Sliding", "Spanning"),
 }
 __all__ = ["__version__", *(name for names in _NAMES.values() for name in names)]
 

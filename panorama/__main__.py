@@ -7,15 +7,21 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from panorama.environment import load_models
 from panorama.errors import shorten
 from panorama.request import INPUTS, Request
 from panorama.weights import WeightsError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+PREVIEW_EVERY = 5  # steps
 
 
 class Parser(argparse.ArgumentParser):
@@ -36,10 +42,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(prog="panorama", description="Make a panorama from a prompt.")
     parser.add_argument("-i", metavar="NAME=VALUE", dest="inputs", action="append", default=[])
     parser.add_argument("-o", metavar="FILE", dest="output", default="output.png", type=Path)
+    parser.add_argument(
+        "--previews",
+        metavar="FOLDER",
+        type=Path,
+        help=f"write a preview there after the first step and every {PREVIEW_EVERY} steps later",
+    )
     options = parser.parse_args(arguments)
     try:
         request = Request(**parse_inputs(options.inputs))
         check_output(options.output)
+        if options.previews:
+            make_folder(options.previews)
         models = load_models()
         job = models.prepare(request)
     except (ValueError, FileNotFoundError, WeightsError) as error:  # the second: no such family
@@ -47,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     print(f"seed: {job.request.seed}", flush=True)
     try:
-        panorama = models.run(job, lambda n, steps: print(f"step {n}/{steps}", flush=True))
+        panorama = models.run(job, partial(report, options.previews))
         panorama.save(options.output)
     except KeyboardInterrupt:
         return 130
@@ -98,6 +112,21 @@ def check_output(path: Path) -> None:
         raise ValueError(f"-o {path}: must be in a folder that exists; try output.png")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise ValueError(f"-o {path}: must be writable; try output.png")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder for previews, if it is not there; ValueError if none can be written there."""
+    with suppress(OSError):
+        path.mkdir(parents=True, exist_ok=True)
+    if not path.is_dir() or not os.access(path, os.W_OK):
+        raise ValueError(f"--previews {path}: must be a folder that is writable; try previews")
+
+
+def report(folder: Path | None, step: int, steps: int, preview: Callable[[], "Image"]) -> None:
+    """Print a step, and write a preview of every few steps into a folder, if there is one."""
+    print(f"step {step}/{steps}", flush=True)
+    if folder and step % PREVIEW_EVERY == 1:
+        preview().save(folder / f"step-{step:03}.png")
 
 
 if __name__ == "__main__":

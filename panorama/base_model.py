@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from panorama.conditioning.lora import TOKENS, load_lora, load_tokens
@@ -17,6 +17,7 @@ from panorama.sampling.perceptual import LPIPS
 MODELS: Mapping[str, Any] = {
     "unet": UNet2DConditionModel,
     "vae": AutoencoderKL,
+    "tiny_vae": AutoencoderTiny,
     "controlnet": ControlNetModel,
     "text_encoder": CLIPTextModel,
     "text_encoder_2": CLIPTextModelWithProjection,
@@ -33,6 +34,7 @@ class BaseModel:
     vae: Any  # AutoencoderKL
     text_encoders: tuple[TextEncoder, ...]  # one for SD 2, two for SDXL
     scheduler: Any  # with the noise schedule that the UNet was trained on
+    tiny_vae: Any = None  # AutoencoderTiny, which decodes the VAE's latents at far less cost
     controlnet: Any = None  # ControlNetModel for depth
     perceptual: Any = None  # LPIPS, or a module with its `embed` and `distance`
     has_lora: bool = False  # the UNet has a LoRA, see `lora_applied`
@@ -66,7 +68,7 @@ class BaseModel:
 
     def networks(self) -> list[Any]:
         """Return the networks that there are."""
-        found = [self.unet, self.vae, self.controlnet, self.perceptual]
+        found = [self.unet, self.vae, self.tiny_vae, self.controlnet, self.perceptual]
         found += [encoder.model for encoder in self.text_encoders]
         return [network for network in found if network is not None]
 
@@ -76,8 +78,9 @@ def load_base_model(components: Mapping[str, Path], dtype: torch.dtype) -> BaseM
 
     Args:
         components: folders of `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler` and, where
-            the model has them, `text_encoder_2`, `tokenizer_2`, `controlnet`, `perceptual`; the
-            file `lora.safetensors` of a LoRA and `embeddings.safetensors` of its tokens.
+            the model has them, `text_encoder_2`, `tokenizer_2`, `tiny_vae`, `controlnet`,
+            `perceptual`; the file `lora.safetensors` of a LoRA and `embeddings.safetensors` of its
+            tokens.
         dtype: of the weights. LPIPS stays in float32, and so does a VAE of SDXL that overflows in
             half precision (`force_upcast`).
     """

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from panorama import weights
@@ -28,8 +29,9 @@ from panorama.sampling.synchronize import SyncSettings
 
 DEFAULT_FAMILY = "tiny"
 
-Progress = Callable[[int, int], None]
-"""Called after every step with its number, from 1, and the number of steps."""
+Progress = Callable[[int, int, Callable[[], Image.Image]], None]
+"""Called after every step with its number, from 1, the number of steps, and a function that returns
+a preview: the image as the step predicts it."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,12 @@ class Job:
             weight=request.sync_weight,
             decay_rate=request.sync_decay_rate,
             freq=request.sync_freq,
-            threshold=request.sync_threshold,
-            through_unet=preset.through_unet,
-            pooling=preset.pooling,
+            threshold=request.sync_threshold or 0,
+            gradient=preset.gradient,
+            means=True,
         )
         return Settings(
-            prompt=request.full_prompt,
+            prompt=request.parts,
             height=request.height,
             width=request.width,
             closed=request.closed_axis,
@@ -84,8 +86,8 @@ class Job:
             lora_scale=request.lora_scale,
         )
 
-    def metadata(self, family: str) -> dict[str, Any]:
-        """Return the metadata to store with the panorama."""
+    def metadata(self, family: str, device: torch.device) -> dict[str, Any]:
+        """Return the metadata to store with the panorama, in the thread that makes it."""
         inputs = self.request.mode_inputs()
         if self.depth is not None:
             inputs["depth_image"] = f"sha256:{self.depth.sha256}"
@@ -95,6 +97,8 @@ class Job:
             "tokens": self.request.tokens,
             "family": Path(family).name,  # a family given by its path may lie anywhere
             "versions": {"panorama": __version__, **versions},
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
         }
 
     def _depth(self) -> Tensor | None:
@@ -143,7 +147,9 @@ class Models:
             tokens=base.tokens,
             speed=spec.speed,
             speeds={
-                name: SpeedSettings(p.num_inference_steps, p.scheduler, p.takes_stride)
+                name: SpeedSettings(
+                    p.num_inference_steps, p.scheduler, p.sync_threshold, p.takes_stride
+                )
                 for name, p in spec.presets.items()
             },
         )
@@ -160,7 +166,7 @@ class Models:
             raise INPUTS["depth_image"].refuse(request.depth_image, rule, None)
         image = depth_images.read(request.depth_image) if request.depth_image else None
         resolved = request.resolve(settings, image.size if image else None)
-        texts = {"prompt": resolved.full_prompt, "negative_prompt": resolved.negative_prompt}
+        texts = {"prompt": resolved.parts, "negative_prompt": (resolved.negative_prompt,)}
         check_lengths(self.bases[request.mode].text_encoders, texts)
         return Job(resolved, image)
 
@@ -170,7 +176,7 @@ class Models:
         Args:
             job: from `prepare`.
             on_step: called after every step; an exception that it raises ends the run and leaves
-                the networks as they were.
+                the networks as they were. Previews have to pass the safety checker too.
 
         Raises:
             ImageWithheldError: the safety checker flagged the image.
@@ -180,9 +186,14 @@ class Models:
         generator = torch.Generator().manual_seed(job.request.seed)
         seconds: dict[str, float] = {}
 
-        def report(step: int, steps: int, latents: Tensor) -> None:
+        def report(step: int, steps: int, x0: Tensor) -> None:
+            def preview() -> Image.Image:
+                image = to_pil(pipeline.preview(settings, x0))
+                self._check(image, job.request)
+                return image
+
             if on_step:
-                on_step(step, steps)
+                on_step(step, steps, preview)
 
         with self._lock:
             with timed(seconds, "denoise"):
@@ -190,15 +201,19 @@ class Models:
                 noise = pipeline.noise(settings, generator)
                 latents = pipeline.denoise(settings, conditioning, noise, report)
             with timed(seconds, "decode"):
-                image = to_pil(pipeline.decode(latents, settings.closed))
+                image = to_pil(pipeline.decode(settings, latents))
             with timed(seconds, "check"):
-                if self.checker and not job.request.disable_safety_checker:
-                    self.checker.check(image, settings.closed)
-        return Panorama(image, settings.closed, job.metadata(self.family), seconds)
+                self._check(image, job.request)
+        return Panorama(image, settings.closed, job.metadata(self.family, self.device), seconds)
 
     def generate(self, request: Request, on_step: Progress | None = None) -> Panorama:
         """Make the panorama of a request; see `prepare` and `run`."""
         return self.run(self.prepare(request), on_step)
+
+    def _check(self, image: Image.Image, request: ResolvedRequest) -> None:
+        """Raise ImageWithheldError if the safety checker flags an image."""
+        if self.checker and not request.disable_safety_checker:
+            self.checker.check(image, request.closed_axis)
 
 
 def load(
@@ -258,6 +273,11 @@ def check_mode(mode: str, family: str, offered: Mapping[str, Any]) -> None:
     if mode not in offered:
         rule = f"be one that the family {family} offers, {', '.join(offered)}"
         raise INPUTS["mode"].refuse(mode, rule, next(iter(offered)))
+
+
+def device_name(device: torch.device) -> str:
+    """Name a device by the model of its GPU, or else by its type, such as "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @contextmanager

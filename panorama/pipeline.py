@@ -19,7 +19,7 @@ from panorama.sampling.denoiser import Conditioning, DepthControl, UNetDenoiser
 from panorama.sampling.gradient import frozen
 from panorama.sampling.sampler import BATCH_SIZE, OnStep, sample
 from panorama.sampling.solver import Solver, build_scheduler
-from panorama.sampling.synchronize import Synchronizer, SyncSettings
+from panorama.sampling.synchronize import PerceptualGradient, Synchronizer, SyncSettings
 from panorama.sampling.views import Layout, Sliding
 
 
@@ -28,7 +28,8 @@ class Settings:
     """Everything that decides what a panorama looks like, except its noise.
 
     Attributes:
-        prompt: what it shows.
+        prompt: what it shows. A tuple has a text for each of the parts that follow one another
+            along the longer side, from left to right or from top to bottom.
         height: pixels.
         width: pixels.
         closed: the axis that closes into a ring, "" for none.
@@ -47,7 +48,7 @@ class Settings:
         ValueError: a setting breaks its rule.
     """
 
-    prompt: str
+    prompt: str | tuple[str, ...]
     height: int
     width: int
     closed: Axis = ""
@@ -63,6 +64,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_least(self, guidance_scale=0, num_inference_steps=1, controlnet_conditioning_scale=0)
+        if self.prompt == ():
+            raise ValueError("prompt=(): must have at least one part; try 'night over the sea'")
         if self.negative_prompt and self.guidance_scale == 1:
             raise ValueError(
                 f"negative_prompt={shorten(self.negative_prompt)}: must be empty with "
@@ -109,7 +112,7 @@ class Pipeline:
         """
         conditioning = self.encode(settings)
         latents = self.denoise(settings, conditioning, self.noise(settings, generator), on_step)
-        return self.decode(latents, settings.closed)
+        return self.decode(settings, latents)
 
     def canvas(self, settings: Settings) -> Canvas:
         """Return the canvas of latents for an image.
@@ -166,8 +169,13 @@ class Pipeline:
 
         Returns:
             The latents (1, C, H, W).
+
+        Raises:
+            ValueError: the settings do not fit the base model, or the conditioning has more parts
+                than the canvas has room for.
         """
         base, canvas, control = self.base, self.canvas(settings), self._control(settings)
+        self._check_parts(settings, conditioning.parts)
         expected = (1, base.unet.config.in_channels, canvas.height, canvas.width)
         if noise.shape != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}: must be {expected}")
@@ -188,16 +196,55 @@ class Pipeline:
                 views,
                 denoise,
                 solver,
-                sync=self._synchronizer(settings.sync, denoise, solver, save_memory),
+                closed=canvas.closed,
+                sync=self._synchronizer(settings.sync, denoise, canvas, solver, save_memory),
                 batch_size=self.batch_size,
                 on_step=on_step,
             )
 
     @torch.inference_mode(False)
-    def decode(self, latents: Tensor, closed: Axis = "") -> Tensor:
+    def decode(self, settings: Settings, latents: Tensor) -> Tensor:
         """Decode latents (1, C, H, W) to the image (1, 3, H * f, W * f) in [0, 1]."""
-        image = decode_canvas(self.base.vae, latents, closed, max_cells=self.max_cells)
+        return self._decode(self.base.vae, settings, latents)
+
+    @torch.inference_mode(False)
+    def preview(self, settings: Settings, x0: Tensor) -> Tensor:
+        """Decode the x0 of a step as `decode` does, with the tiny VAE if there is one."""
+        return self._decode(self.base.tiny_vae or self.base.vae, settings, x0)
+
+    def _decode(self, vae: Any, settings: Settings, latents: Tensor) -> Tensor:
+        """Decode latents to an image in [0, 1]."""
+        canvas = self.canvas(settings)
+        # Where windows hang over the ends, the latents there are no edges of an image.
+        moving = "" if settings.layout.wraps else canvas.moving_axes(self.base.window)
+        image = decode_canvas(
+            vae,
+            latents,
+            canvas.closed,
+            extended=moving.replace(canvas.closed, ""),
+            max_cells=self.max_cells,
+        )
         return image.add_(1).div_(2)
+
+    def _check_parts(self, settings: Settings, parts: int) -> None:
+        """Check that every part of the prompt is at least one window long."""
+        window = self.base.window * self.base.factor
+        name = "width" if settings.width >= settings.height else "height"
+        size = max(settings.width, settings.height)
+        if settings.layout.wraps:
+            room, reason, advice = 1, "where one view spans the canvas", "layout=Sliding()"
+        else:
+            room = size // window
+            reason = (
+                f"with {name}={size}, which has room for {room}: each needs at least one window, "
+                f"{window} pixels"
+            )
+            advice = f"{name}={parts * window}"
+        if parts > room:
+            raise ValueError(
+                f"prompt={shorten(settings.prompt)}: must not have {parts} parts {reason}; "
+                f"try {advice}"
+            )
 
     def _control(self, settings: Settings) -> DepthControl | None:
         """Build the depth control, or return None if there is no depth to follow."""
@@ -213,20 +260,21 @@ class Pipeline:
         self,
         sync: SyncSettings | None,
         denoise: UNetDenoiser,
+        canvas: Canvas,
         solver: Solver,
         save_memory: Callable[[], bool],
     ) -> Synchronizer | None:
         """Build the synchronizer, or return None without settings for it."""
         if sync is None:
             return None
-        if self.base.perceptual is None:
-            raise ValueError("sync: needs a base model with a perceptual distance; try sync=None")
-        if self.base.window % sync.pooling:
-            raise ValueError(
-                f"pooling={sync.pooling}: must divide the window's {self.base.window} latent "
-                "cells; try 2"
+        base, gradient = self.base, None
+        if sync.gradient:
+            if base.perceptual is None:
+                raise ValueError(
+                    "sync: its gradient needs a base model with a perceptual distance; "
+                    "try SyncSettings(gradient=False, means=True)"
+                )
+            gradient = PerceptualGradient(
+                denoise, lambda x: decode(base.vae, x), base.perceptual, solver, save_memory
             )
-        base = self.base
-        return Synchronizer(
-            denoise, lambda x: decode(base.vae, x), base.perceptual, solver, sync, save_memory
-        )
+        return Synchronizer(sync, denoise, canvas, base.window, denoise.parts, gradient)

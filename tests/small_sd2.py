@@ -6,7 +6,7 @@ from transformers import CLIPTextModel
 
 from panorama.base_model import BaseModel
 from panorama.conditioning.prompts import TextEncoder
-from tests.small import small_unet, small_vae
+from tests.small import small_tiny_vae, small_unet, small_vae
 from tests.small_sdxl import small_perceptual, text_encoder, tokenizer
 
 
@@ -29,6 +29,7 @@ def build() -> BaseModel:
             steps_offset=1,
         ),
         perceptual=small_perceptual(),
+        tiny_vae=small_tiny_vae(3),
     )
     for network in base.networks():
         network.eval()

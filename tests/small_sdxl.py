@@ -24,6 +24,7 @@ from panorama.base_model import BaseModel
 from panorama.conditioning.lora import load_lora, load_tokens
 from panorama.conditioning.prompts import TextEncoder
 from panorama.sampling.perceptual import LPIPS
+from tests.small import small_tiny_vae
 
 HIDDEN = (16, 24)  # of the text encoders
 TOKENIZER = Path(__file__).parents[1] / "weights" / "tiny" / "sd2" / "tokenizer"
@@ -111,6 +112,7 @@ def assemble(
         ),
         controlnet=controlnet,
         perceptual=small_perceptual(),
+        tiny_vae=small_tiny_vae(len(vae.config.block_out_channels)),
     )
     for network in base.networks():
         network.eval()
@@ -127,9 +129,10 @@ def components(base: BaseModel) -> dict[str, Any]:
 
 def save(base: BaseModel, folder: Path) -> dict[str, Path]:
     """Write a base model but for LPIPS; return its components, as `load_base_model` reads them."""
-    for name, part in components(base).items():
+    parts = components(base) | {"tiny_vae": base.tiny_vae}
+    for name, part in parts.items():
         part.save_pretrained(folder / name)
-    return {name: folder / name for name in components(base)}
+    return {name: folder / name for name in parts}
 
 
 def cog_sdxl(base: BaseModel, path: Path, prefix: str = "") -> Path:

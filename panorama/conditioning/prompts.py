@@ -70,19 +70,19 @@ EMBED: Mapping[str | None, Embed] = {None: embed_sd2, "text_time": embed_sdxl}
 def encode_prompts(
     encoders: Sequence[TextEncoder],
     embed_type: str | None,
-    prompt: str,
+    prompt: str | tuple[str, ...],
     negative_prompt: str,
     guidance_scale: float,
 ) -> Conditioning:
-    """Embed a prompt and, with guidance, a negative prompt.
+    """Embed the parts of a prompt and, with guidance, a negative prompt.
 
-    A text longer than one context is embedded in contexts, one after the other. The shorter text
-    gets empty contexts, so that both have one length.
+    A text longer than one context is embedded in contexts, one after the other. Shorter texts get
+    empty contexts, so that all have one length.
 
     Args:
         encoders: the text encoders of the base model.
         embed_type: the `addition_embed_type` of its UNet, a key of `EMBED`.
-        prompt: what the image shows.
+        prompt: what the image shows, or what each of its parts shows.
         negative_prompt: what it does not show.
         guidance_scale: 1 leaves the negative prompt out.
 
@@ -90,29 +90,59 @@ def encode_prompts(
         ValueError: a text has too many tokens.
         NotFiniteError: an embedding is not finite.
     """
-    texts = {"negative_prompt": negative_prompt, "prompt": prompt}
+    texts = {"negative_prompt": (negative_prompt,), "prompt": as_parts(prompt)}
     if guidance_scale == 1:
         del texts["negative_prompt"]
     check_lengths(encoders, texts)
-    contexts = max(count_contexts(e.tokenizer, text) for e in encoders for text in texts.values())
-    embedded = [EMBED[embed_type](encoders, text, contexts) for text in texts.values()]
-    states = torch.cat([states for states, _ in embedded])  # (texts, n * L, D)
+    every = [text for parts in texts.values() for text in parts]
+    contexts = max(count_contexts(e.tokenizer, text) for e in encoders for text in every)
+    embedded = [embed_parts(encoders, embed_type, parts, contexts) for parts in texts.values()]
+    states = stack_groups([states for states, _ in embedded])  # (G, P, n * L, D)
     pooled = [pooled for _, pooled in embedded if pooled is not None]
     for embeddings in (states, *pooled):
         require_finite(embeddings, "the embeddings of the prompts are")
-    return Conditioning(states, torch.cat(pooled) if pooled else None, guidance_scale)
+    return Conditioning(states, stack_groups(pooled) if pooled else None, guidance_scale)
 
 
-def check_lengths(encoders: Sequence[TextEncoder], texts: Mapping[str, str]) -> None:
-    """Raise ValueError if a text, by the name of its input, has too many tokens."""
+def as_parts(prompt: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Return the texts of a prompt's parts; a string is one part."""
+    return (prompt,) if isinstance(prompt, str) else prompt
+
+
+def embed_parts(
+    encoders: Sequence[TextEncoder], embed_type: str | None, parts: Sequence[str], contexts: int
+) -> tuple[Tensor, Tensor | None]:
+    """Embed P texts of n contexts; return states (P, n * L, D) and pooled (P, D') or None."""
+    embedded = [EMBED[embed_type](encoders, text, contexts) for text in parts]
+    pooled = [pooled for _, pooled in embedded if pooled is not None]
+    return torch.cat([states for states, _ in embedded]), torch.cat(pooled) if pooled else None
+
+
+def stack_groups(groups: Sequence[Tensor]) -> Tensor:
+    """Repeat embeddings (1, ...) of a negative prompt for P parts; stack all to (G, P, ...).
+
+    The last group is that of the parts, (P, ...).
+    """
+    return torch.stack([group.expand(groups[-1].shape) for group in groups])
+
+
+def check_lengths(encoders: Sequence[TextEncoder], texts: Mapping[str, Sequence[str]]) -> None:
+    """Raise ValueError if a text has too many tokens.
+
+    Args:
+        encoders: the text encoders of the base model.
+        texts: the texts of each input, by its name; a prompt has one for each part.
+    """
     for encoder in encoders:
-        for name, text in texts.items():
-            count = len(tokenize(encoder.tokenizer, text))
-            if count > encoder.max_tokens:
-                raise ValueError(
-                    f"{name}={shorten(text)}: must have at most {encoder.max_tokens} tokens, "
-                    f"not {count}; try a shorter text"
-                )
+        for name, parts in texts.items():
+            for number, text in enumerate(parts, start=1):
+                place = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
+                count = len(tokenize(encoder.tokenizer, text))
+                if count > encoder.max_tokens:
+                    raise ValueError(
+                        f"{name}={shorten(text)}{place}: must have at most {encoder.max_tokens} "
+                        f"tokens, not {count}; try a shorter text"
+                    )
 
 
 def count_contexts(tokenizer: Any, text: str) -> int:

@@ -54,7 +54,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Returns:
         The `inputs` that its mode takes, as they were used, with files replaced by their hashes;
-        the LoRA's `tokens` that preceded the prompt, "" for none; the model `family`; `versions`.
+        the LoRA's `tokens` that preceded the prompt, "" for none; the model `family`; `versions`;
+        the `device` that made the image, and the `threads` of its CPU.
 
     Raises:
         ValueError: the file is not a PNG with such metadata.

@@ -91,4 +91,5 @@ def squares(image: Image, closed: Axis) -> Iterator[Tensor]:
     side = min(height, width)
     tops = half_overlapping_starts(height, side, closed == "y")
     lefts = half_overlapping_starts(width, side, closed == "x")
-    return (crop(pixels, [View(top, left, side, side)])[0] for top in tops for left in lefts)
+    views = (View(top, left, side, side) for top in tops for left in lefts)
+    return (crop(pixels, [view], closed)[0] for view in views)

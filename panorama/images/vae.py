@@ -27,7 +27,12 @@ logger = logging.getLogger(__name__)
 
 @torch.no_grad()
 def decode_canvas(
-    vae: Any, latents: Tensor, closed: Axis = "", *, max_cells: int = MAX_CELLS
+    vae: Any,
+    latents: Tensor,
+    closed: Axis = "",
+    *,
+    extended: str = "",
+    max_cells: int = MAX_CELLS,
 ) -> Tensor:
     """Decode a canvas of latents. On a closed axis the decoder's convolutions wrap.
 
@@ -44,6 +49,8 @@ def decode_canvas(
         vae: AutoencoderKL.
         latents: (1, C, H, W), as the solver leaves them.
         closed: the axis that closes.
+        extended: the axes on which the ends of the canvas are no edges of an image as the VAE knows
+            them, see `circular`. Zeros beyond them would show as a thin line at the ends.
         max_cells: the largest H * W that is decoded whole. A larger canvas is decoded in slices of
             about as many cells, but at least `MIN_SLICE` along the longer axis.
 
@@ -61,7 +68,7 @@ def decode_canvas(
         size = min(length, max(max_cells // across, MIN_SLICE))
     while True:
         try:
-            image = decode_slices(vae, latents, closed, size)
+            image = decode_slices(vae, latents, closed, size, extended)
         except torch.OutOfMemoryError:
             if size <= MIN_SLICE:
                 raise
@@ -89,13 +96,13 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     return images.float()
 
 
-def decode_slices(vae: Any, latents: Tensor, closed: Axis, size: int) -> Tensor:
+def decode_slices(vae: Any, latents: Tensor, closed: Axis, size: int, extended: str = "") -> Tensor:
     """Decode slices of `size` cells along the longer axis, blended, to (1, 3, H * f, W * f)."""
     height, width = latents.shape[-2:]
     axis, dim = ("x", -1) if width >= height else ("y", -2)
     length = latents.shape[dim]
     if size == length:
-        with circular(vae, axes=closed):
+        with circular(vae, axes=closed, extended=extended):
             return decode(vae, latents)
     stride = size - size // 4
     starts = (
@@ -113,7 +120,7 @@ def decode_slices(vae: Any, latents: Tensor, closed: Axis, size: int) -> Tensor:
         return latents.index_select(dim, cells)
 
     with (
-        circular(vae, axes="" if closed == axis else closed),
+        circular(vae, axes="" if closed == axis else closed, extended=extended),
         shared_statistics(vae, torch.cat(blocks(latents, dim, size))),
     ):
         for start in starts:

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Axis = Literal["", "x", "y"]
 """The axis along which a canvas closes: "x" joins left and right, "y" top and bottom."""
+Index = tuple[Any, ...]
+"""An index of a tensor (..., H, W)."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,19 @@ class Canvas:
     width: int
     closed: Axis = ""  # the axis that closes into a ring
 
+    def moving_axes(self, window: int) -> str:
+        """Return the axes, "", "x", "y" or "xy", along which windows of a side can move."""
+        sides = (("x", self.width), ("y", self.height))
+        return "".join(axis for axis, side in sides if axis == self.closed or side > window)
+
 
 @dataclass(frozen=True)
 class View:
-    """A window on a canvas, in latent cells. Rows and columns are taken modulo the canvas."""
+    """A window on a canvas, in latent cells.
+
+    On a closed axis rows or columns are taken modulo the canvas. On a flat axis a view may hang
+    over an end by at most the length of the canvas.
+    """
 
     top: int
     left: int
@@ -31,58 +42,86 @@ class View:
     feathered: bool = False  # counts less in the mean of windows towards its edges
 
 
-def crop(latents: Tensor, views: Sequence[View]) -> Tensor:
+def crop(latents: Tensor, views: Sequence[View], closed: Axis = "") -> Tensor:
     """Cut windows of one size out of a canvas.
+
+    Where a view hangs over a flat end, the latents are mirrored there.
 
     Args:
         latents: (1, C, H, W).
         views: N views of one height h and width w.
+        closed: the axis of the canvas that closes.
 
     Returns:
         The windows, (N, C, h, w).
     """
-    return torch.cat([latents[(..., *window_index(view, latents))] for view in views])
+    height, width = latents.shape[-2:]
+    windows = []
+    for view in views:
+        rows = cells(view.top, view.height, height, closed == "y", latents.device)
+        columns = cells(view.left, view.width, width, closed == "x", latents.device)
+        windows.append(latents[..., rows, :][..., columns])
+    return torch.cat(windows)
 
 
 class Fusion:
     """Average windows over a canvas, added a batch at a time.
 
-    The weights of the mean are 1, or fall towards the edges of feathered views. Source:
-    MultiDiffusion (arXiv 2302.08113), equation 5.
+    The weights of the mean are 1, or fall towards the edges of feathered views. What hangs over a
+    flat end is left out. Source: MultiDiffusion (arXiv 2302.08113), equation 5.
     """
 
-    def __init__(self, canvas: Tensor, views: Sequence[View]) -> None:
+    def __init__(self, canvas: Tensor, views: Sequence[View], closed: Axis = "") -> None:
         """Start an empty mean over a canvas (1, C, H, W), to which all `views` will be added."""
+        self.closed = closed
         self.total = torch.zeros_like(canvas)
         self.weight = torch.zeros_like(canvas[:, :1])
         for view in views:
-            self.weight[(..., *window_index(view, canvas))] += view_weight(view, canvas.device)
+            place, part = self._overlap(view)
+            self.weight[place] += view_weight(view, canvas.device)[part]
 
     def add(self, windows: Tensor, views: Sequence[View]) -> None:
         """Add windows (N, C, h, w) at their views."""
         for window, view in zip(windows, views, strict=True):
-            weight = view_weight(view, window.device)
-            self.total[(..., *window_index(view, self.total))] += window * weight
+            place, part = self._overlap(view)
+            self.total[place] += (window * view_weight(view, window.device))[part]
 
     def mean(self) -> Tensor:
         """Return the mean (1, C, H, W). Every cell must have been covered."""
         return self.total / self.weight
 
+    def _overlap(self, view: View) -> tuple[Index, Index]:
+        """Index what a view covers: cells of the canvas (..., H, W), and of the window."""
+        height, width = self.total.shape[-2:]
+        device = self.total.device
+        rows, top = overlap(view.top, view.height, height, self.closed == "y", device)
+        columns, left = overlap(view.left, view.width, width, self.closed == "x", device)
+        return (..., rows, columns), (..., top, left)
 
-def window_index(view: View, canvas: Tensor) -> tuple[slice, slice] | tuple[Tensor, Tensor]:
-    """Index the rows and columns of a view on a canvas (..., H, W).
 
-    A view that wraps needs index tensors, (h, 1) and (1, w). Any other gets slices, which copy
-    several times as fast.
+def overlap(
+    start: int, size: int, length: int, wraps: bool, device: torch.device
+) -> tuple[slice | Tensor, slice]:
+    """Return the cells of an axis that a window covers, and the part of the window on them."""
+    if wraps:
+        return cells(start, size, length, wraps, device), slice(None)
+    before, after = max(-start, 0), max(start + size - length, 0)
+    return slice(start + before, start + size - after), slice(before, size - after)
+
+
+def cells(start: int, size: int, length: int, wraps: bool, device: torch.device) -> slice | Tensor:
+    """Return the cells (size,) of an axis that a window shows, wrapped or mirrored at the ends.
+
+    Within the ends they are a slice, which copies several times as fast.
     """
-    height, width = canvas.shape[-2:]
-    top, left = view.top % height, view.left % width
-    bottom, right = top + view.height, left + view.width
-    if bottom <= height and right <= width:
-        return slice(top, bottom), slice(left, right)
-    rows = torch.arange(top, bottom, device=canvas.device) % height
-    columns = torch.arange(left, right, device=canvas.device) % width
-    return rows[:, None], columns[None]
+    begin = start % length if wraps else start
+    if begin >= 0 and begin + size <= length:
+        return slice(begin, begin + size)
+    places = torch.arange(start, start + size, device=device)
+    if wraps:
+        return places % length
+    places = torch.where(places < 0, -1 - places, places)
+    return torch.where(places >= length, 2 * length - 1 - places, places)
 
 
 def view_weight(view: View, device: torch.device) -> Tensor:

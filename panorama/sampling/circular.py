@@ -1,6 +1,6 @@
 """Convolutions that wrap around a closed canvas."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,13 +14,13 @@ _MISSING = object()
 
 
 @contextmanager
-def circular(*modules: nn.Module, axes: str = "x") -> Iterator[None]:
+def circular(*modules: nn.Module, axes: str = "x", extended: str = "") -> Iterator[None]:
     """Make every padded Conv2d inside modules wrap around while the block runs.
 
-    A wrapped axis takes its padding from the opposite edge. The other axis keeps its own padding
-    mode. The convolutions of a LoRA are modules too and wrap with the rest. On exit, also by an
-    exception, every convolution is as it was. Blocks nest, the innermost axes apply, and
-    `gradient.frozen` may be entered inside or outside.
+    A wrapped axis takes its padding from the opposite edge, an extended one repeats its outermost
+    cells. Any other axis keeps its own padding mode. The convolutions of a LoRA are modules too and
+    wrap with the rest. On exit, also by an exception, every convolution is as it was. Blocks nest,
+    the innermost axes apply, and `gradient.frozen` may be entered inside or outside.
 
     Padding that a model applies outside of its convolutions is not reached: the downsampling of
     a VAE encoder. Decoders, UNets and ControlNets have none.
@@ -28,15 +28,20 @@ def circular(*modules: nn.Module, axes: str = "x") -> Iterator[None]:
     Args:
         modules: the convolutions at any depth are wrapped.
         axes: "x" joins left and right, "y" top and bottom, "xy" both, "" neither.
+        extended: axes that go on beyond their ends as they end, in the same spelling.
 
     Raises:
-        ValueError: unknown axes.
+        ValueError: unknown axes, or one that is to wrap and be extended.
     """
-    if axes not in AXES:
-        raise ValueError(f"axes={axes!r}: must be one of {', '.join(map(repr, AXES))}")
+    for name, value in (("axes", axes), ("extended", extended)):
+        if value not in AXES:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(map(repr, AXES))}")
+    if both := set(axes) & set(extended):
+        raise ValueError(f"extended={extended!r}: must not contain {both.pop()!r}, which wraps")
+    modes = dict.fromkeys(axes, "circular") | dict.fromkeys(extended, "replicate")
     with ExitStack() as stack:
         for conv in padded_convolutions(modules):
-            stack.enter_context(patched(conv, wrapped_axes=axes))
+            stack.enter_context(patched(conv, axis_modes=modes))
         yield
 
 
@@ -54,24 +59,24 @@ def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     """Replace `Conv2d._conv_forward`: (N, C, H, W) to (N, C', H', W').
 
     Two attributes of the convolution change what it does, independently of each other:
-    `wrapped_axes`, set by `circular`, and `conv2d`, set by `gradient.frozen`.
+    `axis_modes`, set by `circular`, and `conv2d`, set by `gradient.frozen`.
     """
     own = vars(conv)
-    axes: str = own.get("wrapped_axes", "")
+    modes: Mapping[str, str] = own.get("axis_modes", {})
     conv2d: Callable[..., Tensor] = F.conv2d
     if torch.is_grad_enabled():  # otherwise nothing is kept anyway
         conv2d = own.get("conv2d", F.conv2d)
     padding: Any = conv.padding
-    if axes or conv.padding_mode != "zeros" or isinstance(padding, str):
-        x, padding = pad(conv, x, axes), (0, 0)
+    if modes or conv.padding_mode != "zeros" or isinstance(padding, str):
+        x, padding = pad(conv, x, modes), (0, 0)
     return conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
-def pad(conv: nn.Conv2d, x: Tensor, axes: str) -> Tensor:
-    """Pad the input of a convolution: circularly on `axes`, by its own mode elsewhere."""
+def pad(conv: nn.Conv2d, x: Tensor, modes: Mapping[str, str]) -> Tensor:
+    """Pad the input of a convolution by the mode of each axis, where it has none by its own."""
     left, right, top, bottom = padding_of(conv)
     for axis, sides in (("x", (left, right, 0, 0)), ("y", (0, 0, top, bottom))):
-        mode = "circular" if axis in axes else conv.padding_mode.replace("zeros", "constant")
+        mode = modes.get(axis, conv.padding_mode.replace("zeros", "constant"))
         if any(sides):
             x = F.pad(x, sides, mode=mode)
     return x

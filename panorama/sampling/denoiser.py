@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from panorama.sampling.canvas import Canvas, View, crop
+from panorama.sampling.parts import part_weights
 from panorama.sampling.solver import Solver
 
 
@@ -30,11 +31,19 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """The embeddings of negative prompt and prompt, or of the prompt alone without guidance."""
+    """The embeddings of G texts for each of P parts of the canvas.
 
-    states: Tensor  # of the text encoders, (2, n * L, D) or (1, n * L, D)
-    pooled: Tensor | None  # of SDXL, (2, D') or (1, D'); None for SD 2
+    With guidance G is 2, the negative prompt and the prompt; without it G is 1, the prompt.
+    """
+
+    states: Tensor  # of the text encoders, (G, P, n * L, D)
+    pooled: Tensor | None  # of SDXL, (G, P, D'); None for SD 2
     guidance_scale: float  # weight of classifier-free guidance
+
+    @property
+    def parts(self) -> int:
+        """The number of parts."""
+        return self.states.shape[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,46 +84,50 @@ class UNetDenoiser:
         if self._pooled is not None:
             self._pooled = self._pooled.to(unet.device, self._dtype)
         self._guidance_scale = conditioning.guidance_scale
+        self.parts = conditioning.parts
 
     def __call__(self, x: Tensor, t: Tensor, views: Sequence[View]) -> Tensor:
         """Predict noise with classifier-free guidance (arXiv 2207.12598, equation 6)."""
-        halves = len(self._states)  # negative prompt and prompt share a batch
+        groups = len(self._states)  # negative prompt and prompt share a batch
         inputs = self._solver.scale(x, t).to(self._dtype)
-        inputs = inputs.repeat(halves, 1, 1, 1)  # (halves * N, C, h, w)
+        inputs = inputs.repeat(groups, 1, 1, 1)  # (G * N, C, h, w)
         options: dict[str, Any] = {
-            "encoder_hidden_states": self._states.repeat_interleave(
-                len(x), 0
-            ),  # (halves * N, n * L, D)
+            "encoder_hidden_states": self._at(self._states, views),  # (G * N, n * L, D)
             "added_cond_kwargs": self._micro_conditioning(views),
             "return_dict": False,
         }
         residuals = self._follow(inputs, t, views, options)
-        (output,) = self._unet(inputs, t, **options, **residuals)  # (halves * N, C, h, w)
+        (output,) = self._unet(inputs, t, **options, **residuals)  # (G * N, C, h, w)
         noise_pred: Tensor = output.to(x.dtype)
-        if halves == 1:
+        if groups == 1:
             return noise_pred
         uncond, text = noise_pred.chunk(2)
         return uncond + self._guidance_scale * (text - uncond)
+
+    def _at(self, embeddings: Tensor, views: Sequence[View]) -> Tensor:
+        """Interpolate embeddings of the parts, (G, P, ...), for each view, (G * N, ...)."""
+        weights = part_weights(self._canvas, embeddings.shape[1], views).to(embeddings)  # (N, P)
+        return torch.einsum("np,gp...->gn...", weights, embeddings).flatten(0, 1)
 
     def _micro_conditioning(self, views: Sequence[View]) -> dict[str, Tensor] | None:
         """Tell SDXL which part of which image each window is (arXiv 2307.01952, section 2.2)."""
         if self._pooled is None:
             return None
-        halves = len(self._pooled)
         sizes = torch.tensor([self._time_ids(view) for view in views], device=self._pooled.device)
         return {
-            "text_embeds": self._pooled.repeat_interleave(len(views), 0),  # (halves * N, D')
-            "time_ids": sizes.float().repeat(halves, 1),  # (halves * N, 6)
+            "text_embeds": self._at(self._pooled, views),  # (G * N, D')
+            "time_ids": sizes.float().repeat(len(self._pooled), 1),  # (G * N, 6)
         }
 
     def _time_ids(self, view: View) -> list[int]:
         """Return original size, crop coordinates and target size of a window in pixels.
 
-        On a closed axis every place is alike, so the crop coordinate there is 0.
+        On a closed axis every place is alike, so the crop coordinate there is 0. A window that
+        hangs over a flat end has that of the nearest window within the canvas.
         """
         canvas = self._canvas
-        top = 0 if canvas.closed == "y" else view.top
-        left = 0 if canvas.closed == "x" else view.left
+        top = 0 if canvas.closed == "y" else clamp(view.top, canvas.height - view.height)
+        left = 0 if canvas.closed == "x" else clamp(view.left, canvas.width - view.width)
         cells = (canvas.height, canvas.width, top, left, view.height, view.width)
         return [self._factor * n for n in cells]
 
@@ -126,7 +139,7 @@ class UNetDenoiser:
             return {}
         f = self._factor
         pixels = [View(f * v.top, f * v.left, f * v.height, f * v.width) for v in views]
-        depth = crop(self._control.image, pixels)  # (N, 3, h * f, w * f)
+        depth = crop(self._control.image, pixels, self._canvas.closed)  # (N, 3, h * f, w * f)
         down, middle = self._control.controlnet(
             inputs,
             t,
@@ -135,3 +148,8 @@ class UNetDenoiser:
             **options,
         )
         return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
+def clamp(value: int, largest: int) -> int:
+    """Return the number from 0 to `largest` that is nearest to a value."""
+    return min(max(value, 0), largest)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from panorama.sampling.views import Disjoint, Layout, Sliding, Spanning
+from panorama.sampling.views import Layout, Sliding, Spanning
 
 
 @dataclass(frozen=True)
@@ -13,16 +13,18 @@ class Preset:
     layout: Callable[[int], Layout]  # built from a stride in latent cells
     num_inference_steps: int = 50
     scheduler: str | None = None  # a name in `solver.SCHEDULERS`; None for the model's own
+    sync_threshold: int = 5  # see `SyncSettings`
     takes_stride: bool = False  # the layout depends on the stride
-    through_unet: bool = False  # see `SyncSettings`
-    pooling: int = 1  # see `SyncSettings`
+    gradient: bool = False  # see `SyncSettings`
 
 
-EXACT = Preset(Sliding, takes_stride=True, through_unet=True)
-"""As the SyncDiffusion paper describes it."""
+EXACT = Preset(Sliding, takes_stride=True, gradient=True)
+"""The gradient of the SyncDiffusion paper, on windows that move and share their means."""
 
-FAST = Preset(lambda stride: Disjoint(), num_inference_steps=20, scheduler="dpm++", pooling=2)
-"""Several times cheaper: fewer windows, fewer steps, no gradient through the UNet."""
+FAST = Preset(
+    lambda stride: Sliding(None), num_inference_steps=20, scheduler="dpm++", sync_threshold=8
+)
+"""Many times cheaper: fewer windows, fewer steps, shared means alone."""
 
 WHOLE = Preset(lambda stride: Spanning())
 """The whole canvas as one view."""

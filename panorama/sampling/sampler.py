@@ -8,14 +8,17 @@ import torch
 from torch import Tensor
 
 from panorama.errors import require_finite
-from panorama.sampling.canvas import Fusion, View, crop
+from panorama.sampling.canvas import Axis, Fusion, View, crop
 from panorama.sampling.denoiser import Denoiser
 from panorama.sampling.ranks import split_among_ranks
 from panorama.sampling.solver import Solver
 from panorama.sampling.synchronize import Synchronizer, keep_memory
 
 OnStep = Callable[[int, int, Tensor], None]
-"""Called with the number of a step, from 1, the number of steps, and the latents (1, C, H, W)."""
+"""Called with the number of a step, from 1, the number of steps, and the x0 (1, C, H, W) that the
+step predicted."""
+Cut = Callable[[Sequence[View]], Tensor]
+"""From N views to the latents in their windows, (N, C, h, w)."""
 Update = Callable[[Tensor, Sequence[View]], tuple[Tensor, Tensor]]
 """From windows (N, C, h, w) and their views to the updated windows and the noise in them."""
 
@@ -32,25 +35,28 @@ def sample(
     denoise: Denoiser,
     solver: Solver,
     *,
+    closed: Axis = "",
     sync: Synchronizer | None = None,
     batch_size: int = BATCH_SIZE,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """Denoise a canvas: MultiDiffusion (arXiv 2302.08113), synchronised by SyncDiffusion.
+    """Denoise a canvas: MultiDiffusion (arXiv 2302.08113), synchronised as in SyncDiffusion.
 
-    At each step windows are moved towards the anchor, the middle one, if it is a sync step. Their
-    noise is predicted, both are averaged over the canvas, and the solver makes one step for all of
-    it. That equals one step per window because the step is affine in (latents, noise), and one
-    history serves multistep solvers too. One view that spans the canvas is ordinary sampling.
+    At each step the noise in windows is predicted. At a sync step windows are also moved towards an
+    anchor, the middle one. Windows and noise are averaged over the canvas, and the solver makes one
+    step for all of it. That equals one step per window because the step is affine in (latents,
+    noise), and one history serves multistep solvers too. One view that spans the canvas is ordinary
+    sampling.
 
     Args:
         latents: the canvas (1, C, H, W), as `solver.initial` scales noise.
         views_per_step: for each step, views of one size that cover the canvas.
         denoise: the guided noise prediction.
         solver: the solver of this run.
-        sync: moves windows; None, or a weight of 0, costs no gradient, decode or anchor pass.
-        batch_size: windows that pass through the networks at once, half as many in sync steps,
-            whose gradients take memory. Halved again where the device runs out of memory.
+        closed: the axis of the canvas that closes.
+        sync: moves windows; None, or a weight of 0, costs nothing.
+        batch_size: windows that pass through the networks at once, half as many where gradients
+            take memory. Halved again where the device runs out of memory.
         on_step: called after each step; an exception that it raises ends the run.
 
     Returns:
@@ -61,39 +67,41 @@ def sample(
         torch.OutOfMemoryError: there is too little memory for a single window.
     """
     plain = Batches(batch_size)
-    synced = Batches(max(1, batch_size // 2), sync.save_memory if sync else keep_memory)
+    synced = plain
+    if sync and sync.gradient:
+        synced = Batches(max(1, batch_size // 2), sync.gradient.save_memory)
     weights = sync_weights(sync, views_per_step)
     solver.keep_moves(k for k, weight in enumerate(weights) if weight)
     steps = zip(solver.timesteps, views_per_step, weights, strict=True)
     for k, (t, views, weight) in enumerate(steps):
-        fusion = Fusion(torch.cat([latents, latents], 1), views)  # windows and their noise
+        fusion = Fusion(torch.cat([latents, latents], 1), views, closed)  # windows and their noise
+        cut: Cut = partial(crop, latents, closed=closed)
         update: Update = partial(predict, denoise, t)
         batches = plain
         if sync and weight:
-            views, anchor = without_middle(views)
-            x, noise_pred = update(crop(latents, [anchor]), [anchor])  # (1, C, h, w) each
-            fusion.add(torch.cat([x, noise_pred], 1), [anchor])
-            target = sync.embed(x, noise_pred, t)
-            update = partial(sync.update, t, target, weight)
+            anchor_views, views = sync.split(views)
+            found = plain.map(update, cut, anchor_views)  # (P, 2C, h, w)
+            fusion.add(found, anchor_views)
+            update = partial(sync.update, t, sync.anchors(t, *found.chunk(2, 1)), weight)
             batches = synced
-        update_all = split_among_ranks(partial(batches.map, update, latents))
-        fusion.add(update_all(views), views)  # (N, 2C, h, w), N - 1 without the anchor
+        update_all = split_among_ranks(partial(batches.map, update, cut))
+        fusion.add(update_all(views), views)  # (N, 2C, h, w) of all that are no anchors
         moved, noise_pred = fusion.mean().chunk(2, 1)  # (1, C, H, W) each
         latents = solver.step(noise_pred, t, moved)
         require_finite(latents, f"the latents after step {k + 1} of {len(weights)} are")
         if on_step is not None:
-            on_step(k + 1, len(weights), latents)
+            on_step(k + 1, len(weights), solver.x0(moved, noise_pred, t))
     return latents
 
 
 def sync_weights(
     sync: Synchronizer | None, views_per_step: Sequence[Sequence[View]]
 ) -> list[float]:
-    """Return the weight of each step, 0 where a single window has none to be synchronised with."""
+    """Return the weight of each step, 0 where all windows are anchors."""
     if sync is None:
         return [0.0] * len(views_per_step)
     counts = enumerate(map(len, views_per_step))
-    return [sync.settings.weight_at(k) if count > 1 else 0.0 for k, count in counts]
+    return [sync.settings.weight_at(k) if count > sync.parts else 0.0 for k, count in counts]
 
 
 def predict(
@@ -101,12 +109,6 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """Predict the noise in windows, and leave them as they are."""
     return x, denoise(x, t, views)
-
-
-def without_middle(views: Sequence[View]) -> tuple[Sequence[View], View]:
-    """Take the middle view, index N // 2, out of a list."""
-    middle = len(views) // 2
-    return [*views[:middle], *views[middle + 1 :]], views[middle]
 
 
 class Batches:
@@ -121,8 +123,8 @@ class Batches:
         self.size = size
         self.save_memory = save_memory
 
-    def map(self, update: Update, latents: Tensor, views: Sequence[View]) -> Tensor:
-        """Update the windows of N views on a canvas.
+    def map(self, update: Update, cut: Cut, views: Sequence[View]) -> Tensor:
+        """Update the windows of N views.
 
         Returns:
             The windows and the noise in them, (N, 2C, h, w).
@@ -135,7 +137,7 @@ class Batches:
         while done < len(views):
             batch = views[done : done + self.size]
             try:
-                results.append(torch.cat(update(crop(latents, batch), batch), 1))
+                results.append(torch.cat(update(cut(batch), batch), 1))
             except torch.OutOfMemoryError:
                 if not self._make_room(len(batch)):
                     raise

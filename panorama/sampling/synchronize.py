@@ -1,4 +1,4 @@
-"""The synchronising step of SyncDiffusion (arXiv 2306.05178, section 4.2, algorithm 1)."""
+"""Synchronising windows: SyncDiffusion (arXiv 2306.05178, section 4.2), and shared means."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,27 +6,17 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
 
 from panorama.errors import check_least
-from panorama.sampling.canvas import View
+from panorama.sampling.canvas import Canvas, View
 from panorama.sampling.denoiser import Denoiser
+from panorama.sampling.parts import part_weights, split_anchors
 from panorama.sampling.solver import Solver
 
 GRADIENT_SCALE = 2.0**10
 """Keeps gradients above the smallest number of half precision.
 
 It is a power of two, so it changes nothing in single precision.
-"""
-
-X0_SCALE, X0_DECAY = 300.0, 10.0
-"""The gradient of x0 is multiplied by X0_SCALE * (1 - alpha_bar) ** X0_DECAY.
-
-At the first steps x0 then moves about as far as the full gradient takes it. A UNet amplifies a move
-of x there: the embedded family's by 269, the median over the first six of 50 steps. Once the image
-has formed, from alpha_bar 0.06 on, it amplifies by about 1. The scale falls later than that,
-because one that fell as early left windows less alike, and one that stayed constant spoilt images.
-docs/speed.md has the figures.
 """
 
 Features = list[Tensor]
@@ -47,7 +37,7 @@ class Perceptual(Protocol):
 
 @dataclass(frozen=True)
 class SyncSettings:
-    """Strength, steps and kind of the synchronising gradient.
+    """Strength, steps and ways of synchronising.
 
     Step k is a sync step if (k + 1) % freq == 0 and k < threshold. Its weight is
     weight * decay_rate ** k.
@@ -57,20 +47,19 @@ class SyncSettings:
         decay_rate: factor of the weight from one step to the next, at least 0.
         freq: synchronise at every freq-th step, at least 1.
         threshold: number of steps, from the first on, that may be sync steps.
-        through_unet: take the gradient with respect to latents, as the paper does. Otherwise take
-            it with respect to x0, which needs no backward pass through the UNet.
-        pooling: side of the squares of latent cells that are averaged before they are decoded.
+        gradient: move windows by the gradient of a perceptual distance, as the paper does.
+        means: share the means of the anchor, see `Synchronizer.share_means`.
     """
 
     weight: float = 20.0
     decay_rate: float = 0.99
     freq: int = 1
     threshold: int = 5
-    through_unet: bool = True
-    pooling: int = 1
+    gradient: bool = True
+    means: bool = False
 
     def __post_init__(self) -> None:
-        check_least(self, weight=0, decay_rate=0, freq=1, threshold=0, pooling=1)
+        check_least(self, weight=0, decay_rate=0, freq=1, threshold=0)
 
     def weight_at(self, step: int) -> float:
         """Return the weight w_k of a step, 0 if it is no sync step."""
@@ -80,83 +69,136 @@ class SyncSettings:
 
 
 def keep_memory() -> bool:
-    """Save no memory; see `Synchronizer.save_memory`."""
+    """Save no memory; see `PerceptualGradient.save_memory`."""
     return False
 
 
 @dataclass(frozen=True)
-class Synchronizer:
-    """Move windows towards the anchor window, by the gradient of a perceptual distance."""
+class PerceptualGradient:
+    """The gradient of a perceptual distance of windows from anchors."""
 
     denoise: Denoiser
     decode: Callable[[Tensor], Tensor]  # latents (N, C, h, w) to images (N, 3, H, W) in [-1, 1]
     perceptual: Perceptual
     solver: Solver
-    settings: SyncSettings
     save_memory: Callable[[], bool] = keep_memory  # after an OOM; True to try the windows again
 
-    def embed(self, x: Tensor, noise_pred: Tensor, t: Tensor) -> Features:
+    def embed(self, t: Tensor, x: Tensor, noise_pred: Tensor) -> Features:
         """Return the features of the images that windows x (N, C, h, w) are predicted to become."""
-        return self.perceptual.embed(self.preview(self.solver.x0(x, noise_pred, t)))
+        return self.perceptual.embed(self.preview(t, x, noise_pred))
+
+    def move(
+        self,
+        t: Tensor,
+        features: Features,
+        weights: Tensor,
+        x: Tensor,
+        views: Sequence[View],
+    ) -> Tensor:
+        """Move windows by -w grad_x LPIPS(decode(x0(x)), anchor) (algorithm 1, line 8).
+
+        The paper's latents have unit variance. For latents of variance v, scaled by sqrt(v), the
+        same move is v times the gradient.
+
+        Args:
+            t: timestep.
+            features: of P anchors.
+            weights: w for each window and anchor, (N, P).
+            x: windows (N, C, h, w).
+            views: their N views.
+        """
+
+        def distance(x: Tensor) -> Tensor:
+            images = self.preview(t, x, self.denoise(x, t, views))
+            total = torch.zeros_like(weights[:, 0])
+            for part, weight in enumerate(weights.unbind(1)):
+                if weight.any():
+                    anchor = [f[part, None] for f in features]
+                    total = total + weight * self.perceptual.distance(images, anchor)
+            return total
+
+        return x - self.solver.level(t).variance * gradient(distance, x)
+
+    def preview(self, t: Tensor, x: Tensor, noise_pred: Tensor) -> Tensor:
+        """Decode the predicted x0 of windows to images (N, 3, H, W) in [-1, 1]."""
+        return self.decode(self.solver.x0(x, noise_pred, t)).clamp(-1, 1)
+
+
+@dataclass(frozen=True)
+class Anchors:
+    """One window for each of P parts of the canvas, which other windows are to be like."""
+
+    x: Tensor  # (P, C, h, w)
+    noise_pred: Tensor  # (P, C, h, w)
+    features: Features | None  # for the gradient
+
+
+@dataclass(frozen=True)
+class Synchronizer:
+    """Move windows towards the anchor of their part, or of two parts if they lie between."""
+
+    settings: SyncSettings
+    denoise: Denoiser
+    canvas: Canvas
+    window: int  # side of a window, latent cells
+    parts: int = 1  # that have prompts of their own
+    gradient: PerceptualGradient | None = None
+
+    def split(self, views: Sequence[View]) -> tuple[list[View], list[View]]:
+        """Take the anchor of each part out of views; see `split_anchors`."""
+        return split_anchors(self.canvas, self.parts, views)
+
+    def anchors(self, t: Tensor, x: Tensor, noise_pred: Tensor) -> Anchors:
+        """Prepare what windows are moved towards, from P anchors (P, C, h, w) and their noise."""
+        features = self.gradient.embed(t, x, noise_pred) if self.gradient else None
+        return Anchors(x, noise_pred, features)
 
     def update(
-        self, t: Tensor, target: Features, weight: float, x: Tensor, views: Sequence[View]
+        self, t: Tensor, anchors: Anchors, weight: float, x: Tensor, views: Sequence[View]
     ) -> tuple[Tensor, Tensor]:
         """Move windows, and predict the noise in them.
 
         Args:
             t: timestep.
-            target: features of the anchor.
-            weight: weight of the gradient.
+            anchors: from `anchors`.
+            weight: weight w_k of the step.
             x: windows (N, C, h, w).
             views: their N views.
 
         Returns:
             The moved windows and their noise, (N, C, h, w) each.
         """
-        move = self.move_latents if self.settings.through_unet else self.move_x0
-        return move(t, target, weight, x, views)
+        parts = part_weights(self.canvas, self.parts, views).to(x)  # (N, P)
+        share = self.share_means if self.settings.means else keep
+        x = share(x, anchors.x, weight, parts)
+        if self.gradient and anchors.features is not None:
+            x = self.gradient.move(t, anchors.features, weight * parts, x, views)
+        return x, share(self.denoise(x, t, views), anchors.noise_pred, weight, parts)
 
-    def move_latents(
-        self, t: Tensor, target: Features, weight: float, x: Tensor, views: Sequence[View]
-    ) -> tuple[Tensor, Tensor]:
-        """Move x by -w grad_x LPIPS(decode(x0(x)), anchor) (algorithm 1, line 8).
+    def share_means(self, x: Tensor, anchors: Tensor, weight: float, parts: Tensor) -> Tensor:
+        """Move the means of windows towards those of anchors.
 
-        The paper's latents have unit variance. For latents of variance v, scaled by sqrt(v), the
-        same move is v times the gradient.
+        The means are taken along the axes on which windows move: on a wide canvas, of each row.
+        They set the palette and leave the shapes alone. A mean m becomes the one that minimises
+        |m - own|^2 + w |m - anchor|^2, (own + w anchor) / (1 + w).
+
+        Both latents and the noise in them are moved. Since the first are a sum of x0 and noise,
+        x0 moves alike, and so does the history of a multistep solver.
+
+        Args:
+            x: latents of windows or the noise in them, (N, C, h, w).
+            anchors: the same of the anchors, (P, C, h, w).
+            weight: w.
+            parts: weight of each anchor for each window, (N, P), rows of sum 1.
         """
+        dims = [{"x": -1, "y": -2}[axis] for axis in self.canvas.moving_axes(self.window)]
+        target = torch.einsum("np,pchw->nchw", parts, anchors.mean(dims, keepdim=True))
+        return x + weight / (1 + weight) * (target - x.mean(dims, keepdim=True))
 
-        def distance(x: Tensor) -> Tensor:
-            return self.distance(self.solver.x0(x, self.denoise(x, t, views), t), target)
 
-        x = x - weight * self.solver.level(t).variance * gradient(distance, x)
-        return x, self.denoise(x, t, views)
-
-    def move_x0(
-        self, t: Tensor, target: Features, weight: float, x: Tensor, views: Sequence[View]
-    ) -> tuple[Tensor, Tensor]:
-        """Move x0 by its own gradient, and keep the noise (cf. arXiv 2311.16424).
-
-        The move is scaled to what `move_latents` does, see `X0_SCALE`. In the second half
-        of a run almost nothing moves.
-        """
-        noise_pred = self.denoise(x, t, views)
-        level = self.solver.level(t)
-        scale = X0_SCALE * (1 - level.alpha_bar) ** X0_DECAY
-        x0 = self.solver.x0(x, noise_pred, t)
-        move = scale * weight * gradient(lambda x0: self.distance(x0, target), x0)
-        # The gradient of LPIPS has no bound where features vanish. A move longer than x0 itself
-        # destroys the window.
-        move = move * (norm(x0) / norm(move).clamp(min=1e-12)).clamp(max=1)
-        return x - level.alpha * move, noise_pred
-
-    def distance(self, x0: Tensor, target: Features) -> Tensor:
-        """Return the distances (N,) of clean latents x0 (N, C, h, w) from the anchor."""
-        return self.perceptual.distance(self.preview(x0), target)
-
-    def preview(self, x0: Tensor) -> Tensor:
-        """Decode clean latents (N, C, h, w), at a lower resolution if pooled, to [-1, 1]."""
-        return self.decode(avg_pool2d(x0, self.settings.pooling)).clamp(-1, 1)
+def keep(x: Tensor, *_: object) -> Tensor:
+    """Return windows as they are."""
+    return x
 
 
 def gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -165,9 +207,3 @@ def gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
         (scaled,) = torch.autograd.grad(GRADIENT_SCALE * function(x).sum(), x)
     return scaled / GRADIENT_SCALE
-
-
-def norm(x: Tensor) -> Tensor:
-    """Return the length of each of x (N, C, h, w), (N, 1, 1, 1)."""
-    length: Tensor = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
-    return length

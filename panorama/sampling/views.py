@@ -1,7 +1,7 @@
 """Layouts: where the windows of each denoising step lie on a canvas."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil, gcd
 from typing import ClassVar, Protocol
 
@@ -36,12 +36,11 @@ class Spanning:
 
 
 @dataclass(frozen=True)
-class Sliding:
-    """Cover the canvas with overlapping windows, at most `stride` latent cells apart.
+class Fixed:
+    """Cover the canvas with overlapping windows that stay where they are, as published.
 
-    The UNet pads a window's edges with zeros, which leaves a faint step in the latents. Where the
-    edges stay in place, the steps add up and show. On a ring the windows therefore turn from step
-    to step, so that the edges visit every column, to within one denoising step equally often.
+    The UNet pads a window's edges with zeros, which leaves a faint step in the latents. Here the
+    steps of all iterations add up, and windows that are not synchronised show as panels.
 
     Attributes:
         stride: the widest distance between neighbouring windows, latent cells.
@@ -51,37 +50,31 @@ class Sliding:
     wraps: ClassVar[bool] = False
 
     def __call__(self, canvas: Canvas, window: int, steps: int) -> Sequence[Sequence[View]]:
-        """Return the views of each step; see `Layout`."""
-        views = sliding_views(canvas, window, self.stride)
-        if not canvas.closed:
-            return [views] * steps
-        along_x = canvas.closed == "x"
-        count = len({view.left if along_x else view.top for view in views})
-        gap = ceil((canvas.width if along_x else canvas.height) / count)
-        # Start half a gap on: the first step, which synchronising moves most, has no edge at 0.
-        offsets = golden_offsets(gap, gap // 2)
-        turned = [
-            tuple(turn_view(view, offset, along_x) for view in views) for offset in offsets[:steps]
-        ]
-        return [turned[step % len(turned)] for step in range(steps)]
+        """Return the same views for every step; see `sliding_views`."""
+        return [sliding_views(canvas, window, self.stride)] * steps
 
 
 @dataclass(frozen=True)
-class Disjoint:
-    """Cover the canvas with windows that overlap as little as possible, elsewhere at each step.
+class Sliding:
+    """Cover the canvas with windows that slide to another place at each step.
 
-    Based on SpotDiffusion (arXiv 2407.15507), with three changes. Windows move by golden sections
-    of a window rather than at random, so that the edges of nearby steps lie apart. On a flat axis
-    the first and the last window stay at the canvas's edges and overlap their neighbours. At the
-    last step windows overlap by half and are feathered, because no later step smooths their edges.
+    Along both axes the edges of windows visit every cell, to within one denoising step equally
+    often, and those of consecutive steps lie apart. Windows hang over the ends of a flat axis, so
+    the ends are not edges either. At the last step windows overlap by half at least and are
+    feathered, because no later step smooths their edges.
+
+    Attributes:
+        stride: the widest distance between neighbouring windows, latent cells. None for windows
+            that overlap as little as possible (cf. SpotDiffusion, arXiv 2407.15507).
     """
 
+    stride: int | None = 16
     wraps: ClassVar[bool] = False
 
     def __call__(self, canvas: Canvas, window: int, steps: int) -> Sequence[Sequence[View]]:
         """Return the views of each step; see `Layout`."""
-        rows = disjoint_starts(canvas.height, window, steps, canvas.closed == "y")
-        columns = disjoint_starts(canvas.width, window, steps, canvas.closed == "x")
+        rows = moving_starts(canvas.height, window, self.stride, steps, canvas.closed == "y")
+        columns = moving_starts(canvas.width, window, self.stride, steps, canvas.closed == "x")
         return [
             tuple(
                 View(top, left, window, window, feathered=step == steps - 1)
@@ -145,32 +138,53 @@ def ring_starts(length: int, window: int, stride: int) -> tuple[int, ...]:
     return even_starts(length, length // spacings[-1] if spacings else ceil(length / stride))
 
 
-def disjoint_starts(length: int, window: int, steps: int, ring: bool) -> list[tuple[int, ...]]:
-    """Return the starts of each step along one axis, see `Disjoint`."""
-    moved = moved_starts(length, window, ring)
-    apart = [moved[step % len(moved)] for step in range(steps - 1)]
-    return [*apart, half_overlapping_starts(length, window, ring)]
+def moving_starts(
+    length: int, window: int, stride: int | None, steps: int, ring: bool
+) -> list[tuple[int, ...]]:
+    """Return the starts of windows along one axis for each step, see `Sliding`."""
+    check_fit(length, window, window if stride is None else stride)
+    gap = spacing(length, window, stride, ring)
+    # The first step, which synchronising moves most, has no edge at 0.
+    offsets = golden_offsets(gap, gap // 2)
+    moved = [moved_starts(length, window, stride, offset, ring) for offset in offsets]
+    half = min(stride or window, max(window // 2, 1))
+    last = moved_starts(length, window, half, last_offset(length, window, half, ring), ring)
+    return [*(moved[step % len(moved)] for step in range(steps - 1)), last]
 
 
-def moved_starts(length: int, window: int, ring: bool) -> tuple[tuple[int, ...], ...]:
-    """Return the ways to cover a length with as little overlap as possible.
+def last_offset(length: int, window: int, stride: int, ring: bool) -> int:
+    """Return the offset of windows that hang over both ends alike; half a gap where none hangs."""
+    if ring or length == window:
+        return spacing(length, window, stride, ring) // 2
+    return ((window - length - 2) % stride + 2) // 2
 
-    On a ring the first way has an edge at the seam, which keeps the edges of the next ones away
-    from it. Synchronised windows that do not overlap can differ at their edges, and more so at
-    later steps.
-    """
-    check_fit(length, window, window)
+
+def spacing(length: int, window: int, stride: int | None, ring: bool) -> int:
+    """Return the widest distance between the starts of neighbouring windows, 1 for one window."""
     if ring:
-        first = even_starts(length, ceil(length / window))
-        gap = ceil(length / len(first))
-        return tuple(tuple(start + offset for start in first) for offset in golden_offsets(gap))
-    last = length - window
-    offsets = golden_offsets(window) if last else (0,)
-    return tuple(tuple(sorted({0, *range(offset, last, window), last})) for offset in offsets)
+        return ceil(length / len(loop_starts(length, window, stride)))
+    return (stride or window) if length > window else 1
+
+
+def moved_starts(
+    length: int, window: int, stride: int | None, offset: int, ring: bool
+) -> tuple[int, ...]:
+    """Return starts that cover an axis, moved by an offset less than their `spacing`."""
+    if ring:
+        return tuple(start + offset for start in loop_starts(length, window, stride))
+    step = stride or window
+    return tuple(range(-offset, length - window + step, step))
+
+
+def loop_starts(length: int, window: int, stride: int | None) -> tuple[int, ...]:
+    """Return the starts of windows around a ring, the fewest that cover it without a stride."""
+    if stride is None:
+        return even_starts(length, ceil(length / window))
+    return ring_starts(length, window, stride)
 
 
 def half_overlapping_starts(length: int, window: int, ring: bool) -> tuple[int, ...]:
-    """Return evenly spread starts of windows that overlap by half or more."""
+    """Return evenly spread starts, within the ends, of windows that overlap by half or more."""
     half, last = window // 2, length - window
     if ring:
         return even_starts(length, ceil(length / half))
@@ -187,13 +201,6 @@ def golden_offsets(gap: int, first: int = 0) -> tuple[int, ...]:
 def even_starts(length: int, count: int) -> tuple[int, ...]:
     """Return `count` starts around a ring whose gaps differ by at most one cell."""
     return tuple(index * length // count for index in range(count))
-
-
-def turn_view(view: View, offset: int, along_x: bool) -> View:
-    """Move a view by `offset` cells along x, or else along y."""
-    if along_x:
-        return replace(view, left=view.left + offset)
-    return replace(view, top=view.top + offset)
 
 
 def check_fit(length: int, window: int, stride: int) -> None:

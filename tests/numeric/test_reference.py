@@ -16,7 +16,7 @@ from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.denoiser import Conditioning
 from panorama.sampling.perceptual import LPIPS
 from panorama.sampling.synchronize import SyncSettings
-from panorama.sampling.views import Sliding
+from panorama.sampling.views import Fixed
 
 DATA = Path(__file__).parent.parent / "data"
 HEADS = Path(__file__).parent.parent.parent / "weights" / "lpips_vgg_heads.safetensors"
@@ -54,7 +54,7 @@ def test_the_published_latents_are_reproduced(pipeline: Pipeline, name: str) -> 
         height=case["height"],
         width=case["width"],
         num_inference_steps=case["num_inference_steps"],
-        layout=Sliding(case["stride"]),
+        layout=Fixed(case["stride"]),
         sync=SyncSettings(
             weight=case["sync_weight"],
             decay_rate=case["sync_decay_rate"],
@@ -62,7 +62,7 @@ def test_the_published_latents_are_reproduced(pipeline: Pipeline, name: str) -> 
             threshold=case["sync_thres"],
         ),
     )
-    states = torch.cat([given["negative_prompt_embeds"], given["prompt_embeds"]])
+    states = torch.stack([given["negative_prompt_embeds"], given["prompt_embeds"]])
     conditioning = Conditioning(states, None, case["guidance_scale"])
     latents = pipeline.denoise(settings, conditioning, given["noise"])
     difference = (latents - given["latents"]).abs()

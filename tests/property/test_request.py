@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from panorama.request import (
     EVERY_MODE,
     INPUTS,
+    WINDOW_MODES,
     Input,
     ModeSettings,
     Request,
@@ -41,7 +42,9 @@ SPHERE = ModeSettings(
 )
 SIDES = st.integers(1, 20000)
 
-prompts = st.text(st.characters(codec="utf-8")).filter(str.strip)
+words = st.text(st.characters(codec="utf-8", exclude_characters="\\|")).filter(str.strip)
+prompts = words | st.lists(words, min_size=1, max_size=6).map(r"\|".join)
+parts = prompts | st.lists(prompts, min_size=1, max_size=40).map(" | ".join)
 
 
 def legal(rule: Input) -> st.SearchStrategy:
@@ -62,6 +65,7 @@ def requests_of(mode: str) -> st.SearchStrategy:
     """Requests with any legal value for each input that belongs to a mode and needs no file."""
     rules = {name: rule for name, rule in INPUTS.items() if mode in rule.modes}
     own = {name: legal(rule) for name, rule in rules.items() if not rule.needs}
+    own |= {"prompt": parts if mode in WINDOW_MODES else prompts}
     return st.fixed_dictionaries(own | {"mode": st.just(mode)}).map(lambda own: Request(**own))
 
 
@@ -119,7 +123,10 @@ def test_the_table_accepts_what_it_describes(request):
     assert Request(**request.inputs()) == request
 
 
-@given(st.fixed_dictionaries({name: ANYTHING for name in INPUTS}), families())
+@given(
+    st.fixed_dictionaries({name: ANYTHING for name in INPUTS} | {"prompt": ANYTHING | parts}),
+    families(),
+)
 def test_any_value_is_accepted_or_refused_with_advice_that_helps(inputs, settings):
     resolved = follow_advice(inputs, settings)
     assert resolved.resolve(settings) == resolved
@@ -130,11 +137,14 @@ def test_given_inputs_are_kept_and_nothing_stays_open(request, settings):
     try:
         resolved = request.resolve(settings)
     except ValueError as error:
-        assert set(advice(error)) <= {"width", "height", "negative_prompt", "stride", "lora_scale"}
+        assert set(advice(error)) <= {
+            *("prompt", "width", "height", "negative_prompt", "stride", "lora_scale")
+        }
         return
     still_open = {name for name, value in resolved.inputs().items() if value is None}
-    assert still_open <= {"depth_image", "scheduler", "speed"}
-    assert resolved.speed or request.mode not in INPUTS["speed"].modes
+    assert still_open <= {"depth_image", "scheduler", "speed", "sync_threshold"}
+    windowed = request.mode in INPUTS["speed"].modes
+    assert not (windowed and still_open & {"speed", "sync_threshold"})
     given_inputs = {name: value for name, value in request.inputs().items() if value is not None}
     if not settings.has_lora:  # without a LoRA a scale at its default becomes 0
         given_inputs["lora_scale"] = resolved.lora_scale
@@ -169,7 +179,12 @@ def test_every_joint_of_an_accepted_ring_lies_inside_a_window(request, settings)
     window = settings.smallest // settings.multiple
     settings = dataclasses.replace(settings, window=window)
     left_out = dict.fromkeys(("width", "height", "guidance_scale"))
-    ring = left_out | {"loop_closure": True, "negative_prompt": "", "speed": "exact"}
+    ring = left_out | {
+        "prompt": "sea",
+        "loop_closure": True,
+        "negative_prompt": "",
+        "speed": "exact",
+    }
     request = Request(**request.inputs() | ring)
     try:
         resolved = request.resolve(settings)

@@ -1,8 +1,9 @@
 """The laws that windows and sampling keep, whatever the sizes."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from math import ceil, prod
 
 import pytest
@@ -10,11 +11,11 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from panorama.sampling.canvas import Canvas, Fusion, View, crop
+from panorama.sampling.canvas import Axis, Canvas, Fusion, View, crop
 from panorama.sampling.solver import SCHEDULERS
 from panorama.sampling.synchronize import SyncSettings
 from panorama.sampling.views import (
-    Disjoint,
+    Fixed,
     Sliding,
     Spanning,
     flat_starts,
@@ -22,15 +23,17 @@ from panorama.sampling.views import (
     ring_starts,
     sliding_views,
 )
-from tests.small import Networks, draw_noise
+from tests.small import STEPS, Networks, draw_noise
 
 lengths = st.integers(8, 40)
 Layout = tuple[Canvas, int, int]
 """A canvas, a window and a stride."""
 
 
-def fuse(values: torch.Tensor, views: Sequence[View], canvas: torch.Tensor) -> torch.Tensor:
-    fusion = Fusion(canvas, views)
+def fuse(
+    values: torch.Tensor, views: Sequence[View], canvas: torch.Tensor, closed: Axis = ""
+) -> torch.Tensor:
+    fusion = Fusion(canvas, views, closed)
     fusion.add(values, views)
     return fusion.mean()
 
@@ -55,8 +58,72 @@ def test_every_cell_is_covered_and_fuse_undoes_crop(layout: Layout) -> None:
     canvas, window, stride = layout
     views = sliding_views(canvas, window, stride)
     values = torch.randn(1, 2, canvas.height, canvas.width, dtype=torch.float64)
-    assert Fusion(values, views).weight.min() >= 1
-    torch.testing.assert_close(fuse(crop(values, views), views, values), values)
+    assert Fusion(values, views, canvas.closed).weight.min() >= 1
+    windows = crop(values, views, canvas.closed)
+    torch.testing.assert_close(fuse(windows, views, values, canvas.closed), values)
+
+
+@given(layouts(), st.integers(0, 19), st.booleans())
+@settings(deadline=None, max_examples=50)
+def test_moving_windows_cover_every_cell_at_every_step_and_fuse_undoes_crop(
+    layout: Layout, step: int, strided: bool
+) -> None:
+    """Though they hang over flat ends, by less than the distance between them."""
+    canvas, window, stride = layout
+    views = Sliding(stride if strided else None)(canvas, window, 20)[step]
+    values = torch.randn(1, 2, canvas.height, canvas.width, dtype=torch.float64)
+    even = [replace(view, feathered=False) for view in views]
+    assert Fusion(values, even, canvas.closed).weight.min() >= 1
+    windows = crop(values, views, canvas.closed)
+    assert windows.shape == (len(views), 2, window, window)
+    torch.testing.assert_close(fuse(windows, views, values, canvas.closed), values)
+    gap = stride if strided else window
+    for (side, ring), places in zip(
+        sides(canvas), zip(*map(place, views), strict=True), strict=True
+    ):
+        if not ring:
+            assert -gap < min(places) and max(places) + window - side < gap
+
+
+def place(view: View) -> tuple[int, int]:
+    return view.top, view.left
+
+
+@given(layouts(), st.integers(0, 18), st.sampled_from([0, -1]), st.booleans())
+@settings(deadline=None, max_examples=30)
+def test_a_window_is_mirrored_beyond_a_flat_end_and_what_lies_there_is_left_out(
+    layout: Layout, step: int, corner: int, strided: bool
+) -> None:
+    """Against a loop over cells, up to the last step, whose windows are feathered."""
+    canvas, window, stride = layout
+    view = Sliding(stride if strided else None)(canvas, window, 20)[step][corner]
+    rows, columns = (
+        [seen(start + k, side, ring) for k in range(window)]
+        for start, (side, ring) in zip(place(view), sides(canvas), strict=True)
+    )
+    values = torch.randn(1, 1, canvas.height, canvas.width, dtype=torch.float64)
+    (found,) = crop(values, [view], canvas.closed)
+    added = torch.randn(1, 1, window, window, dtype=torch.float64)
+    fusion = Fusion(values, [view], canvas.closed)
+    fusion.add(added, [view])
+    total = torch.zeros_like(values)
+    for (i, (row, inside_y)), (j, (column, inside_x)) in product(
+        enumerate(rows), enumerate(columns)
+    ):
+        assert found[0, i, j] == values[0, 0, row, column]
+        if inside_y and inside_x:
+            total[0, 0, row, column] = added[0, 0, i, j]
+    assert torch.equal(fusion.weight > 0, total != 0)
+    assert torch.equal(fusion.total, total)
+
+
+def seen(index: int, side: int, ring: bool) -> tuple[int, bool]:
+    """Return the cell that is seen at a place of an axis, and True if it lies there."""
+    if ring:
+        return index % side, True
+    if index < 0:
+        return -index - 1, False
+    return (index, True) if index < side else (2 * side - index - 1, False)
 
 
 @given(layouts())
@@ -68,46 +135,92 @@ def test_a_spanning_view_is_the_canvas(layout: Layout) -> None:
 
 
 @given(layouts())
-@settings(deadline=None)
-def test_windows_turn_on_a_ring_and_nowhere_else(layout: Layout) -> None:
+def test_fixed_windows_are_the_published_ones_at_every_step(layout: Layout) -> None:
     canvas, window, stride = layout
-    still = sliding_views(canvas, window, stride)
-    steps = Sliding(stride)(canvas, window, 100)
-    assert len(steps) == 100
-    if not canvas.closed:
-        assert set(steps) == {still}
-    for views in steps:
-        moves = {(b.top - a.top, b.left - a.left) for a, b in zip(still, views, strict=True)}
-        ((down, right),) = moves
-        assert down == 0 or canvas.closed == "y"
-        assert right == 0 or canvas.closed == "x"
+    steps = Fixed(stride)(canvas, window, 7)
+    assert steps == [sliding_views(canvas, window, stride)] * 7
+
+
+def edges(starts: set[int], window: int, side: int, ring: bool) -> tuple[set[int], set[int]]:
+    """Return the places within an axis where windows begin, and those where they end.
+
+    Place c lies before cell c.
+    """
+    ends = {start + window for start in starts}
+    if ring:
+        return {start % side for start in starts}, {end % side for end in ends}
+    return tuple({c for c in places if 0 < c < side} for places in (starts, ends))
+
+
+@given(layouts(), st.integers(2, 60), st.booleans())
+@settings(deadline=None, max_examples=50)
+def test_edges_of_windows_visit_every_cell_equally_often(
+    layout: Layout, steps: int, strided: bool
+) -> None:
+    """To within one step, up to the last, away from the ends of a flat axis.
+
+    Around a ring where gaps differ by a cell, some cells have one more in each cycle.
+    """
+    canvas, window, stride = layout
+    *views, _ = Sliding(stride if strided else None)(canvas, window, steps + 1)
+    for index, (side, ring) in enumerate(sides(canvas)):
+        places = [{place(view)[index] for view in step} for step in views]
+        found = [edges(starts, window, side, ring) for starts in places]
+        begins, ends = (
+            Counter(c for step in kind for c in step) for kind in zip(*found, strict=True)
+        )
+        if not ring and side == window:
+            assert not begins and not ends  # the only window spans the axis
+            continue
+        for counts, first, last in ((begins, 1, side - window), (ends, window, side - 1)):
+            cells = range(side) if ring else range(first, last + 1)
+            times = [counts[c] for c in cells]
+            count = len(places[0])
+            uneven = ceil(steps / (side // count)) if ring and side % count else 0
+            assert not times or max(times) - min(times) <= 1 + uneven
+        assert all(begins[c] + ends[c] < 2 * steps for c in range(side))
+
+
+@given(layouts(), st.booleans())
+@settings(deadline=None)
+def test_no_cell_is_an_edge_at_every_step(layout: Layout, strided: bool) -> None:
+    """Along either axis, the ends of a flat one too, wherever a window can move by a cell."""
+    canvas, window, stride = layout
+    views = Sliding(stride if strided else None)(canvas, window, 12)
+    for index, (side, ring) in enumerate(sides(canvas)):
+        if not ring and side == window:
+            continue
+        moved = [{place(view)[index] for view in step} for step in views[:-1]]
+        kinds = [
+            {start % side for start in starts} | {(start + window) % side for start in starts}
+            for starts in moved
+        ]
+        always = set.intersection(*kinds)
+        assert not always
+
+
+@given(layouts(), st.booleans())
+@settings(deadline=None)
+def test_the_last_step_overlaps_by_half_and_is_feathered(layout: Layout, strided: bool) -> None:
+    canvas, window, stride = layout
+    *moved, last = Sliding(stride if strided else None)(canvas, window, 5)
+    assert all(view.feathered for view in last)
+    assert not any(view.feathered for views in moved for view in views)
+    for index, (side, ring) in enumerate(sides(canvas)):
+        starts = sorted({place(view)[index] for view in last})
+        assert all(b - a <= window // 2 for a, b in pairwise(starts))
+        if not ring and side > window:
+            assert starts[0] < 0 < window + starts[-1] - side  # no end is an edge
 
 
 @given(layouts())
 @settings(deadline=None)
-def test_disjoint_windows_cover_every_cell_at_every_step_and_are_few_until_the_last(
-    layout: Layout,
-) -> None:
+def test_without_a_stride_there_are_as_few_windows_as_can_cover(layout: Layout) -> None:
     canvas, window, _ = layout
-    values = torch.zeros(1, 1, canvas.height, canvas.width)
-    # A flat side takes one more than would fit: both ends have a window that goes no further.
+    # A flat side takes one more than would fit: windows hang over both of its ends.
     most = [ceil(side / window) + (not ring and side > window) for side, ring in sides(canvas)]
-    *apart, last = Disjoint()(canvas, window, window + 1)
-    assert len(apart) == window
-    for views in apart:
-        assert Fusion(values, views).weight.min() >= 1
+    for views in Sliding(None)(canvas, window, window + 1)[:-1]:
         assert len(views) <= prod(most)
-    assert all(view.feathered for view in last)
-    assert not any(view.feathered for views in apart for view in views)
-    count = Fusion(values, [replace(view, feathered=False) for view in last]).weight
-    assert count.min() >= 1
-    # But for half a window at either end of a flat side, windows overlap along it.
-    half = ceil(window / 2)
-    ends = {True: slice(None), False: slice(half, -half)}
-    inner = count[..., *(ends[ring or side == window] for side, ring in sides(canvas))]
-    overlapping = 2 ** sum(side > window or ring for side, ring in sides(canvas))
-    assert min(inner.shape) == 0 or inner.min() >= overlapping
-    assert len(last) <= prod(ceil(side / (window // 2)) + 1 for side, _ in sides(canvas))
 
 
 @given(layouts())
@@ -115,31 +228,26 @@ def test_disjoint_windows_cover_every_cell_at_every_step_and_are_few_until_the_l
 def test_feathered_windows_leave_no_step_at_their_edges(layout: Layout) -> None:
     small, window, _ = layout
     canvas, window = Canvas(4 * small.height, 4 * small.width, small.closed), 4 * window
-    for side, ring in sides(canvas):
-        assume(ring or side == window or side >= 3 * window // 2)  # or they overlap by far more
-    (views,) = Disjoint()(canvas, window, 1)
+    (views,) = Sliding(None)(canvas, window, 1)
     values = torch.zeros(1, 1, canvas.height, canvas.width, dtype=torch.float64)
     same = torch.ones(len(views), 1, window, window, dtype=torch.float64)
-    torch.testing.assert_close(fuse(same, views, values), values + 1)
+    torch.testing.assert_close(fuse(same, views, values, canvas.closed), values + 1)
     unlike = same * (torch.arange(len(views)) % 2).view(-1, 1, 1, 1)
-    fused = fuse(unlike, views, values)
+    fused = fuse(unlike, views, values, canvas.closed)
     for dim, (_, ring) in zip((-2, -1), sides(canvas), strict=True):
         begin = fused.narrow(dim, 0, 1) if ring else None
         assert fused.diff(dim=dim, append=begin).abs().max() <= 4 / window  # at most 1 / 8
 
 
 @given(blocks=st.integers(2, 6), window=lengths, ring=st.booleans())
-def test_disjoint_windows_share_no_cell_but_at_the_ends_of_a_flat_canvas(
-    blocks: int, window: int, ring: bool
-) -> None:
-    edges, width = set(), blocks * window
+def test_windows_without_a_stride_share_no_cell(blocks: int, window: int, ring: bool) -> None:
+    width = blocks * window
     canvas = Canvas(window, width, "x" if ring else "")
-    for views in Disjoint()(canvas, window, window + 1)[:-1]:
-        inner = views if ring else [v for v in views if v.left not in (0, width - window)]
-        covered = [cell % width for v in inner for cell in range(v.left, v.left + window)]
+    for views in Sliding(None)(canvas, window, window + 1)[:-1]:
+        covered = [cell for v in views for cell in range(v.left, v.left + window)]
+        if ring:
+            covered = [cell % width for cell in covered]
         assert len(covered) == len(set(covered))
-        edges |= {view.left % window for view in views}
-    assert edges == set(range(window))  # no edge stays
 
 
 @given(st.integers(1, 200))
@@ -155,30 +263,38 @@ def test_offsets_of_consecutive_steps_lie_apart(gap: int, first: int) -> None:
         assert min((a - b) % gap, (b - a) % gap) >= gap / 4  # golden sections: 0.38
 
 
-@given(count=st.integers(2, 8), window=st.integers(16, 40), ring=st.booleans())
+@given(
+    count=st.integers(2, 8),
+    window=st.integers(16, 40),
+    ring=st.booleans(),
+    strided=st.booleans(),
+)
 @settings(deadline=None)
-def test_layouts_move_by_golden_offsets(count: int, window: int, ring: bool) -> None:
+def test_layouts_move_by_golden_offsets(count: int, window: int, ring: bool, strided: bool) -> None:
     """Edges of consecutive steps lie at least a quarter of the gap between windows apart."""
     canvas = Canvas(window, count * window, "x" if ring else "")
-    lefts = [views[1].left for views in Disjoint()(canvas, window, window)[:-1]]
-    moved = [(lefts, window)]
-    if ring:
-        turned = Sliding(window // 2)(canvas, window, window)
-        gap = ceil(canvas.width / len(turned[0]))
-        moved.append(([views[0].left for views in turned], gap))
-    for places, gap in moved:
-        for a, b in pairwise(places):
-            assert min((a - b) % gap, (b - a) % gap) >= gap / 4
+    stride = window // 2 if strided else None
+    *views, _ = Sliding(stride)(canvas, window, window)
+    lefts = [step[0].left for step in views]
+    gap = ceil(canvas.width / len(views[0])) if ring else stride or window
+    for a, b in pairwise(lefts):
+        assert min((a - b) % gap, (b - a) % gap) >= gap / 4
 
 
-@given(count=st.integers(3, 8), window=st.integers(16, 40))
-def test_synchronised_steps_have_their_edges_off_a_rings_seam(count: int, window: int) -> None:
-    canvas = Canvas(window, count * window, "x")
-    first, *_ = Sliding(window // 2)(canvas, window, 20)
-    assert all(v.left % canvas.width and (v.left + window) % canvas.width for v in first)
-    disjoint = Disjoint()(canvas, window, 20)[:5]
-    on_seam = [any(view.left % canvas.width == 0 for view in views) for views in disjoint]
-    assert on_seam == [True, False, False, False, False]
+@given(
+    count=st.integers(3, 8),
+    window=st.integers(16, 40),
+    ring=st.booleans(),
+    strided=st.booleans(),
+)
+def test_the_first_step_has_no_edge_where_the_canvas_begins(
+    count: int, window: int, ring: bool, strided: bool
+) -> None:
+    """That of a ring is its seam; the other end of a flat axis has one if it happens to fit."""
+    canvas = Canvas(window, count * window, "x" if ring else "")
+    first, *_ = Sliding(window // 2 if strided else None)(canvas, window, 20)
+    assert all(v.left % canvas.width for v in first)
+    assert not ring or all((v.left + window) % canvas.width for v in first)
 
 
 @given(window=lengths, blocks=st.integers(0, 9), data=st.data())
@@ -239,7 +355,7 @@ def test_the_batch_of_windows_changes_nothing(layout: Layout, batch: int, seed: 
             batch_size=batch_size,
         )
 
-    count = len(sliding_views(canvas, window, stride))
+    count = max(map(len, Sliding(stride)(canvas, window, STEPS)))
     torch.testing.assert_close(run(batch), run(count), rtol=1e-9, atol=1e-9)
 
 

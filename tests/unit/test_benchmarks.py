@@ -56,24 +56,15 @@ def test_folders_do_not_import_one_another(folder: str) -> None:
         (
             EXACT,
             {
-                ("guided UNet", 64, False): 650,
-                ("guided UNet", 64, True): 60,
+                ("guided UNet", 64, False): 697,
+                ("guided UNet", 64, True): 65,
                 ("decoder", 64, False): 5,
-                ("decoder", 64, True): 60,
+                ("decoder", 64, True): 65,
                 ("VGG16", 512, False): 5,
-                ("VGG16", 512, True): 60,
+                ("VGG16", 512, True): 65,
             },
         ),
-        (
-            FAST,
-            {
-                ("guided UNet", 64, False): 101,
-                ("decoder", 32, False): 5,
-                ("decoder", 32, True): 19,
-                ("VGG16", 256, False): 5,
-                ("VGG16", 256, True): 19,
-            },
-        ),
+        (FAST, {("guided UNet", 64, False): 103}),
     ],
 )
 def test_calls_for_2048_x_512_are_those_of_docs_speed(

@@ -131,6 +131,42 @@ def test_the_other_axis_keeps_its_own_padding_mode() -> None:
         torch.testing.assert_close(conv(x), expected)
 
 
+@pytest.mark.parametrize(
+    ("axes", "extended", "horizontal", "vertical"),
+    [
+        ("", "x", "replicate", "constant"),
+        ("", "xy", "replicate", "replicate"),
+        ("y", "x", "replicate", "circular"),
+        ("x", "y", "circular", "replicate"),
+    ],
+)
+def test_an_extended_axis_repeats_its_outermost_cells(
+    axes: str, extended: str, horizontal: str, vertical: str
+) -> None:
+    conv = nn.Conv2d(2, 2, (3, 5), padding=(1, 2)).double()
+    x = torch.randn(1, 2, 6, 7, dtype=torch.float64)
+    padded = nn.functional.pad(x, (2, 2, 0, 0), mode=horizontal)
+    padded = nn.functional.pad(padded, (0, 0, 1, 1), mode=vertical)
+    with circular(conv, axes=axes, extended=extended):
+        expected = nn.functional.conv2d(padded, conv.weight, conv.bias)
+        torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize(("dim", "axis"), [(-1, "x"), (-2, "y")])
+def test_what_is_constant_along_an_axis_decodes_so_up_to_extended_ends(
+    vae: AutoencoderKL, dim: int, axis: str
+) -> None:
+    latents = torch.randn(1, 4, 8, 8, dtype=torch.float64).mean(dim, keepdim=True)
+    latents = 3 * latents.expand(1, 4, 8, 8)
+    steps = {}
+    with torch.no_grad():
+        for extended in ("", axis):
+            with circular(vae, axes="", extended=extended):
+                steps[extended] = vae.decode(latents).sample.diff(dim=dim).abs().max()
+    assert steps[""] > 1e-2  # zeros beyond the ends show
+    assert steps[axis] < 1e-9
+
+
 def test_strides_dilation_groups_and_named_padding() -> None:
     x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
     for conv in (
@@ -145,8 +181,16 @@ def test_strides_dilation_groups_and_named_padding() -> None:
             torch.testing.assert_close(conv(x.roll(shift, -1)), expected)
 
 
-def test_unknown_axes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"axes='z'.*'x'"), circular(nn.Conv2d(1, 1, 3), axes="z"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"axes": "z"}, r"^axes='z'.*'x'"),
+        ({"extended": "yx"}, r"^extended='yx'.*'xy'"),
+        ({"axes": "xy", "extended": "x"}, r"^extended='x': must not contain 'x', which wraps"),
+    ],
+)
+def test_unknown_axes_are_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message), circular(nn.Conv2d(1, 1, 3), **options):
         pass
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import coherence
-from benchmarks.coherence import SCHARR, discontinuity_score, seam_ratio
+from benchmarks.metrics import SCHARR, discontinuity_score, seam_ratio
 from tests.small_sdxl import save_family
 
 
@@ -70,14 +70,15 @@ def test_sdxl_360_is_measured_as_it_is_used_and_without_its_lora(
     assert len(images) == 8
 
 
-def test_rings_of_sdxl_windows_are_measured_with_and_without_synchronising(
+def test_rings_and_strips_of_sdxl_windows_are_measured_with_and_without_synchronising(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keep = tmp_path / "images"
-    options = {"steps": 1, "speed": None, "weights": [0.0, 20.0], "distance_scale": None}
+    options = {"steps": 2, "speed": None, "weights": [0.0, 20.0], "distance_scale": None}
     measure("syncdiffusion-xl", tmp_path, keep=keep, **options)
     title, _, *rows = capsys.readouterr().out.splitlines()
-    assert "640 x 128" in title
-    assert [row.split()[0] for row in rows] == ["0", "20"]
+    assert "windows of 128" in title
+    found = [row.split()[:2] for row in rows]
+    assert found == [["ring", "0"], ["ring", "20"], ["strip", "0"], ["strip", "20"]]
     images = {path.read_bytes() for path in keep.iterdir()}
-    assert len(images) == 4
+    assert len(images) == 8

@@ -52,6 +52,8 @@ def test_a_file_is_marked_by_an_at_sign():
         (["-i", "prompt=a", "-o", "a.jpg"], "-o a.jpg", ".png"),
         (["-i", "prompt=a", "-o", "."], "-o .", ".png"),
         (["-i", "prompt=a", "-o", "none/a.png"], "-o none/a.png", "folder"),
+        (["-i", "prompt=a", "--previews", __file__], f"--previews {__file__}", "try previews"),
+        (["-i", "prompt=a", "--previews", f"{__file__}/a"], "--previews", "folder"),
         (["-i", "prompt=a", "--colour"], "unrecognized", "--colour"),
     ],
 )
@@ -93,10 +95,10 @@ class FakeModels:
         return SimpleNamespace(request=SimpleNamespace(seed=5, prompt=request.prompt))
 
     def run(self, job: SimpleNamespace, on_step: Any) -> Panorama:
-        on_step(1, 2)
+        on_step(1, 2, lambda: Image.new("RGB", (4, 4), "blue"))
         if self.failure:
             raise self.failure
-        on_step(2, 2)
+        on_step(2, 2, pytest.fail)
         return Panorama(Image.new("RGB", (8, 8)), "", {"prompt": job.request.prompt}, {})
 
 
@@ -112,6 +114,25 @@ def test_a_panorama_is_written_and_its_seed_and_steps_printed(models, tmp_path, 
     assert main(["-i", "prompt=sea", "-o", str(path)]) == 0
     assert capsys.readouterr().out == f"seed: 5\nstep 1/2\nstep 2/2\n{path}\n"
     assert read_metadata(path) == {"prompt": "sea"}
+
+
+def test_previews_of_the_first_step_and_of_every_fifth_later_are_written(
+    models, tmp_path, monkeypatch
+):
+    colors = {step: (step, 0, 0) for step in range(1, 13)}
+
+    def run(job: SimpleNamespace, on_step: Any) -> Panorama:
+        for step, color in colors.items():
+            on_step(step, len(colors), lambda color=color: Image.new("RGB", (4, 4), color))
+        return Panorama(Image.new("RGB", (8, 8)), "", {}, {})
+
+    monkeypatch.setattr(models, "run", run)
+    folder = tmp_path / "some" / "previews"
+    for _ in range(2):  # the second time it is there
+        command = ["-i", "prompt=sea", "-o", str(tmp_path / "a.png"), "--previews", str(folder)]
+        assert main(command) == 0
+        written = {path.name: Image.open(path).getpixel((0, 0)) for path in folder.iterdir()}
+        assert written == {f"step-{step:03}.png": colors[step] for step in (1, 6, 11)}
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,13 @@ FACTOR, SIDE = 8, 16  # of the small SDXL: pixels per cell, and cells of a windo
 GENERATOR = torch.Generator().manual_seed(2)
 DEPTH = torch.rand(1, 3, 32 * FACTOR, 48 * FACTOR, generator=GENERATOR)
 LATENTS = torch.randn(1, 4, 32, 48, generator=GENERATOR)
-VIEWS = [View(0, 0, 16, 16), View(16, 24, 16, 16), View(12, 40, 16, 16), View(24, 5, 16, 16)]
+VIEWS = [
+    View(0, 0, 16, 16),
+    View(16, 24, 16, 16),
+    View(12, 40, 16, 16),
+    View(24, 5, 16, 16),
+    View(-6, -9, 16, 16),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,11 +38,11 @@ def base() -> BaseModel:
     return small_sdxl.build()
 
 
-def conditioning(base: BaseModel, scale: float = 3.0) -> Conditioning:
+def conditioning(
+    base: BaseModel, scale: float = 3.0, prompt: str | tuple[str, ...] = "night over the sea"
+) -> Conditioning:
     negative = "" if scale == 1 else "people"
-    return encode_prompts(
-        base.text_encoders, base.embed_type, "night over the sea", negative, scale
-    )
+    return encode_prompts(base.text_encoders, base.embed_type, prompt, negative, scale)
 
 
 def solver(base: BaseModel, name: str = "euler") -> Solver:
@@ -50,12 +56,14 @@ def build(
     scale: float = 3.0,
     depth: Tensor | None = None,
     name: str = "euler",
+    prompt: str | tuple[str, ...] = "night over the sea",
 ) -> UNetDenoiser:
     """A denoiser for windows of a canvas of 32 x 48 cells."""
     control = None if depth is None else DepthControl(base.controlnet, depth, 0.7)
     canvas = Canvas(32, 48, closed)
     run = solver(base, name)
-    return UNetDenoiser(base.unet, conditioning(base, scale), canvas, run, base.factor, control)
+    given = conditioning(base, scale, prompt)
+    return UNetDenoiser(base.unet, given, canvas, run, base.factor, control)
 
 
 def watch(network: Any, seen: list[Any]) -> Any:
@@ -68,9 +76,10 @@ def watch(network: Any, seen: list[Any]) -> Any:
 @pytest.mark.parametrize(
     ("closed", "crops"),
     [
-        ("", [(0, 0), (128, 192), (96, 320), (192, 40)]),
-        ("x", [(0, 0), (128, 0), (96, 0), (192, 0)]),
-        ("y", [(0, 0), (0, 192), (0, 320), (0, 40)]),
+        # Windows that hang over a flat end have the crop of the nearest one that does not.
+        ("", [(0, 0), (128, 192), (96, 256), (128, 40), (0, 0)]),
+        ("x", [(0, 0), (128, 0), (96, 0), (128, 0), (0, 0)]),
+        ("y", [(0, 0), (0, 192), (0, 256), (0, 40), (0, 0)]),
     ],
 )
 def test_sdxl_is_told_which_part_of_which_image_a_window_is(
@@ -98,32 +107,49 @@ def test_several_windows_at_once_are_one_after_the_other(
     base: BaseModel, follows: bool, closed: Any, scale: float
 ) -> None:
     denoise = build(base, closed=closed, scale=scale, depth=DEPTH if follows else None)
-    t, windows = solver(base).timesteps[1], crop(LATENTS, VIEWS)
+    t, windows = solver(base).timesteps[1], crop(LATENTS, VIEWS, closed)
     together = denoise(windows, t, VIEWS)
     for window, view, found in zip(windows, VIEWS, together, strict=True):
         torch.testing.assert_close(found[None], denoise(window[None], t, [view]))
 
 
-def by_hand(base: BaseModel, view: View, t: Tensor, scale: float, closed: str) -> Tensor:
-    """Call the ControlNet and the UNet for one window, prompt by prompt."""
-    embeddings = conditioning(base, scale)
-    rows = [(view.top + k) % 32 for k in range(view.height)]
-    columns = [(view.left + k) % 48 for k in range(view.width)]
-    x = LATENTS[:, :, rows][..., columns]
-    pixels = [
-        [FACTOR * cell + k for cell in cells for k in range(FACTOR)] for cells in (rows, columns)
-    ]
-    depth = DEPTH[:, :, pixels[0]][..., pixels[1]]
-    top, left = (0 if closed == "y" else view.top), (0 if closed == "x" else view.left)
+def cut(image: Tensor, view: View, closed: str, factor: int = 1) -> Tensor:
+    """Cut a window, one row and column at a time, wrapped or mirrored at the ends."""
+    places = []
+    for start, size, length, wraps in (
+        (view.top, view.height, image.shape[2], closed == "y"),
+        (view.left, view.width, image.shape[3], closed == "x"),
+    ):
+        cells = range(factor * start, factor * (start + size))
+        mirrored = [*range(length), *reversed(range(length))]
+        places.append([n % length if wraps else mirrored[n % (2 * length)] for n in cells])
+    return image[:, :, places[0]][..., places[1]]
+
+
+def by_hand(
+    base: BaseModel,
+    view: View,
+    t: Tensor,
+    scale: float,
+    closed: str,
+    prompt: str | tuple[str, ...] = "night over the sea",
+    weights: Sequence[float] = (1.0,),
+) -> Tensor:
+    """Call the ControlNet and the UNet for one window, text by text."""
+    embeddings = conditioning(base, scale, prompt)
+    x, depth = cut(LATENTS, view, closed), cut(DEPTH, view, closed, FACTOR)
+    top, left = min(max(view.top, 0), 32 - view.height), min(max(view.left, 0), 48 - view.width)
+    top, left = (0 if closed == "y" else top), (0 if closed == "x" else left)
     sizes = [32, 48, top, left, view.height, view.width]
     sigma = base_sigmas(base)[float(t)]
     predictions = []
     for k in range(len(embeddings.states)):
         assert embeddings.pooled is not None
+        parts = list(enumerate(weights))
         options: dict[str, Any] = {
-            "encoder_hidden_states": embeddings.states[k : k + 1],
+            "encoder_hidden_states": sum(w * embeddings.states[k, p, None] for p, w in parts),
             "added_cond_kwargs": {
-                "text_embeds": embeddings.pooled[k : k + 1],
+                "text_embeds": sum(w * embeddings.pooled[k, p, None] for p, w in parts),
                 "time_ids": torch.tensor([[8.0 * n for n in sizes]]),
             },
         }
@@ -157,9 +183,28 @@ def base_sigmas(base: BaseModel) -> dict[float, float]:
 def test_a_window_is_the_networks_called_by_hand(
     base: BaseModel, view: View, scale: float, closed: Any
 ) -> None:
-    t = solver(base).timesteps[2]
-    found = build(base, closed=closed, scale=scale, depth=DEPTH)(crop(LATENTS, [view]), t, [view])
+    t, x = solver(base).timesteps[2], cut(LATENTS, view, closed)
+    found = build(base, closed=closed, scale=scale, depth=DEPTH)(x, t, [view])
     torch.testing.assert_close(found, by_hand(base, view, t, scale, closed), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_window_between_two_parts_has_their_embeddings_interpolated(
+    base: BaseModel, scale: float
+) -> None:
+    prompt, t = ("night over the sea", "dawn", "noon over green hills"), solver(base).timesteps[2]
+    shown = {
+        View(9, 0, 16, 16): (1.0, 0.0, 0.0),
+        View(9, 9, 16, 16): (0.375, 0.625, 0.0),
+        View(9, 38, 16, 16): (0.25, 0.0, 0.75),
+    }
+    denoise = build(base, closed="x", scale=scale, depth=DEPTH, prompt=prompt)
+    together = denoise(torch.cat([cut(LATENTS, view, "x") for view in shown]), t, list(shown))
+    for found, (view, weights) in zip(together, shown.items(), strict=True):
+        expected = by_hand(base, view, t, scale, "x", prompt, weights)
+        torch.testing.assert_close(found[None], expected, atol=1e-5, rtol=1e-4)
+        single = by_hand(base, view, t, scale, "x", prompt[0])
+        assert ((expected - single).abs().max() > 1e-4) == (weights[0] != 1)
 
 
 def differences(base: BaseModel, views: Sequence[View], **changes: Any) -> Tensor:

@@ -75,7 +75,7 @@ def test_rolling_the_noise_and_the_depth_rolls_a_360_image(
             lora_scale=lora_scale,
         )
         latents = pipe.denoise(settings, pipe.encode(settings), noise.roll(turn, -1))
-        return pipe.decode(latents, "x")
+        return pipe.decode(settings, latents)
 
     assert (make(cells) - make(0).roll(cells * 8, -1)).abs().max() < 1e-4
 

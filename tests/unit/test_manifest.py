@@ -19,10 +19,10 @@ SIZES = {
     "sdxl-360": (1024, 512),
 }
 COMPONENTS = {
-    "sd2": {"text_encoder", "tokenizer", "unet", "vae"},
+    "sd2": {"text_encoder", "tiny_vae", "tokenizer", "unet", "vae"},
     "sdxl": {
         *("controlnet", "embeddings.safetensors", "lora.safetensors", "scheduler", "text_encoder"),
-        *("text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"),
+        *("text_encoder_2", "tiny_vae", "tokenizer", "tokenizer_2", "unet", "vae"),
     },
     "perceptual": {"perceptual"},
 }

@@ -153,10 +153,19 @@ def test_metadata_make_the_same_image_again(models: Models, mode: str, tmp_path:
     assert metadata["family"] == Path(models.family).name != models.family  # no local path
     assert metadata["tokens"] == ("" if mode == "syncdiffusion" else "<s0><s1>")
     assert set(metadata["versions"]) == {"panorama", "torch", "diffusers"}
+    assert (metadata["device"], metadata["threads"]) == ("cpu", torch.get_num_threads())
     panorama.save(tmp_path / "a.png")
     again = models.generate(Request(**read_metadata(tmp_path / "a.png")["inputs"]))
     assert np.array_equal(again.image, panorama.image)
     assert again.metadata == panorama.metadata
+
+
+def test_metadata_name_the_model_of_a_gpu(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {torch.device("cuda", 0): "NVIDIA L4", torch.device("cuda", 1): "NVIDIA H100"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", names.__getitem__)
+    job = models.prepare(request())
+    for device, name in names.items():
+        assert job.metadata(models.family, device)["device"] == name
 
 
 @pytest.mark.parametrize(
@@ -186,8 +195,27 @@ def test_every_stage_is_timed(models: Models) -> None:
 def test_steps_are_reported(models: Models) -> None:
     steps: list[tuple[int, int]] = []
     job = models.prepare(request(num_inference_steps=3, width=64, height=64))
-    models.run(job, lambda step, count: steps.append((step, count)))
+    models.run(job, lambda step, count, preview: steps.append((step, count)))
     assert steps == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_preview_is_the_predicted_image_of_its_step(models: Models, mode: str) -> None:
+    previews, predicted = [], []
+    job = models.prepare(request(mode))
+    models.run(job, lambda step, steps, preview: previews.append(preview()))
+    pipe, settings = Pipeline(models.bases[mode]), job.settings()
+    noise = pipe.noise(settings, torch.Generator().manual_seed(1))
+    pipe.denoise(settings, pipe.encode(settings), noise, lambda *step: predicted.append(step[2]))
+    assert not torch.equal(*predicted)
+    for image, x0 in zip(previews, predicted, strict=True):
+        assert np.array_equal(image, to_pil(pipe.preview(settings, x0)))
+
+
+def test_previews_change_nothing_about_the_image(models: Models) -> None:
+    job = models.prepare(request("syncdiffusion"))
+    watched = models.run(job, lambda step, steps, preview: preview().load())
+    assert np.array_equal(watched.image, models.run(job).image)
 
 
 # --- depth ---
@@ -281,7 +309,7 @@ def test_edges_that_do_not_meet_are_warned_of_where_they_close_and_are_followed(
 
 
 @pytest.mark.parametrize(("speed", "exact"), [(None, False), ("fast", False), ("exact", True)])
-def test_windows_of_sdxl_are_synchronised_without_a_gradient_of_the_unet_by_default(
+def test_windows_of_sdxl_are_synchronised_without_a_gradient_by_default(
     models: Models, speed: str | None, exact: bool
 ) -> None:
     unet, seen = models.bases["syncdiffusion-xl"].unet, []
@@ -292,12 +320,13 @@ def test_windows_of_sdxl_are_synchronised_without_a_gradient_of_the_unet_by_defa
         lambda _, args: decoded.append(args[0].requires_grad)
     )
     try:
-        generate(models, "syncdiffusion-xl", speed=speed)
+        image = generate(models, "syncdiffusion-xl", speed=speed)
     finally:
         hook.remove()
         watcher.remove()
-    assert any(seen) == exact
-    assert any(decoded)  # it is synchronised either way
+    assert any(seen) == any(decoded) == exact
+    unsynchronised = generate(models, "syncdiffusion-xl", speed=speed, sync_weight=0.0)
+    assert image.tobytes() != unsynchronised.tobytes()
 
 
 def test_fast_is_fewer_steps_of_another_solver(models: Models) -> None:
@@ -360,12 +389,12 @@ def interleaved(models: Models, first: Request, second: Request) -> list[Panoram
     """
     inside, overtaken, ended = threading.Event(), threading.Event(), threading.Event()
 
-    def first_step(step: int, steps: int) -> None:
+    def first_step(step: int, steps: int, preview: Any) -> None:
         if step == 1:
             inside.set()
             overtaken.wait(0.5)
 
-    def second_step(step: int, steps: int) -> None:
+    def second_step(step: int, steps: int, preview: Any) -> None:
         overtaken.set()
         ended.wait(5)
 
@@ -410,7 +439,7 @@ def test_two_threads_make_what_they_make_one_after_the_other(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_an_exception_leaves_the_networks_as_they_were(models: Models, mode: str) -> None:
-    def stop(step: int, steps: int) -> None:
+    def stop(step: int, steps: int, preview: Any) -> None:
         raise InterruptedError
 
     image = generate(models, mode, num_inference_steps=1)

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from panorama.base_model import BaseModel, load_base_model
 from panorama.conditioning.prompts import encode_prompts
+from panorama.images.vae import decode_canvas
 from panorama.pipeline import Pipeline, Settings
-from panorama.sampling.canvas import View
+from panorama.sampling.canvas import Axis, View
 from panorama.sampling.sampler import OnStep, sample
 from panorama.sampling.synchronize import SyncSettings
-from panorama.sampling.views import Disjoint, Sliding, Spanning
+from panorama.sampling.views import Fixed, Sliding, Spanning
 from tests.small_sd2 import build
 from tests.small_sdxl import save
 from tests.state import State
@@ -39,7 +40,7 @@ def base() -> BaseModel:
 def settings(**changes: Any) -> Settings:
     """A small panorama, three windows wide."""
     inputs: dict[str, Any] = {"prompt": "night over the sea", "height": 64, "width": 128}
-    inputs |= {"num_inference_steps": 3, "layout": Sliding(8), "sync": SyncSettings()}
+    inputs |= {"num_inference_steps": 3, "layout": Fixed(8), "sync": SyncSettings()}
     return Settings(**inputs | changes)
 
 
@@ -58,10 +59,24 @@ def test_an_image_is_what_the_stages_make_one_after_the_other(base: BaseModel) -
     latents = denoise_with(pipe, ring)
     assert latents.shape == (1, 4, 16, 32)
     image = pipe(ring, torch.Generator().manual_seed(0))
-    assert torch.equal(image, pipe.decode(latents, "x"))
-    assert not torch.equal(image, pipe.decode(latents, ""))
+    assert torch.equal(image, pipe.decode(ring, latents))
+    assert not torch.equal(image, pipe.decode(settings(), latents))
     assert image.shape == (1, 3, 64, 128) and image.dtype == torch.float32
     assert image.min() >= 0 and image.max() <= 1
+
+
+@pytest.mark.parametrize("closed", ["", "x"])
+def test_a_preview_is_decoded_by_the_tiny_vae_if_there_is_one(
+    base: BaseModel, closed: Axis
+) -> None:
+    chosen = settings(closed=closed)
+    x0 = denoise(base)
+    preview = Pipeline(base).preview(chosen, x0)
+    tiny = replace(base, vae=base.tiny_vae)
+    assert torch.equal(preview, Pipeline(tiny).decode(chosen, x0))
+    image = Pipeline(base).decode(chosen, x0)
+    assert preview.shape == image.shape and not torch.allclose(preview, image)
+    assert torch.equal(Pipeline(replace(base, tiny_vae=None)).preview(chosen, x0), image)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -87,6 +102,28 @@ def test_noise_and_latents_are_in_single_precision_whatever_the_unet_is_in(
     assert started.isfinite().all()
     assert seen == [torch.float32]
     assert torch.equal(fed[0][:1], expected[..., 8:24].to(dtype))  # of the anchor
+
+
+@pytest.mark.parametrize(
+    ("changes", "closed", "extended"),
+    [
+        ({}, "", "x"),
+        ({"layout": Fixed(8)}, "", "x"),
+        ({"height": 128, "width": 64}, "", "y"),
+        ({"height": 128}, "", "xy"),
+        ({"closed": "x"}, "x", ""),
+        ({"closed": "x", "height": 128}, "x", "y"),
+        ({"width": 64}, "", ""),
+        ({"layout": Spanning()}, "", ""),
+    ],
+)
+def test_a_canvas_goes_on_beyond_the_ends_that_windows_hang_over(
+    base: BaseModel, changes: dict[str, Any], closed: Axis, extended: str
+) -> None:
+    pipe, chosen = Pipeline(base), settings(**{"layout": Sliding(8)} | changes)
+    latents = pipe.noise(chosen, torch.Generator().manual_seed(0))
+    expected = decode_canvas(base.vae, latents, closed, extended=extended)
+    assert torch.equal(pipe.decode(chosen, latents), expected.add(1).div(2))
 
 
 def test_one_run_leaves_no_trace_in_the_next(base: BaseModel) -> None:
@@ -196,6 +233,7 @@ def test_the_distance_stays_in_single_precision(base: BaseModel, tmp_path: Path)
         ({"width": 132, "layout": Spanning()}, ["width=132", "multiple of 8", "try 128"]),
         ({"layout": Sliding(17)}, ["stride=17", "16 latent cells", "try 8"]),
         ({"layout": Sliding(16), "closed": "x"}, ["stride=16", "less than", "try 8"]),
+        ({"layout": Fixed(17)}, ["stride=17", "16 latent cells", "try 8"]),
         ({"num_inference_steps": 0}, ["num_inference_steps=0", "at least 1", "try 1"]),
         ({"guidance_scale": -1}, ["guidance_scale=-1", "at least 0", "try 0"]),
         ({"guidance_scale": float("nan")}, ["guidance_scale=nan", "at least 0", "try 0"]),
@@ -211,7 +249,6 @@ def test_the_distance_stays_in_single_precision(base: BaseModel, tmp_path: Path)
         ({"scheduler": EulerAncestralDiscreteScheduler()}, ["scheduler=EulerAncestral", "affine"]),
         ({"depth": torch.zeros(64, 127)}, ["depth", "(64, 127)", "(64, 128)"]),
         ({"depth": torch.zeros(64, 128)}, ["depth", "ControlNet"]),
-        ({"sync": SyncSettings(pooling=3)}, ["pooling=3", "divide", "16", "try 2"]),
     ],
 )
 def test_bad_settings_are_refused(
@@ -230,25 +267,25 @@ def test_noise_of_another_shape_is_refused(base: BaseModel) -> None:
         pipe.denoise(chosen, pipe.encode(chosen), torch.zeros(1, 4, 8, 8))
 
 
-def test_synchronising_needs_a_distance(base: BaseModel) -> None:
-    with pytest.raises(ValueError, match=r"sync: .*perceptual.*sync=None"):
-        denoise(replace(base, perceptual=None))
-    assert denoise(replace(base, perceptual=None), sync=None).isfinite().all()
+def test_the_gradient_needs_a_distance_and_shared_means_do_not(base: BaseModel) -> None:
+    without = replace(base, perceptual=None)
+    with pytest.raises(ValueError, match=r"sync: .*perceptual.*gradient=False, means=True"):
+        denoise(without)
+    means = SyncSettings(gradient=False, means=True)
+    assert torch.equal(denoise(without, sync=means), denoise(base, sync=means))
 
 
 def test_every_lever_changes_the_image_and_all_go_together(base: BaseModel) -> None:
     strong = SyncSettings(weight=3000.0)
+    means = replace(strong, gradient=False, means=True)
     levers: list[dict[str, Any]] = [
         {"sync": strong},
-        {"sync": strong, "layout": Disjoint()},
-        {"sync": replace(strong, through_unet=False)},
-        {"sync": replace(strong, pooling=2)},
+        {"sync": strong, "layout": Sliding(8)},
+        {"sync": strong, "layout": Sliding(None)},
+        {"sync": means},
+        {"sync": replace(strong, means=True)},
         {"sync": strong, "scheduler": "dpm++"},
-        {
-            "sync": replace(strong, through_unet=False, pooling=2),
-            "layout": Disjoint(),
-            "scheduler": "dpm++",
-        },
+        {"sync": means, "layout": Sliding(None), "scheduler": "dpm++"},
     ]
     results = [denoise(base, width=192, **lever) for lever in levers]
     for index, latents in enumerate(results):
@@ -256,7 +293,7 @@ def test_every_lever_changes_the_image_and_all_go_together(base: BaseModel) -> N
         assert not any(torch.equal(latents, other) for other in results[:index])
 
 
-def test_disjoint_windows_overlap_at_the_last_step_whatever_the_solver_makes_of_their_number(
+def test_moving_windows_overlap_at_the_last_step_whatever_the_solver_makes_of_their_number(
     base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     scheduler = PNDMScheduler.from_config(base.scheduler.config, skip_prk_steps=True)
@@ -271,10 +308,10 @@ def test_disjoint_windows_overlap_at_the_last_step_whatever_the_solver_makes_of_
         return sample(latents, views, *args, **options)
 
     monkeypatch.setattr("panorama.pipeline.sample", watched)
-    denoise(base, layout=Disjoint(), scheduler=scheduler)
+    denoise(base, layout=Sliding(None), scheduler=scheduler)
     assert len(seen) == steps
     assert all(len(views) <= 3 for views in seen[:-1])
-    assert [view.left for view in seen[-1]] == [0, 8, 16]
+    assert [view.left for view in seen[-1]] == [-4, 4, 12, 20]
 
 
 def test_checkpointing_changes_nothing_and_leaves_nothing(base: BaseModel) -> None:
@@ -340,12 +377,12 @@ def test_a_large_canvas_is_decoded_in_slices_as_asked(base: BaseModel) -> None:
 @pytest.mark.parametrize("guidance_scale", [1.0, 7.5])
 def test_it_runs_in_inference_mode(base: BaseModel, guidance_scale: float) -> None:
     chosen, pipe = settings(guidance_scale=guidance_scale), Pipeline(base)
-    expected = pipe.decode(denoise_with(pipe, chosen))
+    expected = pipe.decode(chosen, denoise_with(pipe, chosen))
     with torch.inference_mode():
         noise = torch.randn(1, 4, 16, 32, generator=torch.Generator().manual_seed(0))
         conditioning = encode_prompts(base.text_encoders, None, chosen.prompt, "", guidance_scale)
         latents = pipe.denoise(chosen, conditioning, noise)
-        assert torch.equal(pipe.decode(latents), expected)
+        assert torch.equal(pipe.decode(chosen, latents), expected)
         assert torch.equal(pipe(chosen, torch.Generator().manual_seed(0)), expected)
 
 

@@ -33,7 +33,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, BaseModel]:
     return {"sd2": small_sd2.build(), "sdxl": tuned}
 
 
-def encode(base: BaseModel, prompt: str, negative: str = "", scale: float = 3.0) -> Conditioning:
+def encode(
+    base: BaseModel, prompt: str | tuple[str, ...], negative: str = "", scale: float = 3.0
+) -> Conditioning:
     return encode_prompts(base.text_encoders, base.embed_type, prompt, negative, scale)
 
 
@@ -59,12 +61,13 @@ def stock(base: BaseModel, prompt: str, negative: str) -> tuple[Tensor, Tensor |
 def check_stock(base: BaseModel, prompt: str, negative: str) -> None:
     found = encode(base, prompt, negative)
     states, pooled = stock(base, prompt, negative)
-    torch.testing.assert_close(found.states, states)
+    torch.testing.assert_close(found.states[:, 0], states)
+    assert found.parts == 1
     if pooled is None:
         assert found.pooled is None
     else:
         assert found.pooled is not None
-        torch.testing.assert_close(found.pooled, pooled)
+        torch.testing.assert_close(found.pooled[:, 0], pooled)
 
 
 @pytest.mark.parametrize("name", ["sd2", "sdxl"])
@@ -109,7 +112,7 @@ def test_prompts_with_tokens_are_pooled_as_the_stock_pipeline_does(tmp_path: Pat
     for end, same in ((encoder.config.eos_token_id, False), (2, True)):
         encoder.text_model.eos_token_id = end
         pooled = [encode(base, prompt, scale=1.0).pooled for prompt in prompts]
-        expected = [stock(base, prompt, "")[1][1:] for prompt in prompts]
+        expected = [stock(base, prompt, "")[1][1:, None] for prompt in prompts]
         torch.testing.assert_close(pooled, expected)
         assert torch.equal(*pooled) == same
 
@@ -124,8 +127,8 @@ def test_the_first_context_is_what_the_tokenizer_makes_of_a_text(
     with torch.no_grad():
         first = encoder.model(padded.input_ids).last_hidden_state
     states = encode(bases["sd2"], text).states
-    torch.testing.assert_close(states[1:, :length], first)
-    assert states.shape[1] == contexts * length
+    torch.testing.assert_close(states[1, :, :length], first)
+    assert states.shape[2] == contexts * length
 
 
 def by_hand(base: BaseModel, text: str, contexts: int) -> tuple[Tensor, Tensor | None]:
@@ -154,13 +157,34 @@ def test_a_long_prompt_is_read_context_by_context(bases: dict[str, BaseModel], n
     assert contexts > 2
     for pair in ((LONG, NEGATIVE), (NEGATIVE, LONG)):  # the shorter one gets empty contexts
         found = encode(base, *pair)
-        assert found.states.shape[:2] == (2, contexts * length)
+        assert found.states.shape[:3] == (2, 1, contexts * length)
         for k, text in enumerate(reversed(pair)):
             states, pooled = by_hand(base, text, contexts)
-            torch.testing.assert_close(found.states[k : k + 1], states)
+            torch.testing.assert_close(found.states[k], states)
             if pooled is not None:
                 assert found.pooled is not None
-                torch.testing.assert_close(found.pooled[k : k + 1], pooled)
+                torch.testing.assert_close(found.pooled[k], pooled)
+
+
+@pytest.mark.parametrize("name", ["sd2", "sdxl"])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_every_part_is_embedded_as_a_prompt_of_its_own(
+    bases: dict[str, BaseModel], name: str, scale: float
+) -> None:
+    base, parts = bases[name], (TEXT, "dawn | noon", LONG)
+    found = encode(base, parts, NEGATIVE if scale != 1 else "", scale)
+    assert found.parts == 3
+    contexts = found.states.shape[2] // base.text_encoders[0].tokenizer.model_max_length
+    assert contexts > 2  # as many as the longest part needs
+    groups = [parts] if scale == 1 else [(NEGATIVE,) * 3, parts]  # the negative prompt comes first
+    assert len(found.states) == len(groups)
+    for k, texts in enumerate(groups):
+        for p, text in enumerate(texts):
+            states, pooled = by_hand(base, text, contexts)
+            torch.testing.assert_close(found.states[k, p, None], states)
+            assert (found.pooled is None) == (pooled is None)
+            if found.pooled is not None:
+                torch.testing.assert_close(found.pooled[k, p, None], pooled)
 
 
 def words(base: BaseModel, count: int) -> str:
@@ -180,12 +204,23 @@ def test_a_text_of_too_many_tokens_is_refused(
     texts = {"prompt": TEXT, "negative_prompt": ""}
     longest = encode(base, *(texts | {field: words(base, most)}).values())
     length = base.text_encoders[0].tokenizer.model_max_length
-    assert longest.states.shape[1] == MAX_CONTEXTS * length
+    assert longest.states.shape[2] == MAX_CONTEXTS * length
     with pytest.raises(ValueError) as error:
         encode(base, *(texts | {field: words(base, most + 1)}).values())
     message = str(error.value)
     assert message.startswith(f"{field}='sea sea") and len(message) < 250
     assert re.search(rf"at most {most} tokens", message) and str(most + 1) in message
+
+
+def test_a_part_of_too_many_tokens_is_refused_by_its_number(bases: dict[str, BaseModel]) -> None:
+    base = bases["sd2"]
+    most = base.text_encoders[0].max_tokens
+    assert encode(base, (TEXT, words(base, most), TEXT)).parts == 3  # each has room of its own
+    with pytest.raises(ValueError) as error:
+        encode(base, (TEXT, words(base, most + 1), TEXT))
+    message = str(error.value)
+    assert message.startswith("prompt='sea sea") and len(message) < 250
+    assert "(part 2 of 3): must have" in message and str(most + 1) in message
 
 
 def test_a_megabyte_is_refused_before_it_is_encoded(bases: dict[str, BaseModel]) -> None:
@@ -204,11 +239,11 @@ def test_every_encoder_has_its_own_bound(bases: dict[str, BaseModel]) -> None:
     base = bases["sdxl"]
     first, second = base.text_encoders
     text = words(base, first.max_tokens)
-    check_lengths([first, second], {"prompt": text})
+    check_lengths([first, second], {"prompt": (text,)})
     second.tokenizer.model_max_length -= 1
     try:
         with pytest.raises(ValueError, match=f"at most {second.max_tokens} tokens"):
-            check_lengths([first, second], {"prompt": text})
+            check_lengths([first, second], {"prompt": (text,)})
     finally:
         second.tokenizer.model_max_length += 1
 

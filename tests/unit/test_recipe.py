@@ -1,17 +1,19 @@
 """The recipe of the embedded family, as far as it can be tested without training."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from panorama.base_model import BaseModel, load_base_model
 from panorama.conditioning.lora import TOKENS, load_lora, load_tokens, lora_applied
+from panorama.images.vae import decode
 from panorama.modes import load
 from panorama.request import Request
 from tests import small_sd2
@@ -27,6 +29,7 @@ from weights.train import (
     scenes,
     sdxl,
     style,
+    tiny_vae,
 )
 from weights.train.controlnet import depth_images
 from weights.train.depths import CELL, DepthReader, around, cells, correlation, depth_image
@@ -288,6 +291,64 @@ def test_the_first_model_and_its_features_load_from_where_they_are_exported(
     assert loaded.window == 16
     stored = load_file(tmp_path / "sd2" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in stored.values()} == {torch.float16}
+
+
+def test_a_blur_is_a_gaussian_and_leaves_flat_latents_as_they_are() -> None:
+    flat = torch.tensor([1.0, -2.0])[None, :, None, None].expand(1, 2, 20, 24)
+    torch.testing.assert_close(tiny_vae.blur(flat, 3.0), flat)
+    impulse = torch.zeros(1, 2, 41, 41)
+    impulse[:, :, 20, 20] = 1
+    places = torch.arange(41.0) - 20
+    for sigma in (0.0, 1.5, 4.0):
+        spread = tiny_vae.blur(impulse, sigma)[0, 1]
+        assert torch.allclose(spread, spread.mT)
+        variance = (spread.sum(0) * places**2).sum()
+        assert variance == pytest.approx(sigma**2, rel=0.05)
+
+
+def test_early_latents_lie_beyond_the_blurred_ones_away_from_another_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(tiny_vae, "BLUR", 0.0)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    away = latents - latents.flip(0)
+    strengths = []
+    for seed in range(20):
+        early = tiny_vae.imitate_early(latents, torch.Generator().manual_seed(seed))
+        strengths.append(float(((early - latents) / away).median()))
+        torch.testing.assert_close(early, latents + strengths[-1] * away)
+    assert 0 <= min(strengths) < 0.6 and 2.4 < max(strengths) <= tiny_vae.GUIDANCE
+
+
+def test_windows_of_latents_come_from_all_sets_and_wrap() -> None:
+    columns = torch.arange(64.0).expand(1, 4, 32, 64)
+    sets = [columns + 100 * kind for kind in range(3)]
+    windows = tiny_vae.draw_windows(sets, 60, torch.Generator().manual_seed(0))
+    assert windows.shape == (60, 4, 32, 32)
+    assert {int(window[0, 0, 0]) // 100 for window in windows} == {0, 1, 2}
+    for window in windows:
+        kind, left = divmod(int(window[0, 0, 0]), 100)
+        assert torch.equal(window[1, 5], (left + torch.arange(32.0)) % 64 + 100 * kind)
+
+
+def test_both_models_get_the_distilled_decoder(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "TINY", tmp_path / "tiny")
+    monkeypatch.setattr(dataset, "load", lambda work, kind, split: draw_images(kind, 1))
+    plan = replace(tiny_vae.STAGE.plan, steps=2, average=0.0)
+    monkeypatch.setattr(tiny_vae, "STAGE", replace(tiny_vae.STAGE, plan=plan))
+    trained = tiny_vae.train(tmp_path, base.vae)
+    torch.manual_seed(7)
+    untrained = tiny_vae.build()
+    assert not torch.equal(trained.decoder.layers[0].weight, untrained.decoder.layers[0].weight)
+    for _ in range(2):  # the second time the link is there already
+        export.export_tiny_vae(trained)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for name in ("sd2", "sdxl"):
+        read = AutoencoderTiny.from_pretrained(tmp_path / "tiny" / name / "tiny_vae")
+        with torch.no_grad():
+            assert torch.equal(decode(read, latents), decode(trained.float(), latents))
 
 
 def draw_images(kind: str, count: int) -> dataset.Images:

@@ -327,15 +327,98 @@ def test_tokens_of_the_lora_precede_a_prompt_that_names_none(inputs, prompt):
     request = Request(**{"mode": "sdxl-360", **inputs})
     settings = SETTINGS[request.mode]
     resolved = request.resolve(settings)
-    assert (resolved.prompt, resolved.full_prompt) == (inputs["prompt"], prompt)
+    assert (resolved.prompt, resolved.parts) == (inputs["prompt"], (prompt,))
+    assert resolved.tokens == ("<s0><s1>" if prompt.startswith("<s0><s1>") else "")
     assert resolved.resolve(settings) == resolved
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("sea", ("sea",)),
+        (" sea\n", ("sea",)),
+        ("night | dawn|noon ", ("night", "dawn", "noon")),
+        (r"night \| dawn", ("night | dawn",)),
+        (r"night\|dawn | noon", ("night|dawn", "noon")),
+        (r"night \ | dawn", ("night \\", "dawn")),
+        (r"C:\sea | dawn", (r"C:\sea", "dawn")),
+        (r"\| | \|", ("|", "|")),
+    ],
+)
+def test_bars_separate_the_parts_of_a_prompt(prompt, parts):
+    resolved = resolve(prompt=prompt)
+    assert (resolved.prompt, resolved.parts) == (prompt, parts)
+
+
+def test_bars_of_a_negative_prompt_are_literal():
+    assert resolve(negative_prompt="fog || rain").negative_prompt == "fog || rain"
+
+
+def test_tokens_of_the_lora_precede_every_part_that_names_none():
+    inputs = {"mode": "syncdiffusion-xl", "width": 3072}
+    resolved = resolve(XL, prompt="night | <s0> dawn | noon", **inputs)
+    assert resolved.parts == ("<s0><s1> night", "<s0> dawn", "<s0><s1> noon")
+    assert resolved.tokens == "<s0><s1>"
+    assert resolve(XL, prompt="<s1> night | <s0> dawn", **inputs).tokens == ""
+    bare = resolve(XL, prompt="night | <s0> dawn", lora_scale=0, **inputs)
+    assert (bare.parts, bare.tokens) == (("night", "<s0> dawn"), "")
+
+
+@pytest.mark.parametrize(
+    "prompt", ["|", "night |", "| night", "night || dawn", "night | \n | dawn"]
+)
+@pytest.mark.parametrize("mode", ["syncdiffusion", "syncdiffusion-xl"])
+def test_a_part_without_a_text_is_refused(prompt, mode):
+    name, rule, legal = refusal(lambda: Request(prompt=prompt, mode=mode))
+    assert name == "prompt"
+    assert "empty part" in rule and r"literal bar is written \|" in rule
+    Request(prompt=legal, mode=mode)
+
+
+@pytest.mark.parametrize("prompt", ["night | dawn", "night |", "|"])
+def test_a_mode_without_windows_refuses_parts(prompt):
+    name, rule, legal = refusal(lambda: Request(prompt=prompt, mode="sdxl-360"))
+    assert name == "prompt"
+    assert "one part" in rule and "'sdxl-360'" in rule and r"literal bar is written \|" in rule
+    Request(prompt=legal, mode="sdxl-360")
+    assert resolve(SPHERE, prompt=r"night \| dawn", mode="sdxl-360", lora_scale=0).parts == (
+        "night | dawn",
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "room", "longer"),
+    [((1536, 512), 3, "width"), ((2040, 1024), 3, "width"), ((1024, 2048), 4, "height")],
+)
+def test_every_part_is_at_least_one_window_long(size, room, longer):
+    sides = dict(zip(("width", "height"), size, strict=True))
+    assert len(resolve(prompt=" | ".join(["sea"] * room), **sides).parts) == room
+    prompt = " | ".join(["sea"] * (room + 1))
+    with pytest.raises(ValueError) as error:
+        resolve(prompt=prompt, **sides)
+    message = str(error.value)
+    assert message.startswith(f"prompt={prompt!r}: must not have {room + 1} parts")
+    assert f"{longer}={sides[longer]}, which has room for {room}:" in message
+    assert "512 pixels" in message
+    legal = 512 * (room + 1)
+    assert message.endswith(f"; try {longer}={legal}")
+    assert resolve(prompt=prompt, **sides | {longer: legal})
+    with pytest.raises(ValueError, match="room for"):
+        resolve(prompt=prompt, **sides | {longer: legal - 8})
+
+
+def test_more_parts_than_any_size_has_room_for_are_refused_with_a_legal_prompt():
+    assert len(resolve(prompt="|".join(["sea"] * 32), width=16384).parts) == 32
+    name, rule, legal = refusal(lambda: resolve(prompt="|".join(["sea"] * 33)))
+    assert name == "prompt" and "room for 4:" in rule
+    assert resolve(prompt=legal)
 
 
 def test_a_family_without_a_lora_takes_no_scale_for_one():
     bare = dataclasses.replace(SPHERE, has_lora=False, tokens=())
     for inputs in ({}, {"lora_scale": 0.8}, {"lora_scale": 0}):
         resolved = resolve(bare, mode="sdxl-360", **inputs)
-        assert (resolved.lora_scale, resolved.full_prompt) == (0, "sea")
+        assert (resolved.lora_scale, resolved.parts) == (0, ("sea",))
         assert resolved.resolve(bare) == resolved
     name, rule, legal = refusal(lambda: resolve(bare, mode="sdxl-360", lora_scale=0.5))
     assert (name, legal) == ("lora_scale", 0)
@@ -346,7 +429,7 @@ def test_a_lora_without_tokens_has_a_scale_and_leaves_the_prompt_as_it_is():
     bare = dataclasses.replace(SPHERE, tokens=())
     for scale in (0.8, 0.5, 0.0):
         resolved = resolve(bare, mode="sdxl-360", lora_scale=scale)
-        assert (resolved.lora_scale, resolved.full_prompt) == (scale, "sea")
+        assert (resolved.lora_scale, resolved.parts) == (scale, ("sea",))
 
 
 def test_the_size_is_that_of_the_depth_image():

@@ -64,6 +64,8 @@ def test_a_flagged_image_is_withheld_and_leaves_nothing_to_the_next(
     unchecked = make(models, disable_safety_checker=True)
     with pytest.raises(ImageWithheldError, match=WITHHELD):
         make(models)
+    with pytest.raises(ImageWithheldError, match=WITHHELD):
+        models.generate(Request(**QUICK), lambda step, steps, preview: preview())
     assert np.array(unchecked).any()  # the checker paints what it flags black
     assert make(models, disable_safety_checker=True).tobytes() == unchecked.tobytes()
     with pytest.raises(ImageWithheldError):

@@ -13,12 +13,17 @@ from torch import Tensor
 from panorama.base_model import BaseModel
 from panorama.errors import NotFiniteError
 from panorama.pipeline import Pipeline, Settings
-from panorama.sampling.canvas import Canvas, View, crop
+from panorama.sampling.canvas import Axis, Canvas, View, crop
 from panorama.sampling.denoiser import Conditioning
-from panorama.sampling.sampler import sample
+from panorama.sampling.sampler import sample, sync_weights
 from panorama.sampling.solver import Solver, build_scheduler
-from panorama.sampling.synchronize import Synchronizer, SyncSettings, gradient
-from panorama.sampling.views import Sliding
+from panorama.sampling.synchronize import (
+    PerceptualGradient,
+    Synchronizer,
+    SyncSettings,
+    gradient,
+)
+from panorama.sampling.views import Fixed, Sliding, sliding_views
 from tests.small import (
     STEPS,
     WINDOW,
@@ -55,7 +60,7 @@ class Counting(Networks):
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls = {"predict_noise": 0, "decode": 0, "gradients": 0}
+        self.calls = {"predict_noise": 0, "decode": 0, "compared": 0, "gradients": 0}
 
     def predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
         self.calls["predict_noise"] += len(x)
@@ -66,36 +71,51 @@ class Counting(Networks):
         self.calls["decode"] += len(x)
         return super().decode(x)
 
+    def distance(self, images: Tensor, features: list[Tensor]) -> Tensor:
+        self.calls["compared"] += len(images)
+        return super().distance(images, features)
+
 
 @pytest.mark.parametrize(
     ("weight", "threshold", "sync_steps"), [(0.0, 6, 0), (20.0, 0, 0), (20.0, 2, 2)]
 )
-@pytest.mark.parametrize("through_unet", [True, False])
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("means", [True, False])
 @pytest.mark.parametrize(("width", "windows"), [(48, 5), (16, 1)])
 def test_nothing_is_computed_twice(
-    weight: float, threshold: int, sync_steps: int, through_unet: bool, width: int, windows: int
+    weight: float,
+    threshold: int,
+    sync_steps: int,
+    gradient: bool,
+    means: bool,
+    width: int,
+    windows: int,
 ) -> None:
+    """And without the gradient nothing is decoded or compared."""
     networks = Counting()
-    settings = SyncSettings(weight, threshold=threshold, through_unet=through_unet)
-    networks.run(Canvas(16, width), Sliding(8), settings)
+    settings = SyncSettings(weight, threshold=threshold, gradient=gradient, means=means)
+    networks.run(Canvas(16, width), Fixed(8), settings)
     sync_steps *= windows > 1  # a single window has no other to be like
-    moved = (windows - 1) * sync_steps * through_unet
+    moved = (windows - 1) * sync_steps * gradient
     assert networks.calls == {
         "predict_noise": windows * STEPS + moved,
-        "decode": windows * sync_steps,
+        "decode": windows * sync_steps * gradient,
+        "compared": moved,
         "gradients": moved,
     }
 
 
 @pytest.mark.parametrize("sync", [None, SyncSettings(20.0, threshold=2)])
-def test_each_window_comes_with_its_view(sync: SyncSettings | None) -> None:
-    """On a ring whose latents hold their own places, and stay."""
+@pytest.mark.parametrize("closed", ["", "x"])
+def test_each_window_comes_with_its_view(sync: SyncSettings | None, closed: Axis) -> None:
+    """On a canvas whose latents hold their own places, and stay."""
     places = torch.arange(16 * 48, dtype=torch.float64).view(1, 1, 16, 48).expand(1, 4, -1, -1)
-    canvas, solver, seen = Canvas(16, 48, "x"), make_solver(), []
+    canvas, solver, seen = Canvas(16, 48, closed), make_solver(), []
 
     def denoise(x: Tensor, t: Tensor, views: Sequence[View]) -> Tensor:
         seen.append(len(views))
-        torch.testing.assert_close(solver.x0(x, torch.zeros_like(x), t), crop(places, views))
+        expected = crop(places, views, closed)
+        torch.testing.assert_close(solver.x0(x, torch.zeros_like(x), t), expected)
         return torch.zeros_like(x) * x
 
     class Flat(Networks):
@@ -104,23 +124,40 @@ def test_each_window_comes_with_its_view(sync: SyncSettings | None) -> None:
 
     networks = Flat()
     latents = solver.level(solver.timesteps[0]).alpha * places
-    sync_of_run = sync and Synchronizer(denoise, networks.decode, networks, solver, sync)
+    gradient = PerceptualGradient(denoise, networks.decode, networks, solver)
+    run = sync and Synchronizer(sync, denoise, canvas, WINDOW, gradient=gradient)
     views = Sliding(8)(canvas, WINDOW, STEPS)
-    sample(latents, views, denoise, solver, sync=sync_of_run, batch_size=4)
-    assert seen.count(4) == (STEPS if sync is None else STEPS - 2)  # of 6, the rest of each step 2
+    overhanging = any(view.left < 0 for step in views for view in step)
+    assert overhanging is not bool(closed)
+    sample(latents, views, denoise, solver, closed=closed, sync=run, batch_size=4)
+    again = [len(step) - 1 for step in views[: 2 if sync else 0]]  # for the gradient
+    assert sum(seen) == sum(map(len, views)) + sum(again)
+    assert max(seen) == 4
 
 
-def test_on_step_sees_every_step() -> None:
+@pytest.mark.parametrize("scheduler", ["ddim", "euler"])
+def test_on_step_sees_every_step_and_the_x0_that_it_predicts(scheduler: str) -> None:
+    """From one window, which is not synchronised, by the formula of its latents."""
     seen: list[tuple[int, int]] = []
     kept: list[Tensor] = []
+    networks, canvas, solver = Networks(), Canvas(16, 16), make_solver(scheduler)
 
-    def on_step(step: int, steps: int, latents: Tensor) -> None:
+    def on_step(step: int, steps: int, x0: Tensor) -> None:
         seen.append((step, steps))
-        kept.append(latents)
+        kept.append(x0)
 
-    latents = Networks().run(STRIP, Sliding(8), on_step=on_step)
+    latents = networks.run(canvas, Fixed(8), scheduler=scheduler, on_step=on_step)
     assert seen == [(k, STEPS) for k in range(1, STEPS + 1)]
-    assert torch.equal(kept[-1], latents) and not torch.equal(kept[-2], latents)
+    t, x = solver.timesteps[0], solver.initial(draw_noise(16, 16))
+    alpha_bar = float(own_scheduler().alphas_cumprod[int(t)])
+    unit = x if scheduler == "ddim" else x * alpha_bar**0.5
+    with torch.no_grad():
+        noise = networks.predict_noise(unit, t)
+    expected = (unit - (1 - alpha_bar) ** 0.5 * noise) / alpha_bar**0.5
+    torch.testing.assert_close(kept[0], expected, rtol=1e-3, atol=1e-3)
+    difference = (kept[-1] - latents).abs().max()
+    # Euler ends at x0, DDIM at the first level of the schedule.
+    assert difference < (1e-4 if scheduler == "euler" else 0.1)
 
 
 def test_on_step_may_stop_a_run() -> None:
@@ -130,7 +167,7 @@ def test_on_step_may_stop_a_run() -> None:
 
     networks = Counting()
     with pytest.raises(KeyboardInterrupt):
-        networks.run(STRIP, Sliding(8), on_step=on_step)
+        networks.run(STRIP, Fixed(8), on_step=on_step)
     assert networks.calls["predict_noise"] == 3 * 5
 
 
@@ -145,38 +182,43 @@ def test_latents_that_are_not_finite_name_the_step(value: float) -> None:
 
     networks = Failing()
     with pytest.raises(NotFiniteError, match=f"step 3 of {STEPS}"):
-        networks.run(STRIP, Sliding(8))
+        networks.run(STRIP, Fixed(8))
     assert networks.calls["predict_noise"] == 3 * 5
 
 
 # How windows are moved
 
 
-@pytest.mark.parametrize("through_unet", [True, False])
+WAYS = {
+    "gradient": SyncSettings(300.0),
+    "means": SyncSettings(0.5, gradient=False, means=True),
+    "both": SyncSettings(3.0, means=True),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("step", [0, 1, 2])
-def test_windows_move_alike_under_euler_and_ddim(through_unet: bool, step: int) -> None:
+def test_windows_move_alike_under_euler_and_ddim(way: str, step: int) -> None:
     """The x0 of moved windows agree to 1e-4, though Euler's latents are of another variance."""
     networks, ends = Networks(), []
-    settings = SyncSettings(through_unet=through_unet)
     latents = draw_noise(16, 48)
-    views = Sliding(16)(STRIP, WINDOW, 1)[0]
+    views = sliding_views(STRIP, WINDOW, 16)
     for name in ("ddim", "euler"):
         solver = make_solver(name)
-        t, sync = solver.timesteps[step], networks.synchronizer(solver, settings)
+        t, sync = solver.timesteps[step], networks.synchronizer(solver, STRIP, WAYS[way])
         x = crop(latents, views) * solver.level(t).variance ** 0.5
         with torch.no_grad():
             noise = networks.denoiser(solver)(x, t, views)
-            target = sync.embed(x[:1], noise[:1], t)
-            moved, noise_pred = sync.update(t, target, 300.0, x, views)
+            anchors = sync.anchors(t, x[:1], noise[:1])
+            moved, noise_pred = sync.update(t, anchors, WAYS[way].weight, x, views)
         ends.append(solver.x0(moved, noise_pred, t))
         assert (ends[-1] - solver.x0(x, noise, t)).abs().max() > 1e-2
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("through_unet", [True, False])
-def test_a_synchronised_run_of_euler_ends_as_one_of_ddim(through_unet: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_synchronised_run_of_euler_ends_as_one_of_ddim(way: str) -> None:
     networks, ends = Networks(), []
-    settings = SyncSettings(300.0, through_unet=through_unet)
     own = own_scheduler()
     for scheduler in (
         DDIMScheduler.from_config(own.config, set_alpha_to_one=True),  # as Euler ends
@@ -190,7 +232,7 @@ def test_a_synchronised_run_of_euler_ends_as_one_of_ddim(through_unet: bool) -> 
                     Sliding(8)(STRIP, WINDOW, STEPS),
                     networks.denoiser(solver),
                     solver,
-                    sync=sync(solver, settings),
+                    sync=sync(solver, STRIP, WAYS[way]),
                 )
             )
     ddim, unsynchronised, euler, _ = ends
@@ -198,77 +240,85 @@ def test_a_synchronised_run_of_euler_ends_as_one_of_ddim(through_unet: bool) -> 
     assert (ddim - unsynchronised).abs().max() > 1e-2
 
 
-class Sum(Networks):
-    """A distance whose gradient is 1 in three of the four channels of x0."""
-
-    def predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
-        return torch.zeros_like(x)
-
-    def decode(self, x: Tensor) -> Tensor:
-        return x[:, :3]
-
-    def embed(self, images: Tensor) -> list[Tensor]:
-        return []
-
-    def distance(self, images: Tensor, features: list[Tensor]) -> Tensor:
-        return images.sum((1, 2, 3))
+def shared(
+    canvas: Canvas, x: Tensor, anchors: Tensor, weight: float, weights: list[list[float]]
+) -> Tensor:
+    """Share the means of anchors with windows, by the weights of the anchors for each window."""
+    sync = Networks().synchronizer(make_solver(), canvas, WAYS["means"])
+    return sync.share_means(x, anchors, weight, torch.tensor(weights, dtype=torch.float64))
 
 
-def moves_of_x0(scheduler: str, steps: int, weight: float, x0: list[float]) -> Tensor:
-    """Return how far x0 moves for each unit of weight, by step and window of one cell."""
-    solver = make_solver(scheduler, steps)
-    sync = Sum().synchronizer(solver, SyncSettings(through_unet=False))
-    start = torch.tensor(x0, dtype=torch.float64).view(-1, 1, 1, 1).expand(-1, 4, 1, 1)
-    moves = []
-    for t in solver.timesteps:
-        x = solver.level(t).alpha * start
-        moved, noise = sync.update(t, [], weight, x, [View(0, 0, 1, 1)] * len(x0))
-        moves.append((start - solver.x0(moved, noise, t))[:, 0, 0, 0] / weight)
-    return torch.stack(moves)
+@pytest.mark.parametrize(
+    ("canvas", "dims"),
+    [
+        (Canvas(16, 48), [-1]),
+        (Canvas(48, 16), [-2]),
+        (Canvas(16, 16, "x"), [-1]),
+        (Canvas(16, 48, "y"), [-1, -2]),
+        (Canvas(48, 48), [-1, -2]),
+    ],
+)
+def test_shared_means_move_and_nothing_else_does(canvas: Canvas, dims: list[int]) -> None:
+    """On a wide canvas they are those of rows, on a tall one of columns, else of channels."""
+    x, anchor = draw_noise(16, 32, seed=1).reshape(2, 4, 16, 16), draw_noise(16, 16, seed=2)
+    moved = shared(canvas, x, anchor, 3.0, [[1.0], [1.0]])
+    means = [values.mean(dims, keepdim=True) for values in (x, anchor, moved)]
+    torch.testing.assert_close(means[2], (means[0] + 3.0 * means[1]) / 4.0)
+    torch.testing.assert_close(moved - means[2], x - means[0])
 
 
-def test_x0_moves_as_far_as_docs_speed_says() -> None:
-    moves = moves_of_x0("dpm++", 20, 1e-4, [0.5])
-    assert moves[0] == pytest.approx(274, abs=0.5)
-    assert moves[4] == pytest.approx(170, abs=1)
-    assert moves[10] == pytest.approx(7, abs=0.5)
-    assert moves[-8:].max() < 1 < moves[:-8].min()
-    same = [moves_of_x0(name, 10, 1e-4, [0.5]) for name in ("ddim", "euler")]
-    torch.testing.assert_close(*same, rtol=1e-4, atol=1e-6)
+def test_no_weight_moves_no_mean_and_the_anchor_stays() -> None:
+    x, anchor = draw_noise(16, 16, seed=1), draw_noise(16, 16, seed=2)
+    assert torch.equal(shared(STRIP, x, anchor, 0.0, [[1.0]]), x)
+    torch.testing.assert_close(shared(STRIP, anchor, anchor, 20.0, [[1.0]]), anchor)
 
 
-def test_no_window_moves_its_x0_by_more_than_the_length_of_x0() -> None:
-    # Four equal values of x0 have a length of 2 x0; the move shares it among three of them.
-    first = moves_of_x0("ddim", 20, 1.0, [0.25, 0.5, 0.0])[0]
-    assert first.tolist() == pytest.approx([0.25 * 2 / 3**0.5, 0.5 * 2 / 3**0.5, 0.0])
-    free = moves_of_x0("ddim", 20, 1e-4, [0.25, 0.5, 0.001])[0] * 1e-4
-    assert free[0] == pytest.approx(float(free[1])) and free[0] < 0.25
-    assert free[2] == pytest.approx(0.001 * 2 / 3**0.5)
-
-
-def test_a_move_of_x0_follows_its_gradient_and_keeps_the_noise() -> None:
-    networks, solver = Networks(), make_solver()
-    settings = SyncSettings(through_unet=False, pooling=2)
-    sync = networks.synchronizer(solver, settings)
-    x, t = draw_noise(16, 32, seed=1).reshape(2, 4, 16, 16), solver.timesteps[2]
-    views = [View(0, 0, 16, 16)] * 2
+@pytest.mark.parametrize(("left", "share"), [(0, 1.0), (8, 1.0), (24, 0.5), (28, 0.25), (48, 0.0)])
+def test_a_window_between_two_anchors_moves_to_means_between_theirs(
+    left: int, share: float
+) -> None:
+    """Parts of 32 cells, whose middle halves are theirs alone."""
+    canvas, solver, networks = Canvas(16, 64), make_solver(), Networks()
+    sync = networks.synchronizer(solver, canvas, WAYS["means"], parts=2)
+    t, view = solver.timesteps[0], View(0, left, 16, 16)
+    x, anchors = draw_noise(16, 16, seed=1), draw_noise(16, 32, seed=2).reshape(2, 4, 16, 16)
     with torch.no_grad():
-        noise = networks.predict_noise(x, t)
-        x0 = solver.x0(x, noise, t)
-        target = sync.embed(x[:1] + 1, noise[:1], t)
-        moved, kept = sync.update(t, target, 20.0, x, views)
+        of_anchors = networks.predict_noise(anchors, t)
+        moved, noise_pred = sync.update(t, sync.anchors(t, anchors, of_anchors), 3.0, x, [view])
+        noise = networks.predict_noise(moved, t)
+    for found, own, theirs in ((moved, x, anchors), (noise_pred, noise, of_anchors)):
+        first, second = theirs.mean(-1)
+        target = share * first + (1 - share) * second
+        torch.testing.assert_close(found.mean(-1), (own.mean(-1) + 3.0 * target) / 4.0)
 
-    def distance(x0: Tensor) -> Tensor:
-        coarse = x0.unflatten(-1, (8, 2)).mean(-1).unflatten(-2, (8, 2)).mean(-2)
-        return networks.distance(networks.decode(coarse).clamp(-1, 1), target)
 
-    assert torch.equal(kept, noise)
-    x0.requires_grad_()
-    (expected,) = torch.autograd.grad(distance(x0).sum(), x0)
-    after = solver.x0(moved, noise, t)
-    scale = 300 * (1 - solver.level(t).alpha_bar) ** 10
-    torch.testing.assert_close(x0 - after, scale * 20.0 * expected, rtol=1e-4, atol=1e-6)
-    assert (distance(after) < distance(x0)).all()
+def test_a_window_between_two_anchors_descends_towards_both() -> None:
+    canvas, solver, networks = Canvas(16, 64), make_solver(), Networks()
+    t, view = solver.timesteps[0], View(0, 28, 16, 16)  # a quarter of the first, the rest not
+    x, anchors = draw_noise(16, 16, seed=1), draw_noise(16, 32, seed=2).reshape(2, 4, 16, 16)
+    moves = []
+    with torch.no_grad():
+        noise = networks.predict_noise(anchors, t)
+        for parts, chosen in ((2, [0, 1]), (1, [0]), (1, [1])):
+            sync = networks.synchronizer(solver, canvas, WAYS["gradient"], parts=parts)
+            found = sync.anchors(t, anchors[chosen], noise[chosen])
+            moves.append(sync.update(t, found, 300.0, x, [view])[0] - x)
+    both, first, second = moves
+    assert (first - second).abs().max() > 1e-2
+    torch.testing.assert_close(both, 0.25 * first + 0.75 * second, rtol=1e-5, atol=1e-8)
+
+
+def test_every_part_has_an_anchor_that_stays() -> None:
+    """At steps where all windows are anchors none moves."""
+    canvas, networks = Canvas(16, 64), Networks()
+    views = sliding_views(canvas, WINDOW, 16)
+    for parts, anchors in ((1, [32]), (2, [16, 48]), (4, [0, 16, 32, 48])):
+        sync = networks.synchronizer(make_solver(), canvas, WAYS["means"], parts=parts)
+        found, others = sync.split(views)
+        assert [view.left for view in found] == anchors
+        assert sorted([*found, *others], key=lambda view: view.left) == list(views)
+        moves = bool(others)
+        assert [w > 0 for w in sync_weights(sync, [views] * STEPS)] == [moves] * 5 + [False]
 
 
 def test_small_gradients_survive_half_precision() -> None:
@@ -318,7 +368,7 @@ class Memory(Networks):
         """Sample nine windows, at two sync steps and four others."""
         return self.run(
             Canvas(16, 80),
-            Sliding(8),
+            Fixed(8),
             SyncSettings(300.0, threshold=2),
             scheduler="unipc",
             batch_size=9,
@@ -388,13 +438,13 @@ def test_the_pipeline_turns_the_checkpointing_of_its_networks_on(
 ) -> None:
     unet, vae, networks = small_unet(), small_vae(), Networks().float()
     base = BaseModel(unet, vae, (), own_scheduler(), perceptual=networks)
-    conditioning = Conditioning(torch.ones(2, 3, 128), None, 7.5)
+    conditioning = Conditioning(torch.ones(2, 1, 3, 128), None, 7.5)
     settings = Settings(
         prompt="",
         height=64,
         width=192,
         num_inference_steps=2,
-        layout=Sliding(8),
+        layout=Fixed(8),
         sync=SyncSettings(100.0),
     )
     noise = draw_noise(16, 48).float()

@@ -19,7 +19,7 @@ from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.circular import padded_convolutions
 from panorama.sampling.sampler import OnStep
 from panorama.sampling.synchronize import SyncSettings
-from panorama.sampling.views import Disjoint, Sliding, Spanning
+from panorama.sampling.views import Fixed, Sliding, Spanning
 from tests.small_sdxl import build, save
 from tests.state import State
 
@@ -66,7 +66,7 @@ def spanning(**changes: Any) -> Settings:
 def windowed(**changes: Any) -> Settings:
     """A strip of four windows and a half."""
     inputs: dict[str, Any] = {"prompt": PROMPT, "height": 128, "width": 576}
-    inputs |= {"num_inference_steps": 3, "guidance_scale": 3.0, "layout": Sliding(8)}
+    inputs |= {"num_inference_steps": 3, "guidance_scale": 3.0, "layout": Fixed(8)}
     return Settings(**inputs | changes)
 
 
@@ -85,7 +85,7 @@ def denoise(
 
 def image(base: BaseModel, settings: Settings, noise: Tensor | None = None) -> Tensor:
     """The image (3, H, W) in [0, 1]."""
-    return Pipeline(base).decode(denoise(base, settings, noise), settings.closed)[0]
+    return Pipeline(base).decode(settings, denoise(base, settings, noise))[0]
 
 
 # --- a full turn in one view ---
@@ -191,7 +191,7 @@ def test_an_autoencoder_that_does_not_overflow_is_as_precise_as_the_rest(tmp_pat
 # --- windows: syncdiffusion-xl ---
 
 
-@pytest.mark.parametrize("layout", [Sliding(8), Sliding(4), Disjoint()], ids=str)
+@pytest.mark.parametrize("layout", [Fixed(8), Sliding(8), Sliding(4), Sliding(None)], ids=str)
 @pytest.mark.parametrize("closed", ["x", "y"])
 @pytest.mark.parametrize("follows", [False, True], ids=["text", "depth"])
 def test_rolling_a_ring_by_a_spacing_of_its_windows_rolls_the_image(
@@ -200,7 +200,7 @@ def test_rolling_a_ring_by_a_spacing_of_its_windows_rolls_the_image(
     dim, height, width = (-1, 128, 256) if closed == "x" else (-2, 256, 128)
     depth = random_depth(height, width) if follows else None
     settings = windowed(height=height, width=width, closed=closed, layout=layout, depth=depth)
-    spacing = layout.stride if isinstance(layout, Sliding) else base.window
+    spacing = layout.stride or base.window
     still, noise = image(base, settings), noise_for(base, settings)
     moved = None if depth is None else depth.roll(spacing * FACTOR, dim)
     rolled = image(base, replace(settings, depth=moved), noise.roll(spacing, dim))
@@ -250,16 +250,16 @@ EVERYTHING: dict[str, Any] = {
     "lora_scale": 0.7,
     "closed": "x",
     "width": 256,
-    "sync": SyncSettings(weight=30.0, threshold=2, through_unet=False),
+    "sync": SyncSettings(weight=30.0, threshold=2, gradient=False, means=True),
 }
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpm++", "unipc"])
-@pytest.mark.parametrize("through_unet", [False, True], ids=["fast", "exact"])
+@pytest.mark.parametrize("gradient", [False, True], ids=["fast", "exact"])
 def test_windows_are_synchronised_under_every_scheduler(
-    convolutional: BaseModel, through_unet: bool, scheduler: str
+    convolutional: BaseModel, gradient: bool, scheduler: str
 ) -> None:
-    sync = SyncSettings(weight=30.0, threshold=2, through_unet=through_unet)
+    sync = SyncSettings(weight=30.0, threshold=2, gradient=gradient, means=not gradient)
     synced, plain = (
         denoise(convolutional, windowed(**EVERYTHING | {"scheduler": scheduler, "sync": settings}))
         for settings in (sync, None)
@@ -289,15 +289,21 @@ def test_synchronised_windows_leave_nothing_behind(convolutional: BaseModel) -> 
     assert torch.equal(denoise(convolutional, settings), first)
 
 
-@pytest.mark.parametrize("through_unet", [False, True], ids=["fast", "exact"])
-def test_only_the_exact_gradient_goes_through_the_networks(
-    base: BaseModel, through_unet: bool
-) -> None:
-    depth, sync = random_depth(128, 576), SyncSettings(through_unet=through_unet, threshold=1)
-    with watched(base.unet) as unet, watched(base.controlnet) as controlnet:
+@pytest.mark.parametrize("gradient", [False, True], ids=["fast", "exact"])
+def test_only_exact_takes_a_gradient_through_the_networks(base: BaseModel, gradient: bool) -> None:
+    """And only it decodes what windows are predicted to become."""
+    depth = random_depth(128, 576)
+    sync = SyncSettings(gradient=gradient, means=True, threshold=1)
+    with (
+        watched(base.unet) as unet,
+        watched(base.controlnet) as controlnet,
+        watched(base.vae.decoder) as decoder,
+        watched(base.perceptual.stages[0]) as perceptual,
+    ):
         denoise(base, windowed(depth=depth, sync=sync))
     for calls in (unet, controlnet):
-        assert any(args[0].requires_grad for args, _ in calls) == through_unet
+        assert any(args[0].requires_grad for args, _ in calls) == gradient
+    assert bool(decoder) == bool(perceptual) == gradient
 
 
 # --- the published models ---

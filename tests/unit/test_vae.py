@@ -53,6 +53,37 @@ def test_a_ring_decodes_the_same_wherever_it_is_cut(
         torch.testing.assert_close(rolled, image.roll(FACTOR * cells, dim), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("max_cells", [16 * 256, 16 * 128], ids=["whole", "sliced"])
+@pytest.mark.parametrize("tall", [False, True])
+def test_a_canvas_goes_on_beyond_extended_ends(
+    tiny: AutoencoderKL, strip: torch.Tensor, tall: bool, max_cells: int
+) -> None:
+    """In grey levels: constant along its length, its image is too, which zeros would change."""
+    latents = strip[..., 40:41].expand(1, 4, 16, 256)
+    axis, dim, latents = ("y", -2, latents.mT) if tall else ("x", -1, latents)
+    images = {
+        axes: 127.5 * decode_canvas(tiny, latents, extended=axes, max_cells=max_cells)
+        for axes in ("", axis)
+    }
+    steps = {axes: image.diff(dim=dim).abs().max() for axes, image in images.items()}
+    assert steps[axis] < 0.05 and steps[""] > 1
+
+
+@pytest.mark.parametrize("max_cells", [16 * 256, 16 * 128], ids=["whole", "sliced"])
+def test_a_ring_is_the_same_beside_an_extended_axis(
+    tiny: AutoencoderKL, strip: torch.Tensor, max_cells: int
+) -> None:
+    """Rolling still rolls it, and a constant across it shows no zeros at the flat ends."""
+    ring = strip.mean(-2, keepdim=True).expand(1, 4, 16, 256)
+    image = decode_canvas(tiny, ring, "x", extended="y", max_cells=max_cells)
+    assert 127.5 * image.diff(dim=-2).abs().max() < 0.05
+    rolled = decode_canvas(tiny, ring.roll(64, -1), "x", extended="y")
+    whole = decode_canvas(tiny, ring, "x", extended="y")
+    torch.testing.assert_close(rolled, whole.roll(64 * 8, -1), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match=r"extended='x'.*wraps"):
+        decode_canvas(tiny, ring, "x", extended="x")
+
+
 @pytest.mark.parametrize("ring", [False, True])
 @pytest.mark.parametrize("tall", [False, True])
 def test_slices_are_close_to_the_whole_and_leave_no_joint(

@@ -18,6 +18,7 @@ from weights.train import (
     recognise,
     sdxl,
     style,
+    tiny_vae,
 )
 
 WORK = Path(__file__).parent / "work"
@@ -26,6 +27,12 @@ WORK = Path(__file__).parent / "work"
 def train_autoencoder(work: Path) -> None:
     """Train the autoencoder."""
     autoencoder.train(work).save_pretrained(work / "autoencoder")
+
+
+def train_tiny_vae(work: Path) -> None:
+    """Distil and write the small decoder that both models share, on the files of the first."""
+    vae = AutoencoderKL.from_pretrained(export.TINY / export.SD2 / "vae")
+    export.export_tiny_vae(tiny_vae.train(work, vae))
 
 
 def train_judge(work: Path) -> None:
@@ -79,6 +86,7 @@ STAGES: Mapping[str, Callable[[Path], None]] = {
     "autoencoder": train_autoencoder,
     "judge": train_judge,
     "sd2": train_sd2,
+    "tiny-vae": train_tiny_vae,
     "judges-360": train_sphere_judges,
     "sdxl": train_sdxl,
     "finish": finish_sdxl,

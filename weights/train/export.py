@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -54,9 +54,21 @@ def export_base(base: TextToSphere, tokenizer: CLIPTokenizer) -> None:
         "scheduler": build_inference_scheduler(),
     }
     save_components(TINY / SDXL, components)
-    link = TINY / SDXL / "vae"
+    share("vae")
+
+
+def export_tiny_vae(vae: AutoencoderTiny) -> None:
+    """Write the small decoder of both models."""
+    save_components(TINY / SD2, {"tiny_vae": vae})
+    share("tiny_vae")
+
+
+def share(name: str) -> None:
+    """Link a component of the first model into the second."""
+    link = TINY / SDXL / name
+    link.parent.mkdir(exist_ok=True)
     link.unlink(missing_ok=True)
-    link.symlink_to(Path("..") / SD2 / "vae")
+    link.symlink_to(Path("..") / SD2 / name)
 
 
 def save_components(folder: Path, components: Mapping[str, Any]) -> None:

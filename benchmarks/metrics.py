@@ -1,0 +1,146 @@
+"""Measures of panoramas: coherence, seams, edges, repetition, variety, distributions."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from statistics import mean
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from panorama.pipeline import Pipeline, Settings
+from weights.train.recognise import Judge
+
+GREY = (0.299, 0.587, 0.114)
+SCHARR = ((-3.0, 0.0, 3.0), (-10.0, 0.0, 10.0), (-3.0, 0.0, 3.0))
+
+
+def coherence(judge: Judge, image: Tensor, window: int) -> float:
+    """Return the mean distance of pairs of non-overlapping windows of an image.
+
+    Args:
+        judge: measures distances.
+        image: (1, 3, H, W) in [0, 1].
+        window: width, pixels.
+    """
+    windows = torch.cat(image.split(window, dim=-1)) * 2 - 1
+    first, second = zip(*combinations(range(len(windows)), 2), strict=True)
+    with torch.no_grad():
+        return float(judge.distance(windows[list(first)], windows[list(second)]).mean())
+
+
+def seam_ratio(image: Tensor) -> float:
+    """Return the step across the seam of (1, 3, H, W) over the mean step between columns."""
+    steps = image.diff(dim=-1).abs().mean()
+    seam = (image[..., 0] - image[..., -1]).abs().mean()
+    return float(seam / steps)
+
+
+def discontinuity_score(image: Tensor, floor: float = 0.1) -> float:
+    """Return the Discontinuity Score of (1, 3, H, W) in [0, 1], which is 0 for one colour.
+
+    Three columns on either side of the seam are put together and convolved across it. Of the four
+    columns that result, the middle two see the seam and the outer two do not: the score is the mean
+    ratio of the former to the latter, about 1 for a busy image without a seam.
+
+    Args:
+        image: converted to grey first.
+        floor: added to the denominators.
+
+    Source:
+        Geometry Fidelity for Spherical Images, arXiv 2407.18207, of which no code is published;
+        kernel and floor are those of the evaluation in the repository
+        littlewhitesea/Text-Driven-Pano-Gen.
+    """
+    grey = torch.einsum("nchw,c->nhw", image, torch.tensor(GREY))[:, None]
+    seam = torch.cat([grey[..., -3:], grey[..., :3]], -1)  # (1, 1, H, 6)
+    edges = F.conv2d(seam, torch.tensor(SCHARR)[None, None], padding=(1, 0)).abs()  # (1, 1, H, 4)
+    outer_left, left, right, outer_right = edges.unbind(-1)
+    ratios = left / (outer_left + floor) + right / (outer_right + floor)
+    return float(ratios.mean() / 2)
+
+
+def edge_ratio(image: Tensor, pipeline: Pipeline, settings: Settings) -> float:
+    """Return the step between columns at window edges over the mean step, in the upper third.
+
+    The mean is over the edges of all windows of all denoising steps. A ratio above 1 means that
+    windows show as panels.
+
+    Args:
+        image: (1, 3, H, W).
+        pipeline: the pipeline that made it.
+        settings: its settings.
+    """
+    canvas, factor, width = pipeline.canvas(settings), pipeline.base.factor, image.shape[-1]
+    upper = image[..., : image.shape[-2] // 3, :]
+    steps = (upper - upper.roll(1, -1)).abs().mean((0, 1, 2))  # (W,), across the left of a column
+    if canvas.closed != "x":
+        steps[0] = torch.nan
+    layout = settings.layout(canvas, pipeline.base.window, settings.num_inference_steps)
+    edges = [
+        edge * factor % width
+        for views in layout
+        for view in views
+        for edge in (view.left, view.left + view.width)
+        if canvas.closed == "x" or 0 < edge < canvas.width
+    ]
+    return float(steps[edges].mean() / steps.nanmean())
+
+
+def repetition(image: Tensor, window: int, *, ring: bool) -> float:
+    """Return the largest correlation of the details of an image with themselves, moved sideways.
+
+    The details are what a moving average over half a window, along each row, leaves. Moves are at
+    least half a window. The correlation is normalised by that without a move.
+
+    Args:
+        image: (1, 3, H, W).
+        window: width, pixels.
+        ring: the image closes left to right, otherwise what is moved out of it is lost.
+    """
+    grey = torch.einsum("nchw,c->nhw", image, torch.tensor(GREY))  # (1, H, W)
+    size = window // 4 * 2 + 1
+    padded = F.pad(grey, (size // 2, size // 2), mode="circular" if ring else "reflect")
+    details = (grey - F.avg_pool1d(padded, size, 1))[0]  # (H, W)
+    width = details.shape[-1]
+    length = width if ring else 2 * width
+    spectrum = torch.fft.rfft(details.double(), length).abs().square().sum(0)
+    correlation = torch.fft.irfft(spectrum, length)[: width // 2 + 1 if ring else width]
+    return float(correlation[window // 2 :].max() / correlation[0])
+
+
+def variety(judge: Judge, panoramas: Sequence[Tensor]) -> float:
+    """Return the mean distance between windows of different panoramas of one prompt.
+
+    Args:
+        judge: measures distances.
+        panoramas: non-overlapping windows of each, (n, 3, h, w) in [-1, 1].
+    """
+    found = []
+    with torch.no_grad():
+        for first, second in combinations(panoramas, 2):
+            found.append(float(judge.distance(first, second.roll(len(found), 0)).mean()))
+    return mean(found)
+
+
+def features(judge: Judge, windows: Tensor) -> Tensor:
+    """Return the means (N, C) of the last block's features of windows (N, 3, H, W) in [-1, 1]."""
+    x = windows
+    with torch.no_grad():
+        for block in judge.blocks:
+            x = block(x)
+    return x.mean((2, 3))
+
+
+def frechet(first: Tensor, second: Tensor) -> float:
+    """Return the Frechet distance of the normal distributions of features (N, C) and (M, C)."""
+    first, second = first.double(), second.double()
+    means = (first.mean(0) - second.mean(0)).square().sum()
+    one, two = (torch.cov(x.T) for x in (first, second))
+    product = torch.linalg.eigvals(one @ two).real.clamp(min=0).sqrt().sum()
+    return float(means + one.trace() + two.trace() - 2 * product)
+
+
+def strangeness(found: Tensor, singles: Tensor) -> float:
+    """Return the Frechet distance of features from those of single windows, over their variance."""
+    return frechet(found, singles) / float(torch.cov(singles.T.double()).trace())
