@@ -269,12 +269,13 @@ class Pipeline:
             return None
         base, gradient = self.base, None
         if sync.gradient:
-            if base.perceptual is None:
+            vae = base.tiny_vae if sync.tiny_decoder else base.vae
+            if base.perceptual is None or vae is None:
                 raise ValueError(
-                    "sync: its gradient needs a base model with a perceptual distance; "
-                    "try SyncSettings(gradient=False, means=True)"
+                    "sync: its gradient needs a base model with a perceptual distance and, for "
+                    "tiny_decoder, a tiny_vae; try SyncSettings(gradient=False, means=True)"
                 )
             gradient = PerceptualGradient(
-                denoise, lambda x: decode(base.vae, x), base.perceptual, solver, save_memory
+                denoise, lambda x: decode(vae, x), base.perceptual, solver, save_memory
             )
         return Synchronizer(sync, denoise, canvas, base.window, denoise.parts, gradient)

@@ -49,6 +49,8 @@ class SyncSettings:
         threshold: number of steps, from the first on, that may be sync steps.
         gradient: move windows by the gradient of a perceptual distance, as the paper does.
         means: share the means of the anchor, see `Synchronizer.share_means`.
+        tiny_decoder: decode by the base model's AutoencoderTiny for the gradient, at a fraction of
+            the cost of the VAE.
     """
 
     weight: float = 20.0
@@ -57,6 +59,7 @@ class SyncSettings:
     threshold: int = 5
     gradient: bool = True
     means: bool = False
+    tiny_decoder: bool = False
 
     def __post_init__(self) -> None:
         check_least(self, weight=0, decay_rate=0, freq=1, threshold=0)

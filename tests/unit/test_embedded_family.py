@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
+from benchmarks.operations import count
+from panorama.images.vae import decode
 from panorama.modes import MODES, Models, load
 from panorama.pipeline import Pipeline, Settings
 from panorama.request import INPUTS, Request
+from panorama.sampling.canvas import View
+from panorama.sampling.denoiser import UNetDenoiser
+from panorama.sampling.gradient import frozen
+from panorama.sampling.solver import Solver
+from panorama.sampling.synchronize import PerceptualGradient
 from panorama.sampling.views import Spanning
+from weights.train.autoencoder import to_tensor
+from weights.train.dataset import draw_one
 from weights.train.diffusion import build_tokenizer
 
 TINY = Path(__file__).parents[2] / "weights" / "tiny"
@@ -78,6 +88,47 @@ def test_rolling_the_noise_and_the_depth_rolls_a_360_image(
         return pipe.decode(settings, latents)
 
     assert (make(cells) - make(0).roll(cells * 8, -1)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["strips", "outdoors", "rooms"])
+def test_its_tiny_vae_shows_what_its_vae_does(models: Models, kind: str) -> None:
+    base = models.bases["sdxl-360"]
+    image, _, _ = draw_one(kind, "test", 0)
+    with torch.no_grad():
+        latents = base.vae.encode(to_tensor(image[None])).latent_dist.mean
+        latents = latents * base.vae.config.scaling_factor
+        full, tiny = (decode(vae, latents).clamp(-1, 1) for vae in (base.vae, base.tiny_vae))
+    assert full.shape == tiny.shape == (1, 3, *image.shape[:2])
+    assert 10 * torch.log10(4 / (full - tiny).square().mean()) > 22  # dB
+
+
+def test_its_tiny_vae_takes_a_tenth_of_the_operations(models: Models) -> None:
+    base = models.bases["syncdiffusion"]
+
+    def operations(vae: Any) -> int:
+        return count(vae, lambda x: decode(vae, x), torch.zeros(1, 4, 32, 32), gradient=True)
+
+    assert 10 * operations(base.tiny_vae) < operations(base.vae)
+
+
+def test_its_tiny_vae_gives_about_the_gradient_of_its_vae(models: Models) -> None:
+    base = models.bases["syncdiffusion"]
+    pipe, plan = Pipeline(base), Settings("sunset over the sea", 256, 512, guidance_scale=3.0)
+    canvas, solver = pipe.canvas(plan), Solver(base.scheduler, 50)
+    denoise = UNetDenoiser(base.unet, pipe.encode(plan), canvas, solver, base.factor)
+    noise, t = pipe.noise(plan, torch.Generator().manual_seed(3)), solver.timesteps[0]
+    anchor, view = View(0, 0, 32, 32), View(0, 32, 32, 32)
+    x_anchor, x = noise[..., :32], noise[..., 32:]
+
+    def move(vae: Any) -> torch.Tensor:
+        gradient = PerceptualGradient(denoise, lambda z: decode(vae, z), base.perceptual, solver)
+        with torch.no_grad():
+            features = gradient.embed(t, x_anchor, denoise(x_anchor, t, [anchor]))
+            return (gradient.move(t, features, torch.ones(1, 1), x, [view]) - x).flatten()
+
+    with frozen(*base.networks()):
+        full, tiny = move(base.vae), move(base.tiny_vae)
+    assert torch.cosine_similarity(full, tiny, 0) > 0.9
 
 
 def test_a_strip_of_sdxl_windows_is_made_in_every_shape(models: Models) -> None:
