@@ -275,6 +275,15 @@ def test_the_gradient_needs_a_distance_and_shared_means_do_not(base: BaseModel) 
     assert torch.equal(denoise(without, sync=means), denoise(base, sync=means))
 
 
+def test_the_tiny_decoder_takes_the_vaes_place_in_the_gradient(base: BaseModel) -> None:
+    strong = SyncSettings(weight=3000.0)
+    found = denoise(base, sync=replace(strong, tiny_decoder=True))
+    assert torch.equal(found, denoise(replace(base, vae=base.tiny_vae), sync=strong))
+    assert not torch.equal(found, denoise(base, sync=strong))
+    with pytest.raises(ValueError, match=r"sync: .*tiny_vae"):
+        denoise(replace(base, tiny_vae=None), sync=SyncSettings(tiny_decoder=True))
+
+
 def test_every_lever_changes_the_image_and_all_go_together(base: BaseModel) -> None:
     strong = SyncSettings(weight=3000.0)
     means = replace(strong, gradient=False, means=True)

@@ -60,6 +60,8 @@ def export_base(base: TextToSphere, tokenizer: CLIPTokenizer) -> None:
 def export_tiny_vae(vae: AutoencoderTiny) -> None:
     """Write the small decoder of both models."""
     save_components(TINY / SD2, {"tiny_vae": vae})
+    # A copy of decoder_block_out_channels: diffusers writes it, and warns of it when it reads it.
+    drop_entry(TINY / SD2 / "tiny_vae" / "config.json", "block_out_channels")
     share("tiny_vae")
 
 
@@ -77,14 +79,15 @@ def save_components(folder: Path, components: Mapping[str, Any]) -> None:
         if isinstance(component, nn.Module):
             component.half()
         component.save_pretrained(folder / name)
-        forget_origin(folder / name / "config.json")
+        # The path that a network was read from.
+        drop_entry(folder / name / "config.json", "_name_or_path")
 
 
-def forget_origin(path: Path) -> None:
-    """Remove the path that a network was read from, which diffusers notes in its configuration."""
+def drop_entry(path: Path, name: str) -> None:
+    """Remove what diffusers noted in a configuration under a name, if there is such a file."""
     if path.exists():
         config = json.loads(path.read_text())
-        if config.pop("_name_or_path", None):
+        if config.pop(name, None):
             path.write_text(json.dumps(config, indent=2) + "\n")
 
 
