@@ -119,6 +119,7 @@ def variety(judge: Judge, panoramas: Sequence[Tensor]) -> float:
     found = []
     with torch.no_grad():
         for first, second in combinations(panoramas, 2):
+            # Each pair matches other windows, so that no place counts more.
             found.append(float(judge.distance(first, second.roll(len(found), 0)).mean()))
     return mean(found)
 

@@ -91,9 +91,10 @@ class UNetDenoiser:
         groups = len(self._states)  # negative prompt and prompt share a batch
         inputs = self._solver.scale(x, t).to(self._dtype)
         inputs = inputs.repeat(groups, 1, 1, 1)  # (G * N, C, h, w)
+        weights = part_weights(self._canvas, self.parts, views).to(self._states)  # (N, P)
         options: dict[str, Any] = {
-            "encoder_hidden_states": self._at(self._states, views),  # (G * N, n * L, D)
-            "added_cond_kwargs": self._micro_conditioning(views),
+            "encoder_hidden_states": interpolate(self._states, weights),  # (G * N, n * L, D)
+            "added_cond_kwargs": self._micro_conditioning(views, weights),
             "return_dict": False,
         }
         residuals = self._follow(inputs, t, views, options)
@@ -104,18 +105,15 @@ class UNetDenoiser:
         uncond, text = noise_pred.chunk(2)
         return uncond + self._guidance_scale * (text - uncond)
 
-    def _at(self, embeddings: Tensor, views: Sequence[View]) -> Tensor:
-        """Interpolate embeddings of the parts, (G, P, ...), for each view, (G * N, ...)."""
-        weights = part_weights(self._canvas, embeddings.shape[1], views).to(embeddings)  # (N, P)
-        return torch.einsum("np,gp...->gn...", weights, embeddings).flatten(0, 1)
-
-    def _micro_conditioning(self, views: Sequence[View]) -> dict[str, Tensor] | None:
+    def _micro_conditioning(
+        self, views: Sequence[View], weights: Tensor
+    ) -> dict[str, Tensor] | None:
         """Tell SDXL which part of which image each window is (arXiv 2307.01952, section 2.2)."""
         if self._pooled is None:
             return None
         sizes = torch.tensor([self._time_ids(view) for view in views], device=self._pooled.device)
         return {
-            "text_embeds": self._at(self._pooled, views),  # (G * N, D')
+            "text_embeds": interpolate(self._pooled, weights),  # (G * N, D')
             "time_ids": sizes.float().repeat(len(self._pooled), 1),  # (G * N, 6)
         }
 
@@ -153,3 +151,8 @@ class UNetDenoiser:
 def clamp(value: int, largest: int) -> int:
     """Return the number from 0 to `largest` that is nearest to a value."""
     return min(max(value, 0), largest)
+
+
+def interpolate(embeddings: Tensor, weights: Tensor) -> Tensor:
+    """Mix embeddings of P parts, (G, P, ...), by their weights in N windows, to (G * N, ...)."""
+    return torch.einsum("np,gp...->gn...", weights, embeddings).flatten(0, 1)

@@ -59,9 +59,9 @@ class Sliding:
     """Cover the canvas with windows that slide to another place at each step.
 
     Along both axes the edges of windows visit every cell, about equally often, and those of
-    consecutive steps lie apart. Windows hang over the ends of a flat axis, so
-    the ends are not edges either. At the last step windows overlap by half at least and are
-    feathered, because no later step smooths their edges.
+    consecutive steps lie apart. Windows hang over the ends of a flat axis, so that the ends are no
+    edges either. At the last step windows overlap by half at least and are feathered, because no
+    later step smooths their edges.
 
     Attributes:
         stride: the widest distance between neighbouring windows, latent cells. None for windows

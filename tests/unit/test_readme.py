@@ -1,6 +1,7 @@
 """README.md against the code."""
 
 import re
+from importlib import import_module
 from math import inf
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def test_link_targets_exist():
     for text in (README, ROOT / "weights" / "tiny" / "README.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", text.read_text()):
             assert (text.parent / target).exists(), f"{text}: {target}"
+
+
+def test_its_python_imports_names_that_exist():
+    code = "\n".join(re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL))
+    lines = re.findall(r"^from (panorama[\w.]*) import (.+)$", code, re.MULTILINE)
+    names = [(module, name) for module, found in lines for name in found.split(", ")]
+    assert names
+    for module, name in names:
+        assert hasattr(import_module(module), name), f"{module} has no {name}"
 
 
 def test_the_table_of_environment_variables_names_all_that_are_read():
