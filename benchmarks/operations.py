@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,7 +46,8 @@ def published(name: str) -> dict[str, Any]:
 class Tally:
     """A stand-in for the networks that counts the windows that pass through each."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: str = "decoder") -> None:
+        self.decoder = decoder
         self.calls: Counter[Call] = Counter()
 
     def note(self, network: str, x: Tensor) -> None:
@@ -61,7 +62,7 @@ class Tally:
 
     def decode(self, x: Tensor) -> Tensor:
         """Decode latents to images."""
-        self.note("decoder", x)
+        self.note(self.decoder, x)
         return F.interpolate(x[:, :3], scale_factor=FACTOR)
 
     def embed(self, images: Tensor) -> list[Tensor]:
@@ -81,6 +82,7 @@ class Networks:
         with torch.device("meta"):
             self.unet = UNet2DConditionModel.from_config(published("unet"))
             self.vae = AutoencoderKL.from_config(published("vae"))
+            self.tiny_vae = AutoencoderTiny()  # its defaults are those of TAESD
             self.lpips = LPIPS()
         self.cost = cache(self._cost)
 
@@ -94,6 +96,11 @@ class Networks:
     def decode(self, x: Tensor) -> Tensor:
         """Decode latents to images."""
         images: Tensor = self.vae.decode(x).sample
+        return images
+
+    def decode_tiny(self, x: Tensor) -> Tensor:
+        """Decode latents to images by TAESD."""
+        images: Tensor = self.tiny_vae.decode(x).sample
         return images
 
     def embed(self, images: Tensor) -> Tensor:
@@ -110,6 +117,7 @@ class Networks:
         network, channels, run = {
             "guided UNet": (self.unet, 4, self.guided),
             "decoder": (self.vae, 4, self.decode),
+            "tiny decoder": (self.tiny_vae, 4, self.decode_tiny),
             "VGG16": (self.lpips, 3, self.embed),
         }[name]
         with torch.device("meta"):
@@ -137,10 +145,12 @@ class Setting:
     Attributes:
         width: pixels.
         sync_threshold: see `SyncSettings.threshold`.
+        tiny_decoder: see `SyncSettings.tiny_decoder`.
     """
 
     width: int = 2048
     sync_threshold: int = 5
+    tiny_decoder: bool = False
 
 
 def calls_of(setting: Setting, preset: Preset | None) -> Counter[Call]:
@@ -153,7 +163,8 @@ def calls_of(setting: Setting, preset: Preset | None) -> Counter[Call]:
     settings = SyncSettings(
         threshold=setting.sync_threshold, gradient=chosen.gradient, means=preset is not None
     )
-    noise, tally = torch.ones(1, 4, canvas.height, canvas.width), Tally()
+    noise = torch.ones(1, 4, canvas.height, canvas.width)
+    tally = Tally("tiny decoder" if setting.tiny_decoder else "decoder")
     if preset is None:
         own.set_timesteps(chosen.num_inference_steps)
         plain_loop(noise, views, tally, own, settings)

@@ -53,6 +53,7 @@ WAYS: Mapping[str, tuple[Preset, SyncSettings | None]] = {
     "published": (replace(EXACT, layout=Fixed), GRADIENT),
     "no synchronising": (EXACT, None),
     "gradient": (EXACT, GRADIENT),
+    "gradient, tiny decoder": (EXACT, replace(GRADIENT, tiny_decoder=True)),
     "means": (EXACT, MEANS),
     "exact": (EXACT, SyncSettings(means=True)),
     "fast, no synchronising": (FAST, None),
@@ -167,8 +168,10 @@ def varieties(judge: Judge, found: Sequence[Found]) -> float:
 def cost(way: str, networks: Networks) -> float:
     """Return the operations of a way at 2048 x 512, in units of 10^12."""
     preset, sync = WAYS[way]
-    preset = replace(preset, gradient=bool(sync and sync.gradient))
-    return operations(Setting(sync_threshold=sync.threshold if sync else 0), preset, networks)
+    if sync is None:
+        return operations(Setting(sync_threshold=0), preset, networks)
+    setting = Setting(sync_threshold=sync.threshold, tiny_decoder=sync.tiny_decoder)
+    return operations(setting, replace(preset, gradient=sync.gradient), networks)
 
 
 def row(

@@ -19,6 +19,9 @@ GRADIENT_SCALE = 2.0**10
 It is a power of two, so it changes nothing in single precision.
 """
 
+SMOOTHNESS = 1 / 8
+"""Standard deviation of the Gaussian that smooths shared means, in sides of a window."""
+
 Features = list[Tensor]
 """For each stage of a perceptual network its features, (N, C, h, w)."""
 
@@ -173,17 +176,19 @@ class Synchronizer:
         """
         parts = part_weights(self.canvas, self.parts, views).to(x)  # (N, P)
         share = self.share_means if self.settings.means else keep
-        x = share(x, anchors.x, weight, parts)
         if self.gradient and anchors.features is not None:
             x = self.gradient.move(t, anchors.features, weight * parts, x, views)
+        x = share(x, anchors.x, weight, parts)
         return x, share(self.denoise(x, t, views), anchors.noise_pred, weight, parts)
 
     def share_means(self, x: Tensor, anchors: Tensor, weight: float, parts: Tensor) -> Tensor:
         """Move the means of windows towards those of anchors.
 
         The means are taken along the axes on which windows move: on a wide canvas, of each row.
-        They set the palette and leave the shapes alone. A mean m becomes the one that minimises
-        |m - own|^2 + w |m - anchor|^2, (own + w anchor) / (1 + w).
+        They set the palette and leave the shapes alone. The move, w / (1 + w) of the difference
+        between the means, is smoothed along the other axis: on a wide canvas windows then share a
+        palette at each height, but not the height of every hill. Where the difference is smooth,
+        a mean m becomes the one that minimises |m - own|^2 + w |m - anchor|^2.
 
         Both latents and the noise in them are moved. Since the first are a sum of x0 and noise,
         x0 moves alike, and so does the history of a multistep solver.
@@ -196,12 +201,27 @@ class Synchronizer:
         """
         dims = [{"x": -1, "y": -2}[axis] for axis in self.canvas.moving_axes(self.window)]
         target = torch.einsum("np,pchw->nchw", parts, anchors.mean(dims, keepdim=True))
-        return x + weight / (1 + weight) * (target - x.mean(dims, keepdim=True))
+        difference = target - x.mean(dims, keepdim=True)
+        return x + weight / (1 + weight) * smooth(difference, self.window * SMOOTHNESS)
 
 
 def keep(x: Tensor, *_: object) -> Tensor:
     """Return windows as they are."""
     return x
+
+
+def smooth(x: Tensor, sigma: float) -> Tensor:
+    """Average the rows and the columns of (N, C, h, w), weighted by a Gaussian of their distance.
+
+    The weights of each row and column sum to 1, also at the ends.
+    """
+
+    def weights(length: int) -> Tensor:
+        places = torch.arange(length, device=x.device)
+        return torch.softmax(-0.5 * ((places[:, None] - places) / sigma) ** 2, -1).to(x)
+
+    rows, columns = x.shape[-2:]
+    return weights(rows) @ x @ weights(columns).T
 
 
 def gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

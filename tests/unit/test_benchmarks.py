@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.operations import Call, Setting, calls_of
+from benchmarks.operations import Call, Networks, Setting, calls_of
 from panorama.sampling.presets import EXACT, FAST, Preset
 
 ROOT = Path(__file__).parents[2]
@@ -71,3 +71,13 @@ def test_calls_for_2048_x_512_are_those_of_docs_speed(
     preset: Preset | None, expected: dict[Call, int]
 ) -> None:
     assert calls_of(Setting(), preset) == Counter(expected)
+
+
+def test_taesd_takes_the_place_of_the_decoder_at_a_fraction_of_its_operations() -> None:
+    calls, tiny = calls_of(Setting(), EXACT), calls_of(Setting(tiny_decoder=True), EXACT)
+    renamed = {name.replace("tiny ", ""): name for name, *_ in tiny if "tiny" in name}
+    assert renamed == {"decoder": "tiny decoder"}
+    assert tiny == Counter({(renamed.get(c[0], c[0]), *c[1:]): n for c, n in calls.items()})
+    networks = Networks()
+    costs = [networks.cost((name, 64, True)) / 1e12 for name in ("decoder", "tiny decoder")]
+    assert costs == pytest.approx([5.06, 0.28], rel=0.02)

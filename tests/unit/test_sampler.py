@@ -2,7 +2,8 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from math import nan
+from itertools import product
+from math import exp, nan, pi
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from panorama.sampling.synchronize import (
     Synchronizer,
     SyncSettings,
     gradient,
+    smooth,
 )
 from panorama.sampling.views import Fixed, Sliding, sliding_views
 from tests.small import (
@@ -262,9 +264,32 @@ def test_shared_means_move_and_nothing_else_does(canvas: Canvas, dims: list[int]
     """On a wide canvas they are those of rows, on a tall one of columns, else of channels."""
     x, anchor = draw_noise(16, 32, seed=1).reshape(2, 4, 16, 16), draw_noise(16, 16, seed=2)
     moved = shared(canvas, x, anchor, 3.0, [[1.0], [1.0]])
-    means = [values.mean(dims, keepdim=True) for values in (x, anchor, moved)]
-    torch.testing.assert_close(means[2], (means[0] + 3.0 * means[1]) / 4.0)
-    torch.testing.assert_close(moved - means[2], x - means[0])
+    own, theirs, new = (values.mean(dims, keepdim=True) for values in (x, anchor, moved))
+    torch.testing.assert_close(new - own, 0.75 * smooth(theirs - own, 2.0))
+    torch.testing.assert_close(moved - new, x - own)
+
+
+def test_of_the_difference_between_means_only_what_is_smooth_moves() -> None:
+    """A palette that changes slowly from row to row is taken over, single rows are not."""
+    rows = torch.arange(64, dtype=torch.float64)[:, None]
+    slow, fast = (rows / 64 * pi).cos(), rows % 2 * 2 - 1
+    torch.testing.assert_close(smooth(slow, 8.0), slow, rtol=0, atol=0.25)
+    assert smooth(fast, 8.0).abs().max() < 0.1
+    torch.testing.assert_close(smooth(torch.ones(64, 1), 8.0), torch.ones(64, 1))
+
+
+def test_smoothing_is_a_gaussian_mean_of_places() -> None:
+    """Equal to plain loops."""
+    x, expected = draw_noise(6, 5, seed=3), torch.zeros(1, 4, 6, 5, dtype=torch.float64)
+    for row, column in product(range(6), range(5)):
+        total = 0.0
+        for other, place in product(range(6), range(5)):
+            squared = (other - row) ** 2 + (place - column) ** 2
+            weight = exp(-squared / (2 * 1.5**2))
+            expected[..., row, column] += weight * x[..., other, place]
+            total += weight
+        expected[..., row, column] /= total
+    torch.testing.assert_close(smooth(x, 1.5), expected)
 
 
 def test_no_weight_moves_no_mean_and_the_anchor_stays() -> None:
@@ -288,8 +313,9 @@ def test_a_window_between_two_anchors_moves_to_means_between_theirs(
         noise = networks.predict_noise(moved, t)
     for found, own, theirs in ((moved, x, anchors), (noise_pred, noise, of_anchors)):
         first, second = theirs.mean(-1)
-        target = share * first + (1 - share) * second
-        torch.testing.assert_close(found.mean(-1), (own.mean(-1) + 3.0 * target) / 4.0)
+        difference = share * first + (1 - share) * second - own.mean(-1)
+        move = 0.75 * smooth(difference[..., None], 2.0)[..., 0]
+        torch.testing.assert_close(found.mean(-1), own.mean(-1) + move)
 
 
 def test_a_window_between_two_anchors_descends_towards_both() -> None:
