@@ -7,6 +7,7 @@ windows that hang over the ends or are feathered, and `SyncSettings.means`.
 
 import copy
 from collections.abc import Sequence
+from math import exp
 from typing import Any, Protocol
 
 import torch
@@ -114,13 +115,13 @@ def plain_loop(
         total, count = torch.zeros_like(z), torch.zeros_like(z)
         for view, own in schedulers.items():
             x = cut(z, view, closed)
-            if anchor_noise is not None:
-                x = share_means(x, anchor_x, weight, z, closed)
             if target is not None:
                 x = x.clone().requires_grad_()
                 loss = networks.distance(image_of(x, t), networks.embed(target)).sum()
                 (gradient,) = torch.autograd.grad(loss, x)
                 x = (x if view is anchor else x - weight * variance(t) * gradient).detach()
+            if anchor_noise is not None:
+                x = share_means(x, anchor_x, weight, z, closed)
             with torch.no_grad():
                 noise = predict_noise(x, t)
                 if anchor_noise is not None:
@@ -134,15 +135,27 @@ def plain_loop(
 
 
 def share_means(x: Tensor, anchor: Tensor, weight: float, z: Tensor, closed: Axis) -> Tensor:
-    """Move means m of a window (1, C, h, w) to (m + w anchor) / (1 + w).
+    """Move the means of a window (1, C, h, w) towards those of the anchor.
 
-    They are taken along the axes on which the windows of a canvas z (1, C, H, W) move.
+    They are taken along the axes on which the windows of a canvas z (1, C, H, W) move, and the move
+    is smoothed along the others by a Gaussian of an eighth of the window.
     """
-    dims = [
-        dim for dim, axis in ((-2, "y"), (-1, "x")) if axis == closed or z.shape[dim] > x.shape[dim]
-    ]
-    own, theirs = x.mean(dims, keepdim=True), anchor.mean(dims, keepdim=True)
-    return x - own + (own + weight * theirs) / (1 + weight)
+    moves = [(-2, closed == "y"), (-1, closed == "x")]
+    dims = [dim for dim, closes in moves if closes or z.shape[dim] > x.shape[dim]]
+    difference = anchor.mean(dims, keepdim=True) - x.mean(dims, keepdim=True)
+    for dim in (-2, -1):
+        difference = blur(difference, dim, x.shape[dim] / 8)
+    return x + weight / (1 + weight) * difference
+
+
+def blur(x: Tensor, dim: int, sigma: float) -> Tensor:
+    """Average along a dimension, weighted by a Gaussian of the distance."""
+    lines, length = [], x.shape[dim]
+    for place in range(length):
+        weights = [exp(-0.5 * ((place - other) / sigma) ** 2) for other in range(length)]
+        total = sum(w * x.select(dim, other) for other, w in enumerate(weights))
+        lines.append(total / sum(weights))
+    return torch.stack(lines, dim)
 
 
 def cut(z: Tensor, view: View, closed: Axis) -> Tensor:
