@@ -103,12 +103,7 @@ class Run:
             num_inference_steps=steps,
             scheduler=chosen.scheduler,
             layout=chosen.layout(STRIDE),
-            sync=SyncSettings(
-                20.0 if sync else 0.0,
-                threshold=chosen.sync_threshold // self.part,
-                gradient=chosen.gradient,
-                means=preset in WINDOWED.values(),
-            ),
+            sync=chosen.sync(chosen.sync_threshold // self.part, weight=20.0 if sync else 0.0),
         )
         self._pipeline = Pipeline(self.base)
         canvas = self._pipeline.canvas(self.settings)

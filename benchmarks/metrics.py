@@ -61,10 +61,11 @@ def discontinuity_score(image: Tensor, floor: float = 0.1) -> float:
 
 
 def edge_ratio(image: Tensor, pipeline: Pipeline, settings: Settings) -> float:
-    """Return the step between columns at window edges over the mean step, in the upper third.
+    """Return the step at window edges over that between any latent cells, in the upper third.
 
-    The mean is over the edges of all windows of all denoising steps. A ratio above 1 means that
-    windows show as panels.
+    Both are means over pairs of columns, and edges those of all windows of all denoising steps.
+    Edges lie between latent cells, where a decoder makes larger steps than elsewhere. A ratio above
+    1 means that windows show as panels.
 
     Args:
         image: (1, 3, H, W).
@@ -74,8 +75,6 @@ def edge_ratio(image: Tensor, pipeline: Pipeline, settings: Settings) -> float:
     canvas, factor, width = pipeline.canvas(settings), pipeline.base.factor, image.shape[-1]
     upper = image[..., : image.shape[-2] // 3, :]
     steps = (upper - upper.roll(1, -1)).abs().mean((0, 1, 2))  # (W,), across the left of a column
-    if canvas.closed != "x":
-        steps[0] = torch.nan
     layout = settings.layout(canvas, pipeline.base.window, settings.num_inference_steps)
     edges = [
         edge * factor % width
@@ -84,7 +83,8 @@ def edge_ratio(image: Tensor, pipeline: Pipeline, settings: Settings) -> float:
         for edge in (view.left, view.left + view.width)
         if canvas.closed == "x" or 0 < edge < canvas.width
     ]
-    return float(steps[edges].mean() / steps.nanmean())
+    between = steps[::factor] if canvas.closed == "x" else steps[factor::factor]
+    return float(steps[edges].mean() / between.mean())
 
 
 def repetition(image: Tensor, window: int, *, ring: bool) -> float:

@@ -25,11 +25,11 @@ from panorama.sampling.perceptual import LPIPS
 from panorama.sampling.presets import EXACT, Preset
 from panorama.sampling.sampler import sample
 from panorama.sampling.solver import Solver, build_scheduler
-from panorama.sampling.synchronize import PerceptualGradient, Synchronizer, SyncSettings
+from panorama.sampling.synchronize import PerceptualGradient, Synchronizer
 from panorama.sampling.views import Fixed
 
 PUBLISHED = Path(__file__).parents[1] / "tests" / "data" / "sd2"
-PUBLISHED_LOOP = replace(EXACT, layout=Fixed)
+PUBLISHED_LOOP = replace(EXACT, layout=Fixed, means=0)
 WINDOW, STRIDE, FACTOR = 64, 16, 8
 TOKENS = 77
 
@@ -144,7 +144,7 @@ class Setting:
 
     Attributes:
         width: pixels.
-        sync_threshold: see `SyncSettings.threshold`.
+        sync_threshold: see `Preset.sync`.
         tiny_decoder: see `SyncSettings.tiny_decoder`.
     """
 
@@ -160,9 +160,7 @@ def calls_of(setting: Setting, preset: Preset | None) -> Counter[Call]:
     solver = Solver(build_scheduler(chosen.scheduler, own), chosen.num_inference_steps)
     canvas = Canvas(WINDOW, setting.width // FACTOR)
     views = chosen.layout(STRIDE)(canvas, WINDOW, chosen.num_inference_steps)
-    settings = SyncSettings(
-        threshold=setting.sync_threshold, gradient=chosen.gradient, means=preset is not None
-    )
+    settings = chosen.sync(setting.sync_threshold)
     noise = torch.ones(1, 4, canvas.height, canvas.width)
     tally = Tally("tiny decoder" if setting.tiny_decoder else "decoder")
     if preset is None:
@@ -170,7 +168,7 @@ def calls_of(setting: Setting, preset: Preset | None) -> Counter[Call]:
         plain_loop(noise, views, tally, own, settings)
         return tally.calls
     gradient = None
-    if settings.gradient:
+    if settings.threshold:
         gradient = PerceptualGradient(tally.predict_noise, tally.decode, tally, solver)
     sync = Synchronizer(settings, tally.predict_noise, canvas, WINDOW, gradient=gradient)
     sample(noise, views, tally.predict_noise, solver, sync=sync)

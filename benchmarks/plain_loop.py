@@ -107,11 +107,11 @@ def plain_loop(
         anchor = views[len(views) // 2]
         schedulers = {v: schedulers.get(v) or copy.deepcopy(scheduler) for v in views}
         weight = settings.weight * settings.decay_rate**k
-        moving = weight > 0 and k < settings.threshold and (k + 1) % settings.freq == 0
+        moving = weight > 0 and (k + 1) % settings.freq == 0
         anchor_x = cut(z, anchor, closed)
         with torch.no_grad():
-            target = image_of(anchor_x, t) if moving and settings.gradient else None
-            anchor_noise = predict_noise(anchor_x, t) if moving and settings.means else None
+            target = image_of(anchor_x, t) if moving and k < settings.threshold else None
+            anchor_noise = predict_noise(anchor_x, t) if moving and k < settings.means else None
         total, count = torch.zeros_like(z), torch.zeros_like(z)
         for view, own in schedulers.items():
             x = cut(z, view, closed)

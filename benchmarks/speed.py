@@ -33,7 +33,7 @@ from benchmarks.metrics import (
     strangeness,
     variety,
 )
-from benchmarks.operations import Networks, Setting, operations
+from benchmarks.operations import PUBLISHED_LOOP, Networks, Setting, operations
 from panorama.images.vae import decode
 from panorama.modes import Models, load
 from panorama.pipeline import Pipeline, Settings
@@ -47,18 +47,17 @@ from weights.train.scenes import LAND_WORDS
 
 T = TypeVar("T")
 
-GRADIENT, MEANS = SyncSettings(), SyncSettings(gradient=False, means=True)
-LONGER = replace(MEANS, threshold=FAST.sync_threshold)
+GRADIENT = SyncSettings()
 WAYS: Mapping[str, tuple[Preset, SyncSettings | None]] = {
-    "published": (replace(EXACT, layout=Fixed), GRADIENT),
+    "published": (PUBLISHED_LOOP, GRADIENT),
     "no synchronising": (EXACT, None),
     "gradient": (EXACT, GRADIENT),
     "gradient, tiny decoder": (EXACT, replace(GRADIENT, tiny_decoder=True)),
-    "means": (EXACT, MEANS),
-    "exact": (EXACT, SyncSettings(means=True)),
+    "means": (EXACT, replace(EXACT.sync(EXACT.sync_threshold), threshold=0)),
+    "exact": (EXACT, EXACT.sync(EXACT.sync_threshold)),
     "fast, no synchronising": (FAST, None),
     "fast, gradient": (FAST, GRADIENT),
-    "fast": (FAST, LONGER),
+    "fast": (FAST, FAST.sync(FAST.sync_threshold)),
 }
 """The ways that are compared."""
 MODES = ("syncdiffusion", "syncdiffusion-xl")
@@ -171,7 +170,7 @@ def cost(way: str, networks: Networks) -> float:
     if sync is None:
         return operations(Setting(sync_threshold=0), preset, networks)
     setting = Setting(sync_threshold=sync.threshold, tiny_decoder=sync.tiny_decoder)
-    return operations(setting, replace(preset, gradient=sync.gradient), networks)
+    return operations(setting, replace(preset, gradient=sync.threshold > 0), networks)
 
 
 def row(

@@ -20,7 +20,6 @@ from panorama.sampling.denoiser import Conditioning
 from panorama.sampling.gradient import frozen
 from panorama.sampling.perceptual import LPIPS
 from panorama.sampling.presets import EXACT, FAST, Preset
-from panorama.sampling.synchronize import SyncSettings
 from panorama.sampling.views import Fixed
 
 
@@ -60,7 +59,7 @@ class TrueSize:
         views = settings.layout(Pipeline(self.base).canvas(settings), self.base.window, 1)
         self.base.scheduler.set_timesteps(1)
         assert settings.sync
-        published = replace(settings.sync, means=False)
+        published = replace(settings.sync, threshold=1, means=0)
         return plain_loop(self.noise, views, networks, self.base.scheduler, published)
 
     def ours(self, preset: Preset, checkpointing: bool = False) -> Tensor:
@@ -77,7 +76,7 @@ class TrueSize:
             width=width,
             num_inference_steps=1,
             layout=Fixed(self.base.window),
-            sync=SyncSettings(gradient=preset.gradient, means=True),
+            sync=preset.sync(1),
         )
 
 

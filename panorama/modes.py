@@ -25,7 +25,6 @@ from panorama.images.vae import MAX_CELLS, to_pil
 from panorama.pipeline import Pipeline, Settings
 from panorama.request import INPUTS, ModeSettings, Request, ResolvedRequest, SpeedSettings
 from panorama.sampling.presets import WHOLE, WINDOWED, Preset
-from panorama.sampling.synchronize import SyncSettings
 
 DEFAULT_FAMILY = "tiny"
 
@@ -62,13 +61,11 @@ class Job:
         """Return the settings of the pipeline."""
         request, mode = self.request, MODES[self.request.mode]
         preset = mode.presets[request.speed or mode.speed]
-        sync = SyncSettings(
+        sync = preset.sync(
+            request.sync_threshold or 0,
             weight=request.sync_weight,
             decay_rate=request.sync_decay_rate,
             freq=request.sync_freq,
-            threshold=request.sync_threshold or 0,
-            gradient=preset.gradient,
-            means=True,
         )
         return Settings(
             prompt=request.parts,

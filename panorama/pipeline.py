@@ -268,12 +268,12 @@ class Pipeline:
         if sync is None:
             return None
         base, gradient = self.base, None
-        if sync.gradient:
+        if sync.threshold:
             vae = base.tiny_vae if sync.tiny_decoder else base.vae
             if base.perceptual is None or vae is None:
                 raise ValueError(
                     "sync: its gradient needs a base model with a perceptual distance and, for "
-                    "tiny_decoder, a tiny_vae; try SyncSettings(gradient=False, means=True)"
+                    "tiny_decoder, a tiny_vae; try SyncSettings(threshold=0, means=8)"
                 )
             gradient = PerceptualGradient(
                 denoise, lambda x: decode(vae, x), base.perceptual, solver, save_memory

@@ -204,8 +204,8 @@ class Request:
         "Synchronise at every n-th step.", default=1, bounds=(1, inf), modes=WINDOW_MODES
     )
     sync_threshold: int | None = _input(
-        "Number of steps, counted from the first, during which to synchronise. Defaults to 5, or 8 "
-        "with speed=fast.",
+        "Number of steps, counted from the first, during which to synchronise; exact shares means "
+        "for four times as many. Defaults to 5, or 8 with speed=fast.",
         default=None,
         example=5,
         bounds=(0, 200),

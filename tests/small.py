@@ -155,7 +155,7 @@ class Networks(nn.Module):
     ) -> Synchronizer:
         """Return what moves the windows of a run."""
         denoise, gradient = self.denoiser(solver), None
-        if settings.gradient:
+        if settings.threshold:
             gradient = PerceptualGradient(denoise, self.decode, self, solver, save_memory)
         return Synchronizer(settings, denoise, canvas, window, parts, gradient)
 

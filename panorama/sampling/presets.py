@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from panorama.sampling.synchronize import SyncSettings
 from panorama.sampling.views import Layout, Sliding, Spanning
 
 
@@ -13,12 +15,18 @@ class Preset:
     layout: Callable[[int], Layout]  # built from a stride in latent cells
     num_inference_steps: int = 50
     scheduler: str | None = None  # a name in `solver.SCHEDULERS`; None for the model's own
-    sync_threshold: int = 5  # see `SyncSettings`
     takes_stride: bool = False  # the layout depends on the stride
-    gradient: bool = False  # see `SyncSettings`
+    sync_threshold: int = 5  # a number of first steps
+    gradient: bool = False  # move windows by the gradient in as many steps as sync_threshold says
+    means: int = 1  # share means in so many times as many
+
+    def sync(self, threshold: int, **settings: Any) -> SyncSettings:
+        """Return the settings of synchronising with a sync_threshold."""
+        gradient = threshold if self.gradient else 0
+        return SyncSettings(threshold=gradient, means=self.means * threshold, **settings)
 
 
-EXACT = Preset(Sliding, takes_stride=True, gradient=True)
+EXACT = Preset(Sliding, takes_stride=True, gradient=True, means=4)
 """The gradient of the SyncDiffusion paper, on windows that move and share their means."""
 
 FAST = Preset(

@@ -12,7 +12,7 @@ from panorama.sampling.canvas import Axis, Fusion, View, crop
 from panorama.sampling.denoiser import Denoiser
 from panorama.sampling.ranks import split_among_ranks
 from panorama.sampling.solver import Solver
-from panorama.sampling.synchronize import Synchronizer, keep_memory
+from panorama.sampling.synchronize import Synchronizer, SyncStep, keep_memory
 
 OnStep = Callable[[int, int, Tensor], None]
 """Called with the number of a step, from 1, the number of steps, and the x0 (1, C, H, W) that the
@@ -70,38 +70,38 @@ def sample(
     synced = plain
     if sync and sync.gradient:
         synced = Batches(max(1, batch_size // 2), sync.gradient.save_memory)
-    weights = sync_weights(sync, views_per_step)
-    solver.keep_moves(k for k, weight in enumerate(weights) if weight)
-    steps = zip(solver.timesteps, views_per_step, weights, strict=True)
-    for k, (t, views, weight) in enumerate(steps):
+    synced_steps = sync_steps(sync, views_per_step)
+    solver.keep_moves(k for k, step in enumerate(synced_steps) if step)
+    steps = zip(solver.timesteps, views_per_step, synced_steps, strict=True)
+    for k, (t, views, step) in enumerate(steps):
         fusion = Fusion(torch.cat([latents, latents], 1), views, closed)  # windows and their noise
         cut: Cut = partial(crop, latents, closed=closed)
         update: Update = partial(predict, denoise, t)
         batches = plain
-        if sync and weight:
+        if sync and step:
             anchor_views, views = sync.split(views)
             found = plain.map(update, cut, anchor_views)  # (P, 2C, h, w)
             fusion.add(found, anchor_views)
-            update = partial(sync.update, t, sync.anchors(t, *found.chunk(2, 1)), weight)
-            batches = synced
+            update = partial(sync.update, t, sync.anchors(t, step, *found.chunk(2, 1)), step)
+            batches = synced if step.gradient else plain
         update_all = split_among_ranks(partial(batches.map, update, cut))
         fusion.add(update_all(views), views)  # (N, 2C, h, w) of all that are no anchors
         moved, noise_pred = fusion.mean().chunk(2, 1)  # (1, C, H, W) each
         latents = solver.step(noise_pred, t, moved)
-        require_finite(latents, f"the latents after step {k + 1} of {len(weights)} are")
+        require_finite(latents, f"the latents after step {k + 1} of {len(synced_steps)} are")
         if on_step is not None:
-            on_step(k + 1, len(weights), solver.x0(moved, noise_pred, t))
+            on_step(k + 1, len(synced_steps), solver.x0(moved, noise_pred, t))
     return latents
 
 
-def sync_weights(
+def sync_steps(
     sync: Synchronizer | None, views_per_step: Sequence[Sequence[View]]
-) -> list[float]:
-    """Return the weight of each step, 0 where all windows are anchors."""
+) -> list[SyncStep | None]:
+    """Return what synchronises each step, None where all windows are anchors."""
     if sync is None:
-        return [0.0] * len(views_per_step)
+        return [None] * len(views_per_step)
     counts = enumerate(map(len, views_per_step))
-    return [sync.settings.weight_at(k) if count > sync.parts else 0.0 for k, count in counts]
+    return [sync.settings.at(k) if count > sync.parts else None for k, count in counts]
 
 
 def predict(

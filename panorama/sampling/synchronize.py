@@ -40,18 +40,19 @@ class Perceptual(Protocol):
 
 @dataclass(frozen=True)
 class SyncSettings:
-    """Strength, steps and ways of synchronising.
+    """Strength and steps of both ways to synchronise.
 
-    Step k is a sync step if (k + 1) % freq == 0 and k < threshold. Its weight is
+    Step k of a way that has n steps is a sync step if (k + 1) % freq == 0 and k < n. Its weight is
     weight * decay_rate ** k.
 
     Attributes:
         weight: of the first step, at least 0.
         decay_rate: factor of the weight from one step to the next, at least 0.
         freq: synchronise at every freq-th step, at least 1.
-        threshold: number of steps, from the first on, that may be sync steps.
-        gradient: move windows by the gradient of a perceptual distance, as the paper does.
-        means: share the means of the anchor, see `Synchronizer.share_means`.
+        threshold: number of first steps in which the gradient of a perceptual distance may move
+            windows, as in the paper; at least 0.
+        means: number of first steps in which windows may share the means of the anchor, see
+            `Synchronizer.share_means`; at least 0.
         tiny_decoder: decode by the base model's AutoencoderTiny for the gradient, at a fraction of
             the cost of the VAE.
     """
@@ -60,18 +61,28 @@ class SyncSettings:
     decay_rate: float = 0.99
     freq: int = 1
     threshold: int = 5
-    gradient: bool = True
-    means: bool = False
+    means: int = 0
     tiny_decoder: bool = False
 
     def __post_init__(self) -> None:
-        check_least(self, weight=0, decay_rate=0, freq=1, threshold=0)
+        check_least(self, weight=0, decay_rate=0, freq=1, threshold=0, means=0)
 
-    def weight_at(self, step: int) -> float:
-        """Return the weight w_k of a step, 0 if it is no sync step."""
-        if step >= self.threshold or (step + 1) % self.freq:
-            return 0.0
-        return self.weight * self.decay_rate**step
+    def at(self, step: int) -> "SyncStep | None":
+        """Return what synchronises windows in a step, None if nothing does."""
+        weight = self.weight * self.decay_rate**step
+        gradient, means = step < self.threshold, step < self.means
+        if (step + 1) % self.freq or not weight or not (gradient or means):
+            return None
+        return SyncStep(weight, gradient, means)
+
+
+@dataclass(frozen=True)
+class SyncStep:
+    """What synchronises windows in one step."""
+
+    weight: float  # w_k, more than 0
+    gradient: bool  # move windows by the gradient
+    means: bool  # share means
 
 
 def keep_memory() -> bool:
@@ -154,20 +165,22 @@ class Synchronizer:
         """Take the anchor of each part out of views; see `split_anchors`."""
         return split_anchors(self.canvas, self.parts, views)
 
-    def anchors(self, t: Tensor, x: Tensor, noise_pred: Tensor) -> Anchors:
+    def anchors(self, t: Tensor, step: SyncStep, x: Tensor, noise_pred: Tensor) -> Anchors:
         """Prepare what windows are moved towards, from P anchors (P, C, h, w) and their noise."""
-        features = self.gradient.embed(t, x, noise_pred) if self.gradient else None
+        features = None
+        if self.gradient and step.gradient:
+            features = self.gradient.embed(t, x, noise_pred)
         return Anchors(x, noise_pred, features)
 
     def update(
-        self, t: Tensor, anchors: Anchors, weight: float, x: Tensor, views: Sequence[View]
+        self, t: Tensor, anchors: Anchors, step: SyncStep, x: Tensor, views: Sequence[View]
     ) -> tuple[Tensor, Tensor]:
         """Move windows, and predict the noise in them.
 
         Args:
             t: timestep.
-            anchors: from `anchors`.
-            weight: weight w_k of the step.
+            anchors: from `anchors`, of the same step.
+            step: what synchronises windows.
             x: windows (N, C, h, w).
             views: their N views.
 
@@ -175,11 +188,11 @@ class Synchronizer:
             The moved windows and their noise, (N, C, h, w) each.
         """
         parts = part_weights(self.canvas, self.parts, views).to(x)  # (N, P)
-        share = self.share_means if self.settings.means else keep
+        share = self.share_means if step.means else keep
         if self.gradient and anchors.features is not None:
-            x = self.gradient.move(t, anchors.features, weight * parts, x, views)
-        x = share(x, anchors.x, weight, parts)
-        return x, share(self.denoise(x, t, views), anchors.noise_pred, weight, parts)
+            x = self.gradient.move(t, anchors.features, step.weight * parts, x, views)
+        x = share(x, anchors.x, step.weight, parts)
+        return x, share(self.denoise(x, t, views), anchors.noise_pred, step.weight, parts)
 
     def share_means(self, x: Tensor, anchors: Tensor, weight: float, parts: Tensor) -> Tensor:
         """Move the means of windows towards those of anchors.

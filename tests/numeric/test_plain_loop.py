@@ -23,8 +23,8 @@ CANVASES: dict[str, tuple[Canvas, int]] = {
 SYNC: dict[str, SyncSettings] = {
     "gradient": SyncSettings(300.0, 0.9, threshold=THRESHOLD),
     "every other step": SyncSettings(300.0, 0.9, freq=2, threshold=THRESHOLD),
-    "means": SyncSettings(0.5, 0.9, threshold=THRESHOLD, gradient=False, means=True),
-    "both": SyncSettings(3.0, 0.9, threshold=THRESHOLD, means=True),
+    "means": SyncSettings(0.5, 0.9, threshold=0, means=THRESHOLD),
+    "both": SyncSettings(3.0, 0.9, threshold=THRESHOLD, means=THRESHOLD + 1),
 }
 
 

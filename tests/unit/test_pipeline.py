@@ -269,9 +269,9 @@ def test_noise_of_another_shape_is_refused(base: BaseModel) -> None:
 
 def test_the_gradient_needs_a_distance_and_shared_means_do_not(base: BaseModel) -> None:
     without = replace(base, perceptual=None)
-    with pytest.raises(ValueError, match=r"sync: .*perceptual.*gradient=False, means=True"):
+    with pytest.raises(ValueError, match=r"sync: .*perceptual.*threshold=0, means=8"):
         denoise(without)
-    means = SyncSettings(gradient=False, means=True)
+    means = SyncSettings(threshold=0, means=5)
     assert torch.equal(denoise(without, sync=means), denoise(base, sync=means))
 
 
@@ -286,13 +286,13 @@ def test_the_tiny_decoder_takes_the_vaes_place_in_the_gradient(base: BaseModel) 
 
 def test_every_lever_changes_the_image_and_all_go_together(base: BaseModel) -> None:
     strong = SyncSettings(weight=3000.0)
-    means = replace(strong, gradient=False, means=True)
+    means = replace(strong, threshold=0, means=5)
     levers: list[dict[str, Any]] = [
         {"sync": strong},
         {"sync": strong, "layout": Sliding(8)},
         {"sync": strong, "layout": Sliding(None)},
         {"sync": means},
-        {"sync": replace(strong, means=True)},
+        {"sync": replace(strong, means=5)},
         {"sync": strong, "scheduler": "dpm++"},
         {"sync": means, "layout": Sliding(None), "scheduler": "dpm++"},
     ]

@@ -16,12 +16,13 @@ from panorama.errors import NotFiniteError
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.canvas import Axis, Canvas, View, crop
 from panorama.sampling.denoiser import Conditioning
-from panorama.sampling.sampler import sample, sync_weights
+from panorama.sampling.sampler import sample, sync_steps
 from panorama.sampling.solver import Solver, build_scheduler
 from panorama.sampling.synchronize import (
     PerceptualGradient,
     Synchronizer,
     SyncSettings,
+    SyncStep,
     gradient,
     smooth,
 )
@@ -42,12 +43,33 @@ STRIP = Canvas(16, 48)
 
 def test_the_weights_are_those_of_the_paper() -> None:
     settings = SyncSettings(weight=20.0, decay_rate=0.5, freq=2, threshold=5)
-    assert [settings.weight_at(k) for k in range(8)] == [0, 10.0, 0, 2.5, 0, 0, 0, 0]
+    found = [settings.at(k) for k in range(8)]
+    assert [step and step.weight for step in found] == [None, 10.0, None, 2.5, *[None] * 4]
+    assert all(step.gradient and not step.means for step in found if step)
+
+
+def test_gradient_and_means_have_steps_of_their_own() -> None:
+    settings = SyncSettings(threshold=1, means=3)
+    found = [settings.at(k) for k in range(4)]
+    assert [step and (step.gradient, step.means) for step in found] == [
+        (True, True),
+        (False, True),
+        (False, True),
+        None,
+    ]
+    assert SyncSettings(weight=0, threshold=1, means=3).at(0) is None
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("weight", -1.0), ("weight", nan), ("decay_rate", -0.1), ("freq", 0), ("threshold", -1)],
+    [
+        ("weight", -1.0),
+        ("weight", nan),
+        ("decay_rate", -0.1),
+        ("freq", 0),
+        ("threshold", -1),
+        ("means", -1),
+    ],
 )
 def test_settings_without_a_meaning_are_refused(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{name}={value}: must be at least .*; try [01]"):
@@ -95,7 +117,7 @@ def test_nothing_is_computed_twice(
 ) -> None:
     """And without the gradient nothing is decoded or compared."""
     networks = Counting()
-    settings = SyncSettings(weight, threshold=threshold, gradient=gradient, means=means)
+    settings = SyncSettings(weight, threshold=threshold * gradient, means=threshold * means)
     networks.run(Canvas(16, width), Fixed(8), settings)
     sync_steps *= windows > 1  # a single window has no other to be like
     moved = (windows - 1) * sync_steps * gradient
@@ -191,10 +213,12 @@ def test_latents_that_are_not_finite_name_the_step(value: float) -> None:
 # How windows are moved
 
 
+MOVING = SyncStep(300.0, gradient=True, means=False)
+SHARING = SyncStep(3.0, gradient=False, means=True)
 WAYS = {
     "gradient": SyncSettings(300.0),
-    "means": SyncSettings(0.5, gradient=False, means=True),
-    "both": SyncSettings(3.0, means=True),
+    "means": SyncSettings(0.5, threshold=0, means=5),
+    "both": SyncSettings(3.0, means=5),
 }
 
 
@@ -211,8 +235,10 @@ def test_windows_move_alike_under_euler_and_ddim(way: str, step: int) -> None:
         x = crop(latents, views) * solver.level(t).variance ** 0.5
         with torch.no_grad():
             noise = networks.denoiser(solver)(x, t, views)
-            anchors = sync.anchors(t, x[:1], noise[:1])
-            moved, noise_pred = sync.update(t, anchors, WAYS[way].weight, x, views)
+            found = WAYS[way].at(0)
+            assert found
+            anchors = sync.anchors(t, found, x[:1], noise[:1])
+            moved, noise_pred = sync.update(t, anchors, found, x, views)
         ends.append(solver.x0(moved, noise_pred, t))
         assert (ends[-1] - solver.x0(x, noise, t)).abs().max() > 1e-2
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-4)
@@ -309,7 +335,9 @@ def test_a_window_between_two_anchors_moves_to_means_between_theirs(
     x, anchors = draw_noise(16, 16, seed=1), draw_noise(16, 32, seed=2).reshape(2, 4, 16, 16)
     with torch.no_grad():
         of_anchors = networks.predict_noise(anchors, t)
-        moved, noise_pred = sync.update(t, sync.anchors(t, anchors, of_anchors), 3.0, x, [view])
+        moved, noise_pred = sync.update(
+            t, sync.anchors(t, SHARING, anchors, of_anchors), SHARING, x, [view]
+        )
         noise = networks.predict_noise(moved, t)
     for found, own, theirs in ((moved, x, anchors), (noise_pred, noise, of_anchors)):
         first, second = theirs.mean(-1)
@@ -327,8 +355,8 @@ def test_a_window_between_two_anchors_descends_towards_both() -> None:
         noise = networks.predict_noise(anchors, t)
         for parts, chosen in ((2, [0, 1]), (1, [0]), (1, [1])):
             sync = networks.synchronizer(solver, canvas, WAYS["gradient"], parts=parts)
-            found = sync.anchors(t, anchors[chosen], noise[chosen])
-            moves.append(sync.update(t, found, 300.0, x, [view])[0] - x)
+            found = sync.anchors(t, MOVING, anchors[chosen], noise[chosen])
+            moves.append(sync.update(t, found, MOVING, x, [view])[0] - x)
     both, first, second = moves
     assert (first - second).abs().max() > 1e-2
     torch.testing.assert_close(both, 0.25 * first + 0.75 * second, rtol=1e-5, atol=1e-8)
@@ -344,7 +372,7 @@ def test_every_part_has_an_anchor_that_stays() -> None:
         assert [view.left for view in found] == anchors
         assert sorted([*found, *others], key=lambda view: view.left) == list(views)
         moves = bool(others)
-        assert [w > 0 for w in sync_weights(sync, [views] * STEPS)] == [moves] * 5 + [False]
+        assert [bool(step) for step in sync_steps(sync, [views] * STEPS)] == [moves] * 5 + [False]
 
 
 def test_small_gradients_survive_half_precision() -> None:

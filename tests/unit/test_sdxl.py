@@ -250,7 +250,7 @@ EVERYTHING: dict[str, Any] = {
     "lora_scale": 0.7,
     "closed": "x",
     "width": 256,
-    "sync": SyncSettings(weight=30.0, threshold=2, gradient=False, means=True),
+    "sync": SyncSettings(weight=30.0, threshold=0, means=2),
 }
 
 
@@ -259,7 +259,7 @@ EVERYTHING: dict[str, Any] = {
 def test_windows_are_synchronised_under_every_scheduler(
     convolutional: BaseModel, gradient: bool, scheduler: str
 ) -> None:
-    sync = SyncSettings(weight=30.0, threshold=2, gradient=gradient, means=not gradient)
+    sync = SyncSettings(weight=30.0, threshold=2 * gradient, means=2 * (not gradient))
     synced, plain = (
         denoise(convolutional, windowed(**EVERYTHING | {"scheduler": scheduler, "sync": settings}))
         for settings in (sync, None)
@@ -293,7 +293,7 @@ def test_synchronised_windows_leave_nothing_behind(convolutional: BaseModel) -> 
 def test_only_exact_takes_a_gradient_through_the_networks(base: BaseModel, gradient: bool) -> None:
     """And only it decodes what windows are predicted to become."""
     depth = random_depth(128, 576)
-    sync = SyncSettings(gradient=gradient, means=True, threshold=1)
+    sync = SyncSettings(threshold=int(gradient), means=1)
     with (
         watched(base.unet) as unet,
         watched(base.controlnet) as controlnet,
