@@ -55,8 +55,12 @@ def test_panels_at_fixed_windows_have_edges_and_smooth_images_none() -> None:
     panels = torch.tensor([0.2, 0.5, 0.3, 0.9]).repeat_interleave(side).expand(1, 3, side, -1)
     even = torch.linspace(0, 1, 4 * side).expand(1, 3, side, -1)
     pipeline = Pipeline(base)
-    assert edge_ratio(panels, pipeline, settings) > side / 2
-    assert edge_ratio(even, pipeline, settings) == pytest.approx(1, rel=1e-3)
+    # All steps are at 3 edges, of 4 * window - 1 places between cells.
+    expected = (4 * base.window - 1) / 3
+    assert edge_ratio(panels, pipeline, settings) == pytest.approx(expected, rel=1e-4)
+    grid = (even * 4 * base.window).floor()  # steps between all cells, as decoders make them
+    for smooth in (even, grid):
+        assert edge_ratio(smooth, pipeline, settings) == pytest.approx(1, rel=1e-3)
     ring = Settings(prompt="sea", height=side, width=4 * side, closed="x", layout=Sliding(None))
     assert edge_ratio(panels, pipeline, ring) < 4
 
