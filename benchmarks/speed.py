@@ -199,13 +199,17 @@ def plot(points: Sequence[tuple[str, str, float, float]], path: Path) -> None:
     for name, marker in zip(SHAPES, "os", strict=True):
         chosen = [point for point in points if point[1] == name]
         axes.scatter([p[2] for p in chosen], [p[3] for p in chosen], marker=marker, label=name)
-        for way, _, cost, distance in chosen:
-            axes.annotate(way, (cost, distance), (5, 3), textcoords="offset points", fontsize=7)
+    for way in dict.fromkeys(point[0] for point in points):
+        costs, distances = zip(*(point[2:] for point in points if point[0] == way), strict=True)
+        axes.plot(costs, distances, color="grey", linewidth=0.5, zorder=0)
+        place = costs[0], max(distances)
+        axes.annotate(way, place, (0, 6), textcoords="offset points", fontsize=7, ha="center")
     axes.set(
         xscale="log",
+        xlim=(min(p[2] for p in points) / 2, max(p[2] for p in points) * 2),
         xlabel="operations at 2048 x 512, 10^12",
         ylabel="mean distance between windows",
-        ylim=(0, None),
+        ylim=(0, 1.1 * max(p[3] for p in points)),
     )
     axes.legend()
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
