@@ -82,7 +82,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
         ),
         sync_freq: int = Input(description="Synchronise at every n-th step.", default=1, ge=1),
         sync_threshold: Optional[int] = Input(
-            description="Number of steps, counted from the first, during which to synchronise; exact shares means for four times as many. Defaults to 5, or 8 with speed=fast.",
+            description="Number of steps, counted from the first, during which to synchronise; exact shares means for eight times as many. Defaults to 5, or 8 with speed=fast.",
             default=None,
             ge=0,
             le=200,

@@ -205,7 +205,7 @@ class Request:
     )
     sync_threshold: int | None = _input(
         "Number of steps, counted from the first, during which to synchronise; exact shares means "
-        "for four times as many. Defaults to 5, or 8 with speed=fast.",
+        "for eight times as many. Defaults to 5, or 8 with speed=fast.",
         default=None,
         example=5,
         bounds=(0, 200),

@@ -26,7 +26,7 @@ class Preset:
         return SyncSettings(threshold=gradient, means=self.means * threshold, **settings)
 
 
-EXACT = Preset(Sliding, takes_stride=True, gradient=True, means=4)
+EXACT = Preset(Sliding, takes_stride=True, gradient=True, means=8)
 """The gradient of the SyncDiffusion paper, on windows that move and share their means."""
 
 FAST = Preset(
