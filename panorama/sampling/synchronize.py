@@ -39,6 +39,15 @@ class Perceptual(Protocol):
 
 
 @dataclass(frozen=True)
+class SyncStep:
+    """What synchronises windows in one step."""
+
+    weight: float  # w_k, more than 0
+    gradient: bool  # move windows by the gradient
+    means: bool  # share means
+
+
+@dataclass(frozen=True)
 class SyncSettings:
     """Strength and steps of both ways to synchronise.
 
@@ -67,22 +76,13 @@ class SyncSettings:
     def __post_init__(self) -> None:
         check_least(self, weight=0, decay_rate=0, freq=1, threshold=0, means=0)
 
-    def at(self, step: int) -> "SyncStep | None":
+    def at(self, step: int) -> SyncStep | None:
         """Return what synchronises windows in a step, None if nothing does."""
         weight = self.weight * self.decay_rate**step
         gradient, means = step < self.threshold, step < self.means
         if (step + 1) % self.freq or not weight or not (gradient or means):
             return None
         return SyncStep(weight, gradient, means)
-
-
-@dataclass(frozen=True)
-class SyncStep:
-    """What synchronises windows in one step."""
-
-    weight: float  # w_k, more than 0
-    gradient: bool  # move windows by the gradient
-    means: bool  # share means
 
 
 def keep_memory() -> bool:
