@@ -128,8 +128,9 @@ def plain_loop(
                     noise = share_means(noise, anchor_noise, weight, z, closed)
                 own.scale_model_input(x, t)  # Euler expects this call before each step
                 x = own.step(noise, t, x).prev_sample
-            add(total, x * feather(view), view, closed)
-            add(count, torch.ones_like(x) * feather(view), view, closed)
+            weight_of_cells = feather(view).to(x.device)
+            add(total, x * weight_of_cells, view, closed)
+            add(count, torch.ones_like(x) * weight_of_cells, view, closed)
         z = total / count
     return z
 

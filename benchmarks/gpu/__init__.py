@@ -1,0 +1,1 @@
+"""Everything that a GPU has to show, in minutes: `script/gpu-report`."""

@@ -1,0 +1,406 @@
+"""Seconds and memory of a panorama, beside the published loop and diffusers' pipelines."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from time import perf_counter
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from diffusers import (
+    StableDiffusionPanoramaPipeline,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.gpu.lab import Lab, Run, strip
+from benchmarks.operations import PUBLISHED_LOOP, TOKENS
+from benchmarks.plain_loop import StableDiffusion, plain_loop
+from panorama.base_model import BaseModel
+from panorama.images.vae import decode
+from panorama.pipeline import Pipeline, Settings
+from panorama.sampling.presets import EXACT, FAST, WHOLE
+from panorama.sampling.synchronize import SyncSettings
+
+Figures = Iterator[tuple[str, Any]]
+"""What a row found: names and values, each as soon as it is known."""
+
+STEPS = 50  # of the published loop
+BRIEF = 10  # steps of 50 where none is a sync step
+
+
+def against_published(lab: Lab) -> Figures:
+    """Compare both presets with the published loop, from noise to the image."""
+    base = lab.build_sd2(torch.float32)
+    sync_step, plain_step, decoding = (yield from published_steps(lab, base))
+    theirs = {
+        threshold: threshold * sync_step + (STEPS - threshold) * plain_step + decoding
+        for threshold in (EXACT.sync_threshold, STEPS)
+    }
+    del base
+    for threshold, seconds in theirs.items():
+        yield f"published loop, sync_threshold {threshold}: seconds, extrapolated", seconds
+    published = theirs[EXACT.sync_threshold]
+    for name, preset in {"fast": FAST, "exact": EXACT}.items():
+        strip(lab, lab.sd2, preset, steps=2, threshold=1).image()
+        cost = lab.measure(lab.sd2, strip(lab, lab.sd2, preset).image)
+        yield f"{name}: seconds", cost.seconds
+        yield f"{name}: GB", cost.gigabytes
+        yield f"{name}: times as fast as the published loop", published / cost.seconds
+    part = lab.steps(4)
+    cost = lab.measure(lab.sd2, strip(lab, lab.sd2, EXACT, steps=part, threshold=part).denoise, 1)
+    seconds = cost.of(part, STEPS)
+    yield f"exact, sync_threshold {STEPS}: seconds, extrapolated", seconds
+    yield f"exact, sync_threshold {STEPS}: times as fast", theirs[STEPS] / seconds
+
+
+def published_steps(lab: Lab, base: BaseModel) -> Any:
+    """Measure the published loop: yield figures, return seconds of both steps and of decoding."""
+    run = strip(lab, base, PUBLISHED_LOOP)
+
+    def loop(steps: int, threshold: int) -> Tensor:
+        canvas = run.pipeline.canvas(run.settings)
+        views = run.settings.layout(canvas, base.window, steps)
+        networks = StableDiffusion(base, run.conditioning)
+        base.scheduler.set_timesteps(steps)
+        with torch.autocast(lab.device.type, dtype=lab.dtype):
+            return plain_loop(
+                run.noise, views, networks, base.scheduler, SyncSettings(threshold=threshold)
+            )
+
+    @torch.no_grad()
+    def decoded(latents: Tensor) -> Tensor:
+        with torch.autocast(lab.device.type, dtype=lab.dtype):
+            return decode(base.vae, latents)
+
+    decoded(loop(1, 1))
+    synced = lab.measure(base, partial(loop, 2, 2), repeats=2)
+    yield "published loop: seconds of a sync step", synced.of(2, 1)
+    yield "published loop: GB", synced.gigabytes
+    plain = lab.measure(base, partial(loop, 4, 0), repeats=2)
+    yield "published loop: seconds of another step", plain.of(4, 1)
+    decoding = lab.measure(base, partial(decoded, plain.result))
+    yield "published loop: seconds of decoding", decoding.seconds
+    return synced.of(2, 1), plain.of(4, 1), decoding.seconds
+
+
+def against_diffusers(lab: Lab) -> Figures:
+    """Compare denoising without synchronising with diffusers' pipeline, on the same windows."""
+    run = strip(lab, lab.sd2, PUBLISHED_LOOP, steps=BRIEF, weight=0)
+    part = run.settings.num_inference_steps
+    calls = {"no sync": run.denoise, "diffusers": diffusers_call(run)}
+    calls["no sync, moving windows"] = strip(lab, lab.sd2, EXACT, steps=BRIEF, weight=0).denoise
+    seconds = {}
+    for name, call in calls.items():
+        call()
+        cost = lab.measure(lab.sd2, call)
+        seconds[name] = cost.of(part, STEPS)
+        yield f"{name}: seconds, extrapolated", seconds[name]
+        yield f"{name}: GB", cost.gigabytes
+    yield "no sync: times as fast as diffusers", seconds["diffusers"] / seconds["no sync"]
+
+
+def diffusers_call(run: Run) -> Callable[[], Tensor]:
+    """Return a call that makes the latents of a run by diffusers' panorama pipeline."""
+    base, settings = run.pipeline.base, run.settings
+    stock = StableDiffusionPanoramaPipeline(
+        vae=base.vae,
+        text_encoder=base.text_encoders[0].model,
+        tokenizer=None,
+        unet=base.unet,
+        scheduler=base.scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    stock.set_progress_bar_config(disable=True)
+    views = settings.layout(run.pipeline.canvas(settings), base.window, 1)[0]
+    places = [(v.top, v.top + v.height, v.left, v.left + v.width) for v in views]
+    stock.get_views = lambda *_, **__: places
+    negative_prompt_embeds, prompt_embeds = run.conditioning.states[:, 0].split(1)
+
+    def call() -> Tensor:
+        latents: Tensor = stock(
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            height=settings.height,
+            width=settings.width,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            view_batch_size=run.pipeline.batch_size,
+            latents=run.noise.to(base.unet.dtype),
+            output_type="latent",
+        ).images
+        return latents
+
+    return call
+
+
+def memory(lab: Lab) -> Figures:
+    """Measure the peak memory of images with their networks, the text encoder among them."""
+    for name, preset, options in (
+        ("exact, checkpointing", EXACT, {"checkpointing": True}),
+        ("exact", EXACT, {}),
+        ("fast", FAST, {}),
+    ):
+        run = strip(lab, lab.sd2, preset, steps=2, threshold=1, **options)
+        yield f"{name}: GB", lab.measure(lab.sd2, run.image, repeats=1).gigabytes
+
+
+def share_of_peak(lab: Lab) -> Figures:
+    """Compare the UNet's operations a second in fast with the card's largest matrix product."""
+    run = strip(lab, lab.sd2, FAST)
+    run.denoise()
+    seconds, inside = time_inside(lab, run)
+    canvas, steps = run.pipeline.canvas(run.settings), run.settings.num_inference_steps
+    windows = sum(map(len, run.settings.layout(canvas, lab.sd2.window, steps)))
+    done = windows * guided_operations(lab.sd2) / 1e12
+    rate = done / inside["UNet"]
+    yield "UNet in fast: operations, 10^12", done
+    yield "UNet in fast: seconds", inside["UNet"]
+    yield "UNet in fast: operations a second, 10^12", rate
+    largest = matrix_product(lab)
+    yield "matrix product: operations a second, 10^12", largest
+    yield "UNet in fast: share of the matrix product", rate / largest
+    yield "all of fast's denoising: share of the matrix product", done / seconds / largest
+    if nominal := nominal_rate(lab):
+        yield "card's data sheet: operations a second, 10^12", nominal
+        yield "UNet in fast: share of the data sheet", rate / nominal
+        yield "all of fast's denoising: share of the data sheet", done / seconds / nominal
+
+
+NOMINAL: Mapping[str, float] = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121}
+"""Dense operations a second in half precision by data sheets, in units of 10^12."""
+
+
+def nominal_rate(lab: Lab) -> float | None:
+    """Return the rate of the card's data sheet, if it is known."""
+    name = torch.cuda.get_device_name() if lab.cuda else ""
+    return next((rate for card, rate in NOMINAL.items() if card in name), None)
+
+
+def matrix_product(lab: Lab) -> float:
+    """Return the operations a second, in units of 10^12, of a product of large random matrices."""
+    side, repeats = (64, 1) if lab.dry else (8192, 10)
+    one, other = torch.randn(2, side, side, device=lab.device, dtype=lab.dtype)
+    for _ in range(repeats):
+        one @ other
+    lab.synchronize()
+    started = perf_counter()
+    for _ in range(repeats):
+        one @ other
+    lab.synchronize()
+    return repeats * 2 * side**3 / (perf_counter() - started) / 1e12
+
+
+def guided_operations(base: BaseModel) -> int:
+    """Count the operations of the UNet for one window with guidance, on tensors without values."""
+    config = base.unet.config
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        x = torch.empty(2, config.in_channels, base.window, base.window)
+        states = torch.empty(2, TOKENS, config.cross_attention_dim)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            unet(x, torch.tensor(0), states)
+    return int(counter.get_total_flops())
+
+
+def outside(lab: Lab) -> Figures:
+    """Measure the share of denoising that is spent outside the networks."""
+    for name, run in {
+        "fast": strip(lab, lab.sd2, FAST),
+        "exact, a sync step in ten": strip(lab, lab.sd2, EXACT, steps=10, threshold=1),
+    }.items():
+        run.denoise()
+        seconds, inside = time_inside(lab, run)
+        yield f"{name}: seconds", seconds
+        for part, within in inside.items():
+            yield f"{name}: seconds in {part}", within
+        yield f"{name}: share outside the networks", 1 - sum(inside.values()) / seconds
+
+
+def time_inside(lab: Lab, run: Run) -> tuple[float, dict[str, float]]:
+    """Denoise; return the seconds that it takes, and those between start and end of calls."""
+    with clocked(lab, run.pipeline.base) as spans:
+        seconds = lab.measure(run.pipeline.base, run.denoise, repeats=1).seconds
+    return seconds, {
+        name: sum(lapse(*span) for span in found) for name, found in spans.items() if found
+    }
+
+
+@contextmanager
+def clocked(lab: Lab, base: BaseModel) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
+    """Note when calls of networks and of their gradients start and end, on the device's clock."""
+    calls = {
+        "UNet": [(base.unet, "forward")],
+        "decoder": [(base.vae, "decode")],
+        "LPIPS": [(base.perceptual, "embed"), (base.perceptual, "distance")],
+        "gradients": [(torch.autograd, "grad")],
+    }
+    spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
+
+    def wrap(call: Callable[..., Any], found: list[tuple[Any, Any]]) -> Callable[..., Any]:
+        def clocked_call(*arguments: Any, **options: Any) -> Any:
+            start = now(lab)
+            result = call(*arguments, **options)
+            found.append((start, now(lab)))
+            return result
+
+        return clocked_call
+
+    with ExitStack() as stack:
+        for name, places in calls.items():
+            for owner, attribute in places:
+                wrapped = wrap(getattr(owner, attribute), spans[name])
+                stack.enter_context(patch.object(owner, attribute, wrapped))
+        yield spans
+
+
+def now(lab: Lab) -> Any:
+    """Return an event on the GPU, or the time on a CPU."""
+    if not lab.cuda:
+        return perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def lapse(start: Any, end: Any) -> float:
+    """Return the seconds between what `now` returned; the device must have come to both."""
+    if isinstance(start, float):
+        return float(end - start)
+    return float(start.elapsed_time(end)) / 1000
+
+
+def top_ten(lab: Lab) -> Figures:
+    """List the operations that take the most time."""
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if lab.cuda else [])]
+    field = "self_device_time_total" if lab.cuda else "self_cpu_time_total"
+    for name, run in {
+        "fast": strip(lab, lab.sd2, FAST, steps=4),
+        "exact, a sync step in four": strip(lab, lab.sd2, EXACT, steps=4, threshold=1),
+    }.items():
+        run.denoise()
+        with profile(activities=activities) as profiler:
+            run.denoise()
+            lab.synchronize()
+        events = [e for e in profiler.key_averages() if e.device_type == DeviceType.CPU]
+        total = sum(getattr(event, field) for event in events)
+        for event in sorted(events, key=lambda e: -getattr(e, field))[:10]:
+            share = getattr(event, field) / total
+            yield f"{name}: {event.key}, {event.count} calls: share", share
+
+
+def batches(lab: Lab) -> Figures:
+    """Try sizes of batches and the layout of memory; seconds of whole runs, extrapolated."""
+    for layout in (torch.contiguous_format, torch.channels_last):
+        for network in lab.sd2.networks():
+            network.to(memory_format=layout)
+        for size in (8, 16, 32, 4):
+            note = ", channels_last" if layout is torch.channels_last else ""
+            yield from variant(lab, f"batches of {size}{note}", batch_size=size)
+    for network in lab.sd2.networks():
+        network.to(memory_format=torch.contiguous_format)
+
+
+def variant(lab: Lab, name: str, **options: Any) -> Figures:
+    """Measure fast, steps without synchronising, and sync steps with a gradient."""
+    runs = {
+        "fast": (strip(lab, lab.sd2, FAST, **options), FAST.num_inference_steps),
+        "no sync": (strip(lab, lab.sd2, EXACT, steps=5, weight=0, **options), STEPS),
+        "gradient": (strip(lab, lab.sd2, EXACT, steps=2, threshold=2, **options), STEPS),
+    }
+    for kind, (run, whole) in runs.items():
+        part = run.settings.num_inference_steps
+        replace(run, settings=replace(run.settings, num_inference_steps=1)).denoise()
+        cost = lab.measure(lab.sd2, run.denoise, repeats=2)
+        yield f"{name}: {kind}: seconds of {whole} steps", cost.of(part, whole)
+
+
+def whole_canvas(lab: Lab) -> Figures:
+    """Compare sdxl-360 with the stock pipelines, whose convolutions do not wrap."""
+    base, whole = lab.sdxl, 30
+    height, width = (128, 256) if lab.dry else (512, 1024)
+    settings = Settings(
+        prompt="",
+        height=height,
+        width=width,
+        closed="x",
+        num_inference_steps=lab.steps(BRIEF),
+        layout=WHOLE.layout(0),
+    )
+    depth = torch.rand(height, width, generator=torch.Generator().manual_seed(0))
+    kinds = {
+        "text": (settings, StableDiffusionXLPipeline),
+        "depth": (replace(settings, depth=depth), StableDiffusionXLControlNetPipeline),
+    }
+    for name, (chosen, kind) in kinds.items():
+        run = Run(Pipeline(base), chosen)
+        seconds = {}
+        for side, call in {"ours": run.denoise, "stock": stock_call(kind, run)}.items():
+            call()
+            cost = lab.measure(base, call)
+            seconds[side] = cost.of(chosen.num_inference_steps, whole)
+            yield f"{name}, {side}: seconds of {whole} steps", seconds[side]
+            yield f"{name}, {side}: GB", cost.gigabytes
+        yield f"{name}: time, share of the stock pipeline's", seconds["ours"] / seconds["stock"]
+
+
+def stock_call(kind: Any, run: Run) -> Callable[[], Tensor]:
+    """Return a call that makes the latents of a run by a stock pipeline of SDXL."""
+    base, settings, inputs = run.pipeline.base, run.settings, {}
+    parts = {"unet": base.unet, "vae": base.vae, "scheduler": base.scheduler}
+    if settings.depth is not None:
+        parts["controlnet"] = base.controlnet
+        inputs = {
+            "image": settings.depth.expand(1, 3, -1, -1),
+            "controlnet_conditioning_scale": settings.controlnet_conditioning_scale,
+        }
+    encoders = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    stock = kind(**parts, **dict.fromkeys(encoders), add_watermarker=False)
+    stock.set_progress_bar_config(disable=True)
+    states, pooled = run.conditioning.states[:, 0], run.conditioning.pooled
+    assert pooled is not None
+    for name, value in {"prompt_embeds": states, "pooled_prompt_embeds": pooled[:, 0]}.items():
+        inputs[f"negative_{name}"], inputs[name] = value.split(1)
+
+    def call() -> Tensor:
+        latents: Tensor = stock(
+            height=settings.height,
+            width=settings.width,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            latents=run.noise.to(base.unet.dtype),
+            output_type="latent",
+            **inputs,
+        ).images
+        return latents
+
+    return call
+
+
+def windowed_xl(lab: Lab) -> Figures:
+    """Measure syncdiffusion-xl, 2048 x 1024 with windows of 1024."""
+    base = lab.sdxl
+    side = base.window * base.factor
+    settings = Settings(
+        prompt="",
+        height=side,
+        width=2 * side,
+        num_inference_steps=lab.steps(FAST.num_inference_steps),
+        scheduler=FAST.scheduler,
+        layout=FAST.layout(0),
+        sync=FAST.sync(FAST.sync_threshold),
+    )
+    run = Run(Pipeline(base), settings)
+    replace(run, settings=replace(settings, num_inference_steps=1)).image()
+    cost = lab.measure(base, run.image, repeats=2)
+    yield "fast: seconds", cost.seconds
+    yield "fast: GB", cost.gigabytes
