@@ -161,10 +161,19 @@ def blur(x: Tensor, dim: int, sigma: float) -> Tensor:
 
 def cut(z: Tensor, view: View, closed: Axis) -> Tensor:
     """Cut a window out of a canvas (1, C, H, W), mirrored beyond its flat ends."""
+    if inside(z, view):
+        return z[:, :, view.top : view.top + view.height, view.left : view.left + view.width]
     height, width = z.shape[-2:]
     rows = [cell(view.top + k, height, closed == "y") for k in range(view.height)]
     columns = [cell(view.left + k, width, closed == "x") for k in range(view.width)]
     return z[:, :, rows][..., columns]
+
+
+def inside(z: Tensor, view: View) -> bool:
+    """Return True if a view lies on a canvas (1, C, H, W) as it is, so that a slice will do."""
+    height, width = z.shape[-2:]
+    fits = view.top + view.height <= height and view.left + view.width <= width
+    return min(view.top, view.left) >= 0 and fits
 
 
 def cell(place: int, length: int, wraps: bool) -> int:
@@ -177,6 +186,9 @@ def cell(place: int, length: int, wraps: bool) -> int:
 
 def add(total: Tensor, x: Tensor, view: View, closed: Axis) -> None:
     """Add a window (1, C, h, w) to a canvas (1, C, H, W), without what lies beyond flat ends."""
+    if inside(total, view):
+        cut(total, view, closed).add_(x)
+        return
     height, width = total.shape[-2:]
     rows = [k for k in range(view.height) if closed == "y" or 0 <= view.top + k < height]
     columns = [k for k in range(view.width) if closed == "x" or 0 <= view.left + k < width]

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers.utils.logging
 import torch
 
 from benchmarks.gpu import checks, speed
 from benchmarks.gpu.lab import Lab
 from benchmarks.gpu.report import Report, Result, environment_of, show
 from benchmarks.gpu.speed import Figures
+from panorama.environment import hide_progress_bars
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,8 @@ def main() -> int:
     chosen = options.rows.split(",")
     if unknown := set(chosen) - set(names):
         parser.error(f"unknown rows: {', '.join(sorted(unknown))}")
+    hide_progress_bars()
+    diffusers.utils.logging.set_verbosity_error()
     deadline = time.monotonic() + 60 * options.minutes
     cuda = torch.cuda.is_available()
     lab = Lab(torch.device("cuda" if cuda else "cpu"), dry=not cuda)

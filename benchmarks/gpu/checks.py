@@ -27,7 +27,9 @@ SHARES = (0.8, 0.6, 0.4, 0.3, 0.2)
 """Of the memory that an image allocates beside the networks: what it is left with, in turn."""
 
 
-def ring(lab: Lab, preset: Preset, steps: int | None = None, threshold: int | None = None) -> Settings:
+def ring(
+    lab: Lab, preset: Preset, steps: int | None = None, threshold: int | None = None
+) -> Settings:
     """Return the settings of a ring of the embedded family."""
     threshold = preset.sync_threshold if threshold is None else threshold
     return Settings(
@@ -60,24 +62,29 @@ def embedded_family(lab: Lab) -> Figures:
     single = lab.embedded(torch.float32)
     rings = {"fast": ring(lab, FAST), "exact, 10 steps": ring(lab, EXACT, 10, 2)}
     expected: dict[str, Tensor] = {}
-    exact_matmul = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
     for name, settings in rings.items():
-        with exact_matmul:
+        with full_precision():
             expected[name] = make(single, settings)
             yield f"{name}, twice: grey levels", levels(make(single, settings), expected[name])
         on_cpu = make(lab.embedded(torch.float32, "cpu"), settings)
         yield f"{name}, CPU: grey levels", levels(on_cpu, expected[name])
         yield f"{name}, TF32: grey levels", levels(make(single, settings), expected[name])
-    for dtype in (torch.float16, torch.bfloat16):
+    # A CPU convolves slowly in float16.
+    for dtype in (torch.bfloat16,) if lab.dry else (torch.float16, torch.bfloat16):
         base = lab.embedded(dtype)
         for name, settings in rings.items():
             apart = levels(make(base, settings), expected[name])
             yield f"{name}, {str(dtype).removeprefix('torch.')}: grey levels", apart
-    for size in (1, 4):
-        with exact_matmul:
+    for size in (4,) if lab.dry else (1, 4):
+        with full_precision():
             image = make(single, rings["fast"], size)
         yield f"fast, batches of {size}: grey levels", levels(image, expected["fast"])
     yield "fast, turned by a quarter: grey levels", equivariance(single, rings["fast"])
+
+
+def full_precision() -> Any:
+    """Return a context without TF32."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def equivariance(base: BaseModel, settings: Settings) -> str:
@@ -102,7 +109,7 @@ def out_of_memory(lab: Lab) -> Figures:
     make(base, settings)
     peak = torch.cuda.max_memory_allocated() if lab.cuda else held
     yield "MB beside the networks, without a limit", (peak - held) / 1e6
-    for share in SHARES:
+    for share in SHARES[: lab.steps(len(SHARES))]:
         with limited(lab, held + int(share * (peak - held))), messages() as found:
             try:
                 result = "grey levels: " + levels(make(base, settings), expected)
@@ -171,7 +178,7 @@ def attributes(base: BaseModel) -> list[Any]:
 
 def many_images(lab: Lab) -> Figures:
     """Make many images in a row: allocated memory stays flat."""
-    base, settings = lab.embedded(lab.dtype), ring(lab, EXACT, 2, 1)
+    base, settings = lab.embedded(torch.float32 if lab.dry else lab.dtype), ring(lab, EXACT, 2, 1)
     count = 2 if lab.dry else 50
     found = []
     started = perf_counter()

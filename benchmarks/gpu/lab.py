@@ -68,7 +68,9 @@ class Cost:
     """What a call takes."""
 
     seconds: float  # median of its repeats
-    gigabytes: float  # the peak of the networks that it runs and of all that it allocates; 0 on CPUs
+    gigabytes: (
+        float  # the peak of the networks that it runs and of all that it allocates; 0 on CPUs
+    )
     result: Any
 
     def of(self, part: int, whole: int) -> float:
@@ -116,9 +118,7 @@ class Lab:
             perceptual = LPIPS(SMALL_VGG if self.dry else VGG16).eval().requires_grad_(False)
         return BaseModel(unet, vae, (TextEncoder(None, text),), scheduler, perceptual=perceptual)
 
-    def build(
-        self, kind: Callable[[dict[str, Any]], Any], name: str, dtype: torch.dtype
-    ) -> Any:
+    def build(self, kind: Callable[[dict[str, Any]], Any], name: str, dtype: torch.dtype) -> Any:
         """Build a published network on the device; it gets the same weights each time."""
         torch.manual_seed(0)
         with self.device:
@@ -150,7 +150,7 @@ class Lab:
         before = self.allocated()
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
-        while len(times) < repeats and sum(times) < PATIENCE:
+        while len(times) < (1 if self.dry else repeats) and sum(times) < PATIENCE:
             self.synchronize()
             started = perf_counter()
             result = call()
@@ -206,7 +206,7 @@ def strip(
     weight: float = 20.0,
     **options: Any,
 ) -> Run:
-    """Return a run of four windows' width, 2048 x 512 for Stable Diffusion 2.
+    """Return a run of a strip, 2048 x 512 for Stable Diffusion 2.
 
     Args:
         lab: where.
@@ -221,13 +221,11 @@ def strip(
     settings = Settings(
         prompt="",
         height=side,
-        width=4 * side,
+        width=(2 if lab.dry else 4) * side,
         num_inference_steps=lab.steps(steps or preset.num_inference_steps),
         scheduler=preset.scheduler,
         layout=preset.layout(base.window // 4),
-        sync=preset.sync(
-            preset.sync_threshold if threshold is None else threshold, weight=weight
-        ),
+        sync=preset.sync(preset.sync_threshold if threshold is None else threshold, weight=weight),
     )
     return Run(Pipeline(base, **options), settings)
 
