@@ -11,10 +11,9 @@ from pathlib import Path
 import diffusers.utils.logging
 import torch
 
-from benchmarks.gpu import checks, speed
-from benchmarks.gpu.lab import Lab
+from benchmarks.gpu import checks, levers, speed
+from benchmarks.gpu.lab import Figures, Lab
 from benchmarks.gpu.report import Report, Result, environment_of, show
-from benchmarks.gpu.speed import Figures
 from panorama.environment import hide_progress_bars
 
 
@@ -35,14 +34,17 @@ ROWS = (
     Row("peak", 4, speed.share_of_peak),
     Row("outside", 5, speed.outside),
     Row("profile", 10, speed.top_ten),
-    Row("batches", 30, speed.batches),
+    Row("batches", 30, levers.batches),
     Row("sdxl-360", 20, speed.whole_canvas),
+    Row("graphs", 5, levers.graphs),
     Row("out of memory", 10, checks.out_of_memory),
     Row("failed step", 3, checks.failed_step),
     Row("many images", 20, checks.many_images),
     Row("decode", 5, checks.decoding),
     Row("syncdiffusion-xl", 12, speed.windowed_xl),
     Row("load", 25, checks.loading),
+    Row("levers", 30, levers.levers),
+    Row("compiled", 90, levers.compiled),
 )
 """Most important first."""
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench import PROMPT
-from benchmarks.gpu.lab import Lab
-from benchmarks.gpu.speed import Figures
+from benchmarks.gpu.lab import Figures, Lab
+from benchmarks.operations import STRIDE
 from panorama import weights
 from panorama.base_model import BaseModel, load_base_model
 from panorama.images.vae import decode_canvas
@@ -40,7 +40,7 @@ def ring(
         guidance_scale=weights.describe("tiny")["syncdiffusion"]["guidance_scale"],
         num_inference_steps=lab.steps(steps or preset.num_inference_steps),
         scheduler=preset.scheduler,
-        layout=preset.layout(8),
+        layout=preset.layout(STRIDE),
         sync=preset.sync(lab.steps(threshold)),
     )
 

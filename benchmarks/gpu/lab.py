@@ -1,7 +1,7 @@
 """The networks that a report runs: of the published sizes on a GPU, tiny ones in a dry run."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -29,6 +29,9 @@ from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.denoiser import Conditioning
 from panorama.sampling.perceptual import LPIPS, VGG16
 from panorama.sampling.presets import Preset
+
+Figures = Iterator[tuple[str, Any]]
+"""What a row found: names and values, each as soon as it is known."""
 
 PUBLISHED = Path(__file__).parents[2] / "tests" / "data"
 """Configurations of the published models."""

@@ -20,7 +20,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu.lab import Lab, Run, strip
+from benchmarks.gpu.lab import Figures, Lab, Run, strip
 from benchmarks.operations import PUBLISHED_LOOP, TOKENS
 from benchmarks.plain_loop import StableDiffusion, plain_loop
 from panorama.base_model import BaseModel
@@ -28,9 +28,6 @@ from panorama.images.vae import decode
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.presets import EXACT, FAST, WHOLE
 from panorama.sampling.synchronize import SyncSettings
-
-Figures = Iterator[tuple[str, Any]]
-"""What a row found: names and values, each as soon as it is known."""
 
 STEPS = 50  # of the published loop
 BRIEF = 10  # steps of 50 where none is a sync step
@@ -296,32 +293,6 @@ def top_ten(lab: Lab) -> Figures:
         for event in sorted(events, key=lambda e: -getattr(e, field))[:10]:
             share = getattr(event, field) / total
             yield f"{name}: {event.key}, {event.count} calls: share", share
-
-
-def batches(lab: Lab) -> Figures:
-    """Try sizes of batches and the layout of memory; seconds of whole runs, extrapolated."""
-    for layout in (torch.contiguous_format, torch.channels_last):
-        for network in lab.sd2.networks():
-            network.to(memory_format=layout)
-        for size in (8,) if lab.dry else (8, 16, 32, 4):
-            note = ", channels_last" if layout is torch.channels_last else ""
-            yield from variant(lab, f"batches of {size}{note}", batch_size=size)
-    for network in lab.sd2.networks():
-        network.to(memory_format=torch.contiguous_format)
-
-
-def variant(lab: Lab, name: str, **options: Any) -> Figures:
-    """Measure fast, steps without synchronising, and sync steps with a gradient."""
-    runs = {
-        "fast": (strip(lab, lab.sd2, FAST, **options), FAST.num_inference_steps),
-        "no sync": (strip(lab, lab.sd2, EXACT, steps=5, weight=0, **options), STEPS),
-        "gradient": (strip(lab, lab.sd2, EXACT, steps=2, threshold=2, **options), STEPS),
-    }
-    for kind, (run, whole) in runs.items():
-        part = run.settings.num_inference_steps
-        replace(run, settings=replace(run.settings, num_inference_steps=1)).denoise()
-        cost = lab.measure(lab.sd2, run.denoise)
-        yield f"{name}: {kind}: seconds of {whole} steps", cost.of(part, whole)
 
 
 def whole_canvas(lab: Lab) -> Figures:
