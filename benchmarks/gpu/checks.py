@@ -4,6 +4,7 @@ import gc
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -196,7 +197,7 @@ def decoding(lab: Lab) -> Figures:
     for windows in (4, 16):
         latents = torch.randn(1, 4, window, windows * window, device=lab.device)
         decode_canvas(base.vae, latents)
-        cost = lab.measure(base, lambda latents=latents: decode_canvas(base.vae, latents))
+        cost = lab.measure(base, partial(decode_canvas, base.vae, latents))
         side = window * base.factor
         yield f"{windows * side} x {side}: seconds", cost.seconds
         yield f"{windows * side} x {side}: GB", cost.gigabytes

@@ -45,7 +45,7 @@ def batches(lab: Lab) -> Figures:
 
 
 def graphs(lab: Lab) -> Figures:
-    """Compare calls of the UNet with replays of a CUDA graph, which launches its kernels at once."""
+    """Compare calls of the UNet with replays of a CUDA graph, which launches kernels at once."""
     for count in (1, 2, 5, 8):
         call = unet_call(lab, count)
         yield f"{count} windows: seconds of a call", repeated(lab, call)

@@ -16,7 +16,6 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -121,7 +120,7 @@ def diffusers_call(run: Run) -> Callable[[], Tensor]:
     views = settings.layout(run.pipeline.canvas(settings), base.window, 1)[0]
     places = [(v.top, v.top + v.height, v.left, v.left + v.width) for v in views]
     stock.get_views = lambda *_, **__: places
-    negative_prompt_embeds, prompt_embeds = run.conditioning.states[:, 0].split(1)
+    negative_prompt_embeds, prompt_embeds = run.conditioning.states[:, 0].chunk(2)
 
     def call() -> Tensor:
         latents: Tensor = stock(
@@ -264,7 +263,7 @@ def now(lab: Lab) -> Any:
     """Return an event on the GPU, or the time on a CPU."""
     if not lab.cuda:
         return perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 
@@ -288,7 +287,7 @@ def top_ten(lab: Lab) -> Figures:
         with profile(activities=activities) as profiler:
             run.denoise()
             lab.synchronize()
-        events = [e for e in profiler.key_averages() if e.device_type == DeviceType.CPU]
+        events = [e for e in profiler.key_averages() if e.device_type.name == "CPU"]
         total = sum(getattr(event, field) for event in events) or 1
         for event in sorted(events, key=lambda e: -getattr(e, field))[:10]:
             share = getattr(event, field) / total
@@ -340,7 +339,7 @@ def stock_call(kind: Any, run: Run) -> Callable[[], Tensor]:
     states, pooled = run.conditioning.states[:, 0], run.conditioning.pooled
     assert pooled is not None
     for name, value in {"prompt_embeds": states, "pooled_prompt_embeds": pooled[:, 0]}.items():
-        inputs[f"negative_{name}"], inputs[name] = value.split(1)
+        inputs[f"negative_{name}"], inputs[name] = value.chunk(2)
 
     def call() -> Tensor:
         latents: Tensor = stock(
