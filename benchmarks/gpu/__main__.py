@@ -33,10 +33,10 @@ ROWS = (
     Row("embedded", 25, checks.embedded_family),
     Row("peak", 4, speed.share_of_peak),
     Row("outside", 5, speed.outside),
-    Row("profile", 10, speed.top_ten),
-    Row("batches", 30, levers.batches),
-    Row("sdxl-360", 20, speed.whole_canvas),
     Row("graphs", 5, levers.graphs),
+    Row("batches", 30, levers.batches),
+    Row("profile", 10, speed.top_ten),  # may slow down what follows
+    Row("sdxl-360", 20, speed.whole_canvas),
     Row("out of memory", 10, checks.out_of_memory),
     Row("failed step", 3, checks.failed_step),
     Row("many images", 20, checks.many_images),

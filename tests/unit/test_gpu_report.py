@@ -36,7 +36,7 @@ def test_a_dry_run_of_every_row_reports_every_figure(tmp_path: Path) -> None:
 
 @pytest.fixture
 def report(tmp_path: Path) -> Report:
-    return Report(tmp_path / "report", {"device": "none"})
+    return Report(tmp_path / "report", {"device": "none", "dry run": True})
 
 
 def written(report: Report) -> dict[str, dict[str, object]]:
