@@ -128,9 +128,8 @@ def plain_loop(
                     noise = share_means(noise, anchor_noise, weight, z, closed)
                 own.scale_model_input(x, t)  # Euler expects this call before each step
                 x = own.step(noise, t, x).prev_sample
-            weight_of_cells = feather(view).to(x.device)
-            add(total, x * weight_of_cells, view, closed)
-            add(count, torch.ones_like(x) * weight_of_cells, view, closed)
+            add(total, x * feather(view, x.device), view, closed)
+            add(count, torch.ones_like(x) * feather(view, x.device), view, closed)
         z = total / count
     return z
 
@@ -197,12 +196,12 @@ def add(total: Tensor, x: Tensor, view: View, closed: Axis) -> None:
     total[:, :, tops, lefts] += x[:, :, rows][..., columns]
 
 
-def feather(view: View) -> Tensor:
+def feather(view: View, device: torch.device) -> Tensor:
     """Return the weight of each cell (h, w) of a view, which falls towards a feathered edge."""
     if not view.feathered:
-        return torch.ones(view.height, view.width)
+        return torch.ones(view.height, view.width, device=device)
     rows, columns = (
-        torch.tensor([(min(k, size - 1 - k) + 0.5) / size for k in range(size)])
+        torch.tensor([(min(k, size - 1 - k) + 0.5) / size for k in range(size)], device=device)
         for size in (view.height, view.width)
     )
     return torch.outer(rows, columns)
