@@ -1,9 +1,12 @@
 """Seconds and memory of a panorama, beside the published loop and diffusers' pipelines."""
 
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 from unittest.mock import patch
@@ -209,7 +212,7 @@ def guided_operations(base: BaseModel) -> int:
 
 
 def outside(lab: Lab) -> Figures:
-    """Measure the share of denoising that is spent outside the networks."""
+    """Measure the share of denoising outside the networks, and where it waits for the GPU."""
     for name, run in {
         "fast": strip(lab, lab.sd2, FAST),
         "exact, a sync step in ten": strip(lab, lab.sd2, EXACT, steps=10, threshold=1),
@@ -220,6 +223,25 @@ def outside(lab: Lab) -> Figures:
         for part, within in inside.items():
             yield f"{name}: seconds in {part}", within
         yield f"{name}: share outside the networks", 1 - sum(inside.values()) / seconds
+        places = waits(lab, run)
+        yield f"{name}: waits for the GPU", places.total()
+        for place, count in places.most_common(3):
+            yield f"{name}: waits at {place}", count
+
+
+def waits(lab: Lab, run: Run) -> Counter[str]:
+    """Count where the processor waits for the GPU in denoising; nowhere on CPUs."""
+    if not lab.cuda:
+        return Counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run.denoise()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found = [w for w in caught if "synchroniz" in str(w.message)]
+    return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found)
 
 
 def time_inside(lab: Lab, run: Run) -> tuple[float, dict[str, float]]:
