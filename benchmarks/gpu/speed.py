@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -60,7 +60,9 @@ def against_published(lab: Lab) -> Figures:
     yield f"exact, sync_threshold {STEPS}: times as fast", theirs[STEPS] / seconds
 
 
-def published_steps(lab: Lab, base: BaseModel) -> Any:
+def published_steps(
+    lab: Lab, base: BaseModel
+) -> Generator[tuple[str, float], None, tuple[float, float, float]]:
     """Measure the published loop: yield figures, return seconds of both steps and of decoding."""
     run = strip(lab, base, PUBLISHED_LOOP)
 
