@@ -71,9 +71,7 @@ class Cost:
     """What a call takes."""
 
     seconds: float  # median of its repeats
-    gigabytes: (
-        float  # the peak of the networks that it runs and of all that it allocates; 0 on CPUs
-    )
+    gigabytes: float  # the peak of its networks and of all that it allocates, 0 on CPUs
     result: Any
 
     def of(self, part: int, whole: int) -> float:
