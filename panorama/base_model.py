@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from panorama.conditioning.lora import TOKENS, load_lora, load_tokens
+from panorama.conditioning.lora import LEGAL, Lora, LoraError, load_tokens, read_lora
 from panorama.conditioning.prompts import TextEncoder
 from panorama.sampling.perceptual import LPIPS
 
@@ -37,7 +37,7 @@ class BaseModel:
     tiny_vae: Any = None  # AutoencoderTiny, which decodes the VAE's latents at far less cost
     controlnet: Any = None  # ControlNetModel for depth
     perceptual: Any = None  # LPIPS, or a module with its `embed` and `distance`
-    has_lora: bool = False  # the UNet has a LoRA, see `lora_applied`
+    lora: Lora | None = None  # its own, see `lora_applied`
     tokens: tuple[str, ...] = ()  # its trigger tokens, if it has any
 
     @property
@@ -60,6 +60,12 @@ class BaseModel:
     def divisor(self) -> int:
         """Divisor of a view's sides in latent cells, so that every level has whole cells."""
         return int(2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @property
+    def text_networks(self) -> Mapping[str, Any]:
+        """The networks of the text encoders, by the names that a LoRA has for them."""
+        models = [encoder.model for encoder in self.text_encoders]
+        return dict(zip(("text_encoder", "text_encoder_2"), models, strict=False))
 
     def to(self, device: torch.device | str) -> None:
         """Move every network to a device."""
@@ -103,12 +109,18 @@ def load_base_model(components: Mapping[str, Path], dtype: torch.dtype) -> BaseM
     if base.embed_type == "text_time" and base.vae.config.force_upcast and dtype != torch.float32:
         base = replace(base, vae=load_model(AutoencoderKL, components["vae"], torch.float32))
     if lora := components.get("lora.safetensors"):
-        load_lora(base.unet, lora)
-        base = replace(base, has_lora=True)
+        base = replace(base, lora=own_lora(base, lora))
     if embeddings := components.get("embeddings.safetensors"):
-        load_tokens(base.text_encoders, embeddings)
-        base = replace(base, tokens=TOKENS)
+        base = replace(base, tokens=load_tokens(base.text_encoders, embeddings))
     return base
+
+
+def own_lora(base: BaseModel, path: Path) -> Lora:
+    """Read the LoRA that belongs to a base model; ValueError if it does not fit."""
+    try:
+        return read_lora(path, {"unet": base.unet, **base.text_networks})
+    except LoraError as error:
+        raise ValueError(f"{path.name}: must be {LEGAL}, not {error}") from error
 
 
 def load_model(kind: Any, folder: Path, dtype: torch.dtype) -> Any:

@@ -140,7 +140,7 @@ class Models:
             # A larger ring would be decoded in slices, which are not exact.
             largest=MAX_CELLS * base.factor**2 if spans else inf,
             window=0 if spans else base.window,
-            has_lora=base.has_lora,
+            has_lora=base.lora is not None,
             tokens=base.tokens,
             speed=spec.speed,
             speeds={

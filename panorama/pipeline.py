@@ -1,6 +1,7 @@
 """The recipe of a panorama: encode the prompts, denoise a canvas, decode it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from panorama.base_model import BaseModel
-from panorama.conditioning.lora import lora_applied
+from panorama.conditioning.lora import Lora, lora_applied
 from panorama.conditioning.prompts import encode_prompts
 from panorama.errors import check_least, shorten
 from panorama.images.vae import MAX_CELLS, decode, decode_canvas
@@ -42,7 +43,8 @@ class Settings:
         sync: strength and kind of synchronising; None for none.
         depth: depth to follow, (height, width) in [0, 1], 1 is nearest.
         controlnet_conditioning_scale: how closely to follow it, 0 for not at all.
-        lora_scale: strength of the LoRA, if the base model has one.
+        lora: a LoRA in place of the base model's own.
+        lora_scale: strength of the LoRA, if there is one.
 
     Raises:
         ValueError: a setting breaks its rule.
@@ -60,6 +62,7 @@ class Settings:
     sync: SyncSettings | None = None
     depth: Tensor | None = None
     controlnet_conditioning_scale: float = 0.5
+    lora: Lora | None = None
     lora_scale: float = 0.8
 
     def __post_init__(self) -> None:
@@ -143,13 +146,14 @@ class Pipeline:
     @torch.inference_mode(False)
     def encode(self, settings: Settings) -> Conditioning:
         """Embed the prompts; ValueError if one is too long."""
-        return encode_prompts(
-            self.base.text_encoders,
-            self.base.embed_type,
-            settings.prompt,
-            settings.negative_prompt,
-            settings.guidance_scale,
-        )
+        with self._lora(self.base.text_networks, settings):
+            return encode_prompts(
+                self.base.text_encoders,
+                self.base.embed_type,
+                settings.prompt,
+                settings.negative_prompt,
+                settings.guidance_scale,
+            )
 
     @torch.inference_mode(False)  # synchronising needs gradients, whatever mode the caller is in
     def denoise(
@@ -187,7 +191,7 @@ class Pipeline:
         controlnets = [control.controlnet] if control else []
         wrapped = canvas.closed if settings.layout.wraps else ""
         with (
-            lora_applied(base.unet, settings.lora_scale),
+            self._lora({"unet": base.unet}, settings),
             circular(base.unet, *controlnets, axes=wrapped),
             frozen(*base.networks(), checkpointing=self.checkpointing) as save_memory,
         ):
@@ -225,6 +229,12 @@ class Pipeline:
             max_cells=self.max_cells,
         )
         return image.add_(1).div_(2)
+
+    def _lora(
+        self, networks: Mapping[str, Any], settings: Settings
+    ) -> AbstractContextManager[None]:
+        """Add the LoRA of the settings, or else the base model's own, to some networks."""
+        return lora_applied(networks, settings.lora or self.base.lora, settings.lora_scale)
 
     def _check_parts(self, settings: Settings, parts: int) -> None:
         """Check that every part of the prompt is at least one window long."""

@@ -1,6 +1,7 @@
 """A small random model of the shape of SDXL base 1.0 with its ControlNet, and a LoRA for it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from panorama.base_model import BaseModel
-from panorama.conditioning.lora import load_lora, load_tokens
+from panorama.base_model import BaseModel, own_lora
+from panorama.conditioning.lora import load_tokens
 from panorama.conditioning.prompts import TextEncoder
 from panorama.sampling.perceptual import LPIPS
 from tests.small import small_tiny_vae
@@ -160,10 +161,10 @@ def pivotal(path: Path) -> Path:
 
 
 def add_lora(base: BaseModel, folder: Path) -> BaseModel:
-    """Load a LoRA and its tokens into a base model, by way of files in a folder."""
-    load_lora(base.unet, cog_sdxl(base, folder / "lora.safetensors"))
-    load_tokens(base.text_encoders, pivotal(folder / "embeddings.safetensors"))
-    return base
+    """Give a base model a LoRA and its tokens, by way of files in a folder."""
+    lora = own_lora(base, cog_sdxl(base, folder / "lora.safetensors"))
+    tokens = load_tokens(base.text_encoders, pivotal(folder / "embeddings.safetensors"))
+    return replace(base, lora=lora, tokens=tokens)
 
 
 def save_family(folder: Path, modes: Sequence[str] = ("sdxl-360",), **defaults: Any) -> None:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from panorama.base_model import BaseModel
@@ -16,13 +15,11 @@ class State:
 
     Attributes:
         attributes: names and modes of every module's own, patches among them.
-        scalings: of LoRAs, and which of them are on.
         learning: whether each parameter takes a gradient.
         parameters: copies.
     """
 
     attributes: list[tuple[Any, ...]]
-    scalings: list[tuple[Any, ...]]
     learning: list[bool]
     parameters: list[Tensor]
 
@@ -33,11 +30,6 @@ class State:
         parameters = [p for network in base.networks() for p in network.parameters()]
         return cls(
             [(*sorted(vars(m)), m.training, checkpointing(m)) for m in modules],
-            [
-                (dict(m.scaling), m.disable_adapters, tuple(m.active_adapters))
-                for m in modules
-                if isinstance(m, LoraLayer)
-            ],
             [parameter.requires_grad for parameter in parameters],
             [parameter.detach().clone() for parameter in parameters],
         )
@@ -46,7 +38,6 @@ class State:
         """Fail if anything is not as it was."""
         now = State.of(base)
         assert now.attributes == self.attributes
-        assert now.scalings == self.scalings
         assert now.learning == self.learning
         assert all(map(torch.equal, now.parameters, self.parameters))
 

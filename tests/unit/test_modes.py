@@ -6,7 +6,7 @@ import io
 import json
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from panorama.__main__ import main
-from panorama.conditioning.lora import LORA, TOKENS
+from panorama.base_model import BaseModel
 from panorama.errors import NotFiniteError
 from panorama.images.files import Panorama, read_metadata
 from panorama.images.vae import MAX_CELLS, to_pil
@@ -97,7 +97,7 @@ def test_a_family_offers_what_its_models_can_do(models: Models) -> None:
     assert (strip.multiple, strip.smallest) == (4, 64)
     assert (xl.multiple, xl.smallest) == (8, 128)
     assert (ring.window, strip.window, xl.window) == (0, 16, 16)
-    assert ring.tokens == xl.tokens == TOKENS and strip.tokens == ()
+    assert ring.tokens == xl.tokens == ("<s0>", "<s1>") and strip.tokens == ()
     assert (strip.speed, xl.speed) == ("exact", "fast")
     assert strip.speeds["fast"].num_inference_steps < strip.speeds["exact"].num_inference_steps
 
@@ -357,7 +357,7 @@ def test_a_prompt_of_too_many_tokens_is_refused_before_any_work(
     models: Models, mode: str, field: str
 ) -> None:
     most = models.bases[mode].text_encoders[0].max_tokens
-    tokens = 0 if mode == "syncdiffusion" or field == "negative_prompt" else len(TOKENS)
+    tokens = 0 if mode == "syncdiffusion" or field == "negative_prompt" else 2  # of the LoRA
     models.prepare(request(mode, **{field: "sea " * (most - tokens)}))
     with pytest.raises(ValueError, match=rf"^{field}='.*at most {most} tokens") as error:
         models.prepare(request(mode, **{field: "sea " * (most - tokens + 1)}))
@@ -455,20 +455,34 @@ def test_an_exception_leaves_the_networks_as_they_were(models: Models, mode: str
 # --- an image that is not finite (issue 19, fault 10) ---
 
 
-def spoil(network: nn.Module, part: str) -> None:
+def spoil(weights: Iterable[tuple[str, Tensor]], part: str) -> None:
     """Put NaN into one weight."""
-    (name, weight), *_ = (p for p in network.named_parameters() if part in p[0])
+    (name, weight), *_ = (pair for pair in weights if part in pair[0])
     with torch.no_grad():
         weight.view(-1)[0] = torch.nan
     assert not weight.isfinite().all(), name
 
 
-STAGES: dict[str, tuple[Callable[[Any], nn.Module], str, str]] = {
-    "UNet": (lambda base: base.unet, "mid_block", r"latents .* step 1 of 2"),
-    "LoRA": (lambda base: base.unet, f"lora_A.{LORA}", r"latents .* step 1 of 2"),
-    "ControlNet": (lambda base: base.controlnet, "mid_block", r"latents .* step 1 of 2"),
-    "text encoder": (lambda base: base.text_encoders[0].model, "fc1", "embeddings of the prompts"),
-    "VAE": (lambda base: base.vae.decoder, "mid_block", "decoded image"),
+def lora_weights(base: BaseModel) -> list[tuple[str, Tensor]]:
+    return [(name, change.down) for name, change in base.lora.changes["unet"].items()]
+
+
+Weights = Callable[[BaseModel], Iterable[tuple[str, Tensor]]]
+
+STAGES: dict[str, tuple[Weights, str, str]] = {
+    "UNet": (lambda base: base.unet.named_parameters(), "mid_block", r"latents .* step 1 of 2"),
+    "LoRA": (lora_weights, "attn1", r"latents .* step 1 of 2"),
+    "ControlNet": (
+        lambda base: base.controlnet.named_parameters(),
+        "mid_block",
+        r"latents .* step 1 of 2",
+    ),
+    "text encoder": (
+        lambda base: base.text_encoders[0].model.named_parameters(),
+        "fc1",
+        "embeddings of the prompts",
+    ),
+    "VAE": (lambda base: base.vae.decoder.named_parameters(), "mid_block", "decoded image"),
 }
 
 
@@ -476,8 +490,8 @@ STAGES: dict[str, tuple[Callable[[Any], nn.Module], str, str]] = {
 def test_an_image_that_is_not_finite_is_an_error_that_says_where(
     fresh: Models, depth_image: Path, stage: str
 ) -> None:
-    network, part, where = STAGES[stage]
-    spoil(network(fresh.bases["sdxl-360"]), part)
+    weights, part, where = STAGES[stage]
+    spoil(weights(fresh.bases["sdxl-360"]), part)
     for mode in ("sdxl-360", "syncdiffusion-xl"):
         size = {"height": HEIGHT, "width": WIDTH}
         # Synchronising decodes at the first step already.
@@ -490,7 +504,7 @@ def test_an_image_that_is_not_finite_is_an_error_that_says_where(
 
 @pytest.mark.parametrize("part", ["unet", "vae.decoder", "perceptual"])
 def test_a_synchronised_image_that_is_not_finite_is_an_error(fresh: Models, part: str) -> None:
-    spoil(attrgetter(part)(fresh.bases["syncdiffusion"]), "weight")
+    spoil(attrgetter(part)(fresh.bases["syncdiffusion"]).named_parameters(), "weight")
     with pytest.raises(NotFiniteError, match=r"latents .* step 1 of 2"):
         generate(fresh, "syncdiffusion")
 
@@ -499,7 +513,7 @@ def test_no_file_is_made_of_an_image_that_is_not_finite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     models = load(save_family(tmp_path / "family"), device="cpu")
-    spoil(models.bases["sdxl-360"].unet, "conv_out")
+    spoil(models.bases["sdxl-360"].unet.named_parameters(), "conv_out")
     monkeypatch.setattr("panorama.__main__.load_models", lambda: models)
     output = tmp_path / "output"
     output.mkdir()

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from panorama.base_model import BaseModel, load_base_model
-from panorama.conditioning.lora import TOKENS, load_lora, load_tokens, lora_applied
+from panorama.conditioning.lora import load_tokens, lora_applied, read_lora
 from panorama.images.vae import decode
 from panorama.modes import load
 from panorama.request import Request
@@ -238,7 +238,7 @@ def test_a_style_loads_as_it_was_trained(base: BaseModel, tmp_path: Path) -> Non
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.5)
     latents, t = torch.randn(1, 4, 8, 16), torch.tensor([500])
-    extended = [f"{''.join(TOKENS)} {PROMPTS[0]}"]
+    extended = [f"{''.join(style.TOKENS)} {PROMPTS[0]}"]
     save_file(style.lora_weights(trained.unet), tmp_path / "lora.safetensors")
     save_file(style.token_embeddings(trained), tmp_path / "embeddings.safetensors")
     load_tokens(base.text_encoders, tmp_path / "embeddings.safetensors")
@@ -246,8 +246,8 @@ def test_a_style_loads_as_it_was_trained(base: BaseModel, tmp_path: Path) -> Non
     with torch.no_grad():
         expected = trained(latents, t, words)
         assert (model(latents, t, words) - expected).abs().max() > 1e-2
-        load_lora(base.unet, tmp_path / "lora.safetensors")
-        with lora_applied(base.unet, 1.0):
+        lora = read_lora(tmp_path / "lora.safetensors", {"unet": base.unet})
+        with lora_applied({"unet": base.unet}, lora, 1.0):
             torch.testing.assert_close(model(latents, t, words), expected)
 
 
@@ -273,7 +273,7 @@ def test_the_export_loads_and_shares_the_autoencoder(
     assert (folder / "vae").readlink() == Path("../sd2/vae")
     assert (folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes() == shared
     loaded = load_base_model({path.name: path for path in folder.iterdir()}, torch.float32)
-    assert loaded.tokens == TOKENS
+    assert loaded.tokens == style.TOKENS
     assert loaded.controlnet is not None
 
 

@@ -85,7 +85,7 @@ def stock(kind: Any, base: BaseModel, settings: Settings, noise: Tensor, **input
     with (
         torch.no_grad(),
         circular(*wrapped, axes=settings.closed),
-        lora_applied(base.unet, settings.lora_scale),
+        lora_applied({"unet": base.unet}, base.lora, settings.lora_scale),
     ):
         return pipe(
             settings.prompt,

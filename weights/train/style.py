@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from panorama.conditioning.lora import LORA, TOKENS
 from weights.train.fit import Plan, fit
 from weights.train.sdxl import Spheres, TextToSphere, encode_kinds, subjects, text_loss
 
@@ -26,6 +25,8 @@ DROPPED = 0.5
 """Share of captions left out: guidance multiplies what images without a caption have not learned,
 and colours with it.
 """
+LORA = "style"  # its name inside the UNet
+TOKENS = ("<s0>", "<s1>")
 RANK = 4
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 OUTLINES = ImageFilter.UnsharpMask(radius=5, percent=120, threshold=0)
