@@ -127,8 +127,12 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             ge=0.0,
             le=2.0,
         ),
+        lora: Optional[str] = Input(
+            description="LoRA for SDXL to use in place of the model family's own: owner/name or owner/name/file.safetensors on the Hugging Face hub, or an https URL, if its host is allowed here.",
+            default=None,
+        ),
         lora_scale: float = Input(
-            description="Strength of the model family's LoRA, if it has one; 0 turns it off. While it is on, a prompt that names none of its trigger tokens starts with them.",
+            description="Strength of that LoRA, or else of the model family's own, if it has one; 0 turns it off. While the family's own is on, TOK in the prompt stands for its trigger tokens, and a prompt that names none of them starts with them.",
             default=0.8,
             ge=0.0,
             le=2.0,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from panorama.environment import load_models
 from panorama.errors import shorten
-from panorama.request import INPUTS, Request
+from panorama.request import INPUTS, Input, Request
 from panorama.weights import WeightsError
 
 if TYPE_CHECKING:
@@ -83,21 +83,21 @@ def parse_inputs(pairs: Sequence[str]) -> dict[str, Any]:
             raise ValueError(f"-i {shorten(name)}: must be one of {', '.join(INPUTS)}")
         if name in inputs:
             raise ValueError(f"{name}: must be given once")
-        inputs[name] = parse_value(INPUTS[name].kind, text)
+        inputs[name] = parse_value(INPUTS[name], text)
     for name, rule in INPUTS.items():
         if rule.required and name not in inputs:
             raise ValueError(f"{name}: must be given; try -i {name}={rule.example!r}")
     return inputs
 
 
-def parse_value(kind: type, text: str) -> object:
+def parse_value(rule: Input, text: str) -> object:
     """Return the value that a text stands for, or else the text, for `Request` to refuse."""
-    if kind is str:
+    if rule.takes_file and text.startswith("@"):
+        return Path(text[1:])
+    if rule.kind in (str, Path):
         return text
-    if kind is bool:
+    if rule.kind is bool:
         return {"true": True, "false": False}.get(text.lower(), text)
-    if kind is Path:
-        return Path(text[1:]) if text.startswith("@") else text
     for parse in (int, float):
         with suppress(ValueError):
             return parse(text)

@@ -67,6 +67,11 @@ class BaseModel:
         models = [encoder.model for encoder in self.text_encoders]
         return dict(zip(("text_encoder", "text_encoder_2"), models, strict=False))
 
+    @property
+    def lora_networks(self) -> Mapping[str, Any]:
+        """The networks that a LoRA may change, by the names that it has for them."""
+        return {"unet": self.unet, **self.text_networks}
+
     def to(self, device: torch.device | str) -> None:
         """Move every network to a device."""
         for network in self.networks():
@@ -118,7 +123,7 @@ def load_base_model(components: Mapping[str, Path], dtype: torch.dtype) -> BaseM
 def own_lora(base: BaseModel, path: Path) -> Lora:
     """Read the LoRA that belongs to a base model; ValueError if it does not fit."""
     try:
-        return read_lora(path, {"unet": base.unet, **base.text_networks})
+        return read_lora(path, base.lora_networks)
     except LoraError as error:
         raise ValueError(f"{path.name}: must be {LEGAL}, not {error}") from error
 

@@ -26,7 +26,7 @@ from torch import distributed
 
 from panorama.environment import family_name, hide_progress_bars
 from panorama.errors import shorten
-from panorama.request import INPUTS, Request
+from panorama.request import INPUTS, Input, Request
 from panorama.weights import WeightsError
 
 if TYPE_CHECKING:
@@ -114,10 +114,17 @@ def build_request(inputs: object, seed: int) -> Request:
         raise ValueError(f'{shorten(inputs)}: must be an object of inputs; try {{"prompt": "sea"}}')
     if unknown := sorted(set(inputs) - set(INPUTS)):
         raise ValueError(f"{shorten(unknown[0])}: must be one of {', '.join(INPUTS)}")
-    files = {name for name, rule in INPUTS.items() if rule.kind is Path}
-    paths = {name: Path(inputs[name]) for name in files if isinstance(inputs.get(name), str)}
+    files = {name: str(inputs[name]) for name, rule in INPUTS.items() if takes_path(rule, inputs)}
+    paths = {name: Path(text.removeprefix("@")) for name, text in files.items()}
     request = Request(**inputs | paths)
     return request if request.seed is not None else replace(request, seed=seed)
+
+
+def takes_path(rule: Input, inputs: Mapping[str, Any]) -> bool:
+    """Return True for an input that names a file: @FILE where it could be another text."""
+    text = inputs.get(rule.name)
+    at = isinstance(text, str) and (rule.kind is Path or text.startswith("@"))
+    return rule.takes_file and at
 
 
 def check_lines(lines: Sequence[Line], models: "Models", *, together: bool) -> None:

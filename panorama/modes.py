@@ -18,10 +18,12 @@ from panorama import weights
 from panorama.__version__ import __version__
 from panorama.base_model import BaseModel, load_base_model
 from panorama.conditioning import depth as depth_images
+from panorama.conditioning.lora import LEGAL, Lora, LoraError, read_lora
 from panorama.conditioning.prompts import check_lengths
 from panorama.images.files import Panorama
 from panorama.images.safety import SafetyChecker
 from panorama.images.vae import MAX_CELLS, to_pil
+from panorama.loras import Fetcher, FetchError
 from panorama.pipeline import Pipeline, Settings
 from panorama.request import INPUTS, ModeSettings, Request, ResolvedRequest, SpeedSettings
 from panorama.sampling.presets import WHOLE, WINDOWED, Preset
@@ -52,10 +54,11 @@ MODES: Mapping[str, Mode] = {
 
 @dataclass(frozen=True)
 class Job:
-    """A request with nothing left open, and its depth image, already read."""
+    """A request with nothing left open, and the files that it names, already read."""
 
     request: ResolvedRequest
     depth: depth_images.DepthImage | None = None
+    lora: Lora | None = None  # in place of the family's own
 
     def settings(self) -> Settings:
         """Return the settings of the pipeline."""
@@ -80,6 +83,7 @@ class Job:
             sync=sync if mode.synchronised else None,
             depth=self._depth(),
             controlnet_conditioning_scale=request.controlnet_conditioning_scale,
+            lora=self.lora,
             lora_scale=request.lora_scale,
         )
 
@@ -88,6 +92,8 @@ class Job:
         inputs = self.request.mode_inputs()
         if self.depth is not None:
             inputs["depth_image"] = f"sha256:{self.depth.sha256}"
+        if self.lora is not None:
+            inputs["lora"] = f"sha256:{self.lora.sha256}"
         versions = {name: version(name) for name in ("torch", "diffusers")}
         return {
             "inputs": inputs,
@@ -121,6 +127,7 @@ class Models:
     bases: Mapping[str, BaseModel]  # by mode
     defaults: Mapping[str, Mapping[str, Any]]  # inputs by mode
     checker: SafetyChecker | None = None  # every image must pass it
+    fetcher: Fetcher = field(default_factory=Fetcher)  # of LoRAs that users name
     _lock: AbstractContextManager[Any] = field(default_factory=threading.Lock, repr=False)
 
     def settings(self, mode: str) -> ModeSettings:
@@ -165,7 +172,7 @@ class Models:
         resolved = request.resolve(settings, image.size if image else None)
         texts = {"prompt": resolved.parts, "negative_prompt": (resolved.negative_prompt,)}
         check_lengths(self.bases[request.mode].text_encoders, texts)
-        return Job(resolved, image)
+        return Job(resolved, image, self._lora(request))
 
     def run(self, job: Job, on_step: Progress | None = None) -> Panorama:
         """Make the panorama of a job.
@@ -206,6 +213,23 @@ class Models:
     def generate(self, request: Request, on_step: Progress | None = None) -> Panorama:
         """Make the panorama of a request; see `prepare` and `run`."""
         return self.run(self.prepare(request), on_step)
+
+    def _lora(self, request: Request) -> Lora | None:
+        """Fetch and read the LoRA that a request names, if it names one."""
+        if request.lora is None:
+            return None
+        rule, networks = INPUTS["lora"], self.bases[request.mode].lora_networks
+        try:
+            if isinstance(request.lora, str):
+                return read_lora(self.fetcher.fetch(request.lora), networks)
+            return read_lora(request.lora, networks)
+        except LoraError as error:
+            reason = f"be {LEGAL}, not {error}"
+        except FetchError as error:
+            reason = str(error)
+        except FileNotFoundError:
+            reason = "be a file that exists"
+        raise rule.refuse(request.lora, reason, rule.example)
 
     def _check(self, image: Image.Image, request: ResolvedRequest) -> None:
         """Raise ImageWithheldError if the safety checker flags an image."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from math import ceil, floor, inf, prod, sqrt
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args
 
 from panorama.errors import shorten
@@ -58,6 +58,7 @@ class Input:
     name: str
     kind: type[str] | type[bool] | type[int] | type[float] | type[Path]
     optional: bool  # takes None
+    takes_file: bool  # takes a file, perhaps in place of text
     default: Any  # dataclasses.MISSING if a request must give it
     example: Any  # a legal value to suggest; None for none
     description: str  # one or two sentences for users
@@ -79,6 +80,7 @@ class Input:
         number = self.kind in (int, float)
         # A string is not accepted as a file: it could name any file on this machine.
         fits = isinstance(value, int | float if number else self.kind)
+        fits = fits or (self.takes_file and isinstance(value, Path))
         if not fits or (number and isinstance(value, bool)):
             raise self.refuse(value, f"be {_NOUNS[self.kind]}", self.example)
         if isinstance(value, str):
@@ -264,9 +266,18 @@ class Request:
         modes=SDXL_MODES,
         needs="depth_image",
     )
+    lora: str | Path | None = _input(
+        "LoRA for SDXL to use in place of the model family's own: owner/name or "
+        "owner/name/file.safetensors on the Hugging Face hub, or an https URL, if its host is "
+        "allowed here.",
+        default=None,
+        example="owner/name/file.safetensors",
+        modes=SDXL_MODES,
+    )
     lora_scale: float = _input(
-        "Strength of the model family's LoRA, if it has one; 0 turns it off. While it is on, a "
-        "prompt that names none of its trigger tokens starts with them.",
+        "Strength of that LoRA, or else of the model family's own, if it has one; 0 turns it off. "
+        "While the family's own is on, TOK in the prompt stands for its trigger tokens, and a "
+        "prompt that names none of them starts with them.",
         default=0.8,
         bounds=(0.0, 2.0),
         modes=SDXL_MODES,
@@ -348,7 +359,7 @@ class ResolvedRequest(Request):
     num_inference_steps: int
     seed: int
     parts: tuple[str, ...]  # texts of the prompt's parts, with the tokens that precede them
-    tokens: str = ""  # the LoRA's trigger tokens that precede a part, "" if they precede none
+    tokens: str = ""  # the LoRA's trigger tokens that a part was given, "" if none was
 
     @property
     def closed_axis(self) -> Literal["", "x", "y"]:
@@ -361,9 +372,10 @@ class ResolvedRequest(Request):
 
 
 def _rules(f: Field[Any]) -> Input:
-    """Return the rules of a field of `Request`, whose type is T or T | None."""
-    kind, *none = get_args(f.type) or (f.type,)
-    return Input(name=f.name, kind=kind, optional=bool(none), default=f.default, **f.metadata)
+    """Return the rules of a field of `Request`, whose type is T, T | None or str | Path | None."""
+    kind, *others = get_args(f.type) or (f.type,)
+    rules = {"optional": NoneType in others, "takes_file": Path in (kind, *others), **f.metadata}
+    return Input(name=f.name, kind=kind, default=f.default, **rules)
 
 
 INPUTS: Mapping[str, Input] = MappingProxyType({f.name: _rules(f) for f in fields(Request)})
@@ -461,12 +473,13 @@ def _check_stride(request: ResolvedRequest, window: int, speed: SpeedSettings) -
 def _lora(request: Request, settings: ModeSettings) -> dict[str, Any]:
     """Return the LoRA's scale, 0 without a LoRA, and the prompt's parts with the tokens for it."""
     rule, scale = INPUTS["lora_scale"], request.lora_scale
-    if request.mode in rule.modes and not settings.has_lora:
+    if request.mode in rule.modes and not settings.has_lora and request.lora is None:
         if scale not in (0, rule.default):
             raise rule.refuse(scale, "not be set with a model family without a LoRA", 0.0)
         scale = 0.0
-    tokens, plain = settings.tokens if scale else (), split_prompt(request.prompt)
-    parts = tuple(_precede(part, tokens) for part in plain)
+    tokens = settings.tokens if scale and request.lora is None else ()
+    plain = split_prompt(request.prompt)
+    parts = tuple(_name_tokens(part, tokens) for part in plain)
     return {
         "lora_scale": scale,
         "parts": parts,
@@ -474,7 +487,10 @@ def _lora(request: Request, settings: ModeSettings) -> dict[str, Any]:
     }
 
 
-def _precede(text: str, tokens: tuple[str, ...]) -> str:
-    """Put trigger tokens before a text that names none of them."""
-    named = not tokens or any(token in text for token in tokens)
-    return text if named else f"{''.join(tokens)} {text}"
+def _name_tokens(text: str, tokens: tuple[str, ...]) -> str:
+    """Put trigger tokens in place of TOK, or else before a text that names none of them."""
+    if not tokens:
+        return text
+    every = "".join(tokens)
+    text = re.sub(r"\bTOK\b", every, text)
+    return text if any(token in text.lower() for token in tokens) else f"{every} {text}"

@@ -135,17 +135,21 @@ def read_lora(path: Path, networks: Mapping[str, Any]) -> Lora:
         return Lora(changes, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Read a LoRA's tensors, and what diffusers wrote on their strength; refuse any other file."""
+def read_metadata(path: Path) -> Mapping[str, str]:
+    """Read the metadata of safetensors; LoraError for any other file."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-        weights = load_file(path)
+            return file.metadata() or {}
     except SafetensorError as error:
         with path.open("rb") as binary:
             head = binary.read(64)
         kinds = (kind for pattern, kind in OTHER_FILES.items() if re.match(pattern, head))
         raise LoraError(next(kinds, "a file that is cut off or damaged")) from error
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    """Read a LoRA's tensors, and what diffusers wrote on their strength; refuse any other file."""
+    metadata, weights = read_metadata(path), load_file(path)
     for pattern, kind in OTHER_KEYS.items():
         if any(re.search(pattern, key) for key in weights):
             raise LoraError(kind)

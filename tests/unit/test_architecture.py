@@ -21,9 +21,10 @@ MAY_IMPORT = {
     "base_model": {"errors", "sampling", "conditioning"},
     "pipeline": {"errors", "sampling", "conditioning", "images", "base_model"},
     "weights": {"errors", "sampling"},
+    "loras": {"errors", "sampling", "conditioning"},
     "modes": {
         *("errors", "request", "sampling", "conditioning", "images", "base_model", "pipeline"),
-        *("weights", "__version__"),
+        *("weights", "loras", "__version__"),
     },
     "environment": {"errors", "weights", "modes"},
     "__init__": {"__version__", "errors", "request", "sampling", "images", "pipeline", "modes"},
@@ -98,9 +99,9 @@ def test_only_predict_imports_cog():
     assert importers("cog", "coglet") == {"predict"}
 
 
-def test_only_weights_imports_clients_of_a_network():
+def test_only_what_fetches_imports_clients_of_a_network():
     clients = importers("httpx", "httpx2", "huggingface_hub", "requests", "urllib")
-    assert {role(module) for module in clients} == {"weights"}
+    assert {role(module) for module in clients} == {"weights", "loras"}
 
 
 def test_every_package_that_is_imported_is_required():

@@ -50,5 +50,5 @@ def test_its_python_imports_names_that_exist():
 def test_the_table_of_environment_variables_names_all_that_are_read():
     written = README.read_text().partition("<!-- environment -->")[2].partition("<!-- /env")[0]
     sources = [ROOT / "predict.py", *(ROOT / "panorama").rglob("*.py")]
-    read = {name for path in sources for name in re.findall(r"PANORAMA_[A-Z]+", path.read_text())}
-    assert read == set(re.findall(r"^\| `(PANORAMA_[A-Z]+)`", written, re.MULTILINE))
+    read = {name for path in sources for name in re.findall(r"PANORAMA_[A-Z_]+", path.read_text())}
+    assert read == set(re.findall(r"^\| `(PANORAMA_[A-Z_]+)`", written, re.MULTILINE))
