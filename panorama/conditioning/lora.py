@@ -22,8 +22,8 @@ from diffusers.utils.state_dict_utils import (
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from tokenizers import AddedToken
 from torch import Tensor, nn
+from transformers import AddedToken
 
 from panorama.conditioning.prompts import TextEncoder
 from panorama.errors import shorten

@@ -1,5 +1,6 @@
 """LoRAs that users name, fetched from real servers: what is allowed, what is kept, what is not."""
 
+import hashlib
 import http.server
 import os
 import socket
@@ -19,7 +20,13 @@ from safetensors.torch import save
 
 from panorama import loras
 from panorama.conditioning.lora import LoraError
+from panorama.images.files import Panorama
 from panorama.loras import Fetcher, FetchError, allowed_hosts, public_address
+from panorama.modes import Models, load
+from panorama.request import Request
+from tests import small_sdxl
+from tests.loras import CONVOLUTIONS, TEXT, UNET, draw, kohya, peft
+from tests.loras import save as save_lora
 
 CERTIFICATE = Path(__file__).parents[1] / "data" / "test_hosts.pem"
 FILE = save({"a.lora_A.weight": torch.arange(6.0).reshape(2, 3)})
@@ -357,3 +364,75 @@ def test_several_at_once_get_the_whole_file(fetcher: Fetcher, server: Server) ->
         paths = list(threads.map(fetcher.fetch, [url] * 8))
     assert {path.read_bytes() for path in paths} == {FILE}
     assert kept(fetcher) == 1
+
+
+# --- from a request to its image ---
+
+
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """A family with a LoRA of its own and trigger tokens."""
+    folder = tmp_path_factory.mktemp("family")
+    small_sdxl.save_family(folder, width=64, height=64, guidance_scale=3.0)
+    return load(str(folder))
+
+
+def make(models: Models, **inputs: Any) -> Panorama:
+    """Make a small image."""
+    common = {"prompt": "hdri view, bedroom", "mode": "sdxl-360", "seed": 1}
+    return models.generate(Request(**{**common, "num_inference_steps": 2, **inputs}))
+
+
+def test_loras_of_users_leave_nothing_to_the_next_prediction(
+    family: Models, fetcher: Fetcher, server: Server, tmp_path: Path
+) -> None:
+    models, base = replace(family, fetcher=fetcher), family.bases["sdxl-360"]
+    first = save_lora(draw(base, UNET, TEXT), tmp_path / "first.safetensors", kohya)
+    second = save_lora(draw(base, CONVOLUTIONS), tmp_path / "second.safetensors", peft)
+    url = server.add("/second.safetensors", second.read_bytes())
+    own, bare = make(models), make(models, lora_scale=0.0)
+    styled = [make(models, lora=each).image.tobytes() for each in (first, url)]
+    images = {own.image.tobytes(), bare.image.tobytes(), *styled}
+    assert len(images) == 4
+    fresh = replace(load(family.family), fetcher=fetcher)
+    assert make(fresh, lora=url).image.tobytes() == styled[1]
+    assert make(models, lora=first).image.tobytes() == styled[0]
+    assert make(models).image.tobytes() == own.image.tobytes()
+    assert make(models, lora_scale=0.0).image.tobytes() == bare.image.tobytes()
+    for lora in (first, url):  # at scale 0 it is that of the base
+        image = make(models, lora=lora, lora_scale=0.0).image
+        assert image.tobytes() == bare.image.tobytes()
+
+
+def test_the_metadata_has_the_hash_of_the_file(family: Models, tmp_path: Path) -> None:
+    base = family.bases["sdxl-360"]
+    path = save_lora(draw(base, UNET), tmp_path / "style.safetensors", kohya)
+    metadata = make(family, lora=path, prompt="TOK sea").metadata
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert metadata["inputs"]["lora"] == f"sha256:{digest}"
+    assert metadata["tokens"] == ""
+    assert make(family).metadata["inputs"]["lora"] is None
+
+
+def test_what_is_wrong_with_a_lora_is_said_before_any_work(
+    family: Models, fetcher: Fetcher, server: Server, tmp_path: Path
+) -> None:
+    models = replace(family, fetcher=fetcher)
+    path = tmp_path / "style.safetensors"
+    path.write_bytes(b"<html>")
+    page = server.add("/page.safetensors", b"<html>")
+    other = server.add("/other.safetensors")
+    wrong = {
+        path: r"lora='style\.safetensors': must be a LoRA for SDXL .*, not a web page",
+        tmp_path / "none.safetensors": r"lora='none\.safetensors': must be a file that exists",
+        page: "must be a LoRA for SDXL .*, not a web page",
+        other: "must be a LoRA for SDXL .*, not a LoRA that lacks a half of 'a'",
+        "https://example.com/a.safetensors": "must be on hub.test or files.test, not on 'example",
+        "sunset": "must be an https URL, or owner/name",
+    }
+    for value, message in wrong.items():
+        request = Request(prompt="sea", mode="sdxl-360", lora=value)
+        with pytest.raises(ValueError, match=message) as error:
+            models.prepare(request)
+        assert str(error.value).startswith("lora=") and "\n" not in str(error.value)
+        assert str(error.value).endswith("; try 'owner/name/file.safetensors'")

@@ -284,6 +284,13 @@ def test_only_processes_that_work_together_share_windows(
     assert [(tmp_path / name / line.file).exists() for name in "01"] == [True, not together]
 
 
+def test_a_lora_is_a_name_or_after_an_at_sign_a_path(tmp_path):
+    names = ("owner/name", "@styles/a.safetensors")
+    lines = [{"prompt": "sea", "mode": "sdxl-360", "lora": name} for name in names]
+    read = read_lines(write(tmp_path / "prompts.jsonl", lines))
+    assert [each.request.lora for each in read] == ["owner/name", Path("styles/a.safetensors")]
+
+
 def test_a_depth_image_is_a_path(tmp_path):
     line = {"prompt": "bedroom", "mode": "sdxl-360", "depth_image": "depth.png"}
     (read,) = read_lines(write(tmp_path / "prompts.jsonl", [line]))

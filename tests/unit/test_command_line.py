@@ -30,8 +30,12 @@ def test_values_get_the_types_of_their_inputs():
 
 
 def test_a_file_is_marked_by_an_at_sign():
-    pairs = ["prompt=a", "mode=sdxl-360", "depth_image=@a/depth.png"]
-    assert parse_inputs(pairs)["depth_image"] == Path("a/depth.png")
+    pairs = ["prompt=@a", "mode=sdxl-360", "depth_image=@a/depth.png", "lora=@a/b.safetensors"]
+    inputs = parse_inputs(pairs)
+    assert inputs["prompt"] == "@a"
+    assert inputs["depth_image"] == Path("a/depth.png")
+    assert inputs["lora"] == Path("a/b.safetensors")
+    assert parse_inputs(["prompt=a", "lora=a/b.safetensors"])["lora"] == "a/b.safetensors"
 
 
 @pytest.mark.parametrize(

@@ -255,6 +255,7 @@ OWN = {
     "speed": ("syncdiffusion", "syncdiffusion-xl"),
     "depth_image": ("syncdiffusion-xl", "sdxl-360"),
     "controlnet_conditioning_scale": ("syncdiffusion-xl", "sdxl-360"),
+    "lora": ("syncdiffusion-xl", "sdxl-360"),
     "lora_scale": ("syncdiffusion-xl", "sdxl-360"),
 }
 OTHER = {
@@ -267,6 +268,7 @@ OTHER = {
     "speed": "exact",
     "depth_image": DEPTH,
     "controlnet_conditioning_scale": 0.0,
+    "lora": "owner/name",
     "lora_scale": 0.0,
 }
 
@@ -318,6 +320,8 @@ def test_an_error_names_a_file_without_its_folder():
     [
         ({"prompt": "sea"}, "<s0><s1> sea"),
         ({"prompt": "sea like <s1>"}, "sea like <s1>"),
+        ({"prompt": "sea like <S1>"}, "sea like <S1>"),
+        ({"prompt": "sea", "lora": "owner/name"}, "sea"),
         ({"prompt": "sea", "lora_scale": 0}, "sea"),
         ({"prompt": "sea", "mode": "syncdiffusion-xl"}, "<s0><s1> sea"),
         ({"prompt": "sea", "mode": "syncdiffusion"}, "sea"),
@@ -352,6 +356,27 @@ def test_bars_separate_the_parts_of_a_prompt(prompt, parts):
 
 def test_bars_of_a_negative_prompt_are_literal():
     assert resolve(negative_prompt="fog || rain").negative_prompt == "fog || rain"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "parts"),
+    [
+        ("sea, in the style of TOK", ("sea, in the style of <s0><s1>",)),
+        ("TOK sea like TOK", ("<s0><s1> sea like <s0><s1>",)),
+        ("<s0> sea like TOK", ("<s0> sea like <s0><s1>",)),
+        ("TOKYO by night", ("<s0><s1> TOKYO by night",)),
+        ("tok tok", ("<s0><s1> tok tok",)),
+        ("sea | TOK night", ("<s0><s1> sea", "<s0><s1> night")),
+    ],
+)
+def test_tok_stands_for_the_tokens(prompt, parts):
+    inputs = {"mode": "syncdiffusion-xl", "width": 3072, "prompt": prompt}
+    resolved = resolve(XL, **inputs)
+    assert (resolved.parts, resolved.tokens, resolved.prompt) == (parts, "<s0><s1>", prompt)
+    for off in ({"lora_scale": 0}, {"lora": "owner/name"}):
+        assert "<s1>" not in "".join(resolve(XL, **inputs, **off).parts)
+    three = dataclasses.replace(XL, tokens=("<s0>", "<s1>", "<s2>"))
+    assert resolve(three, **inputs).parts[0] == parts[0].replace("<s0><s1>", "<s0><s1><s2>")
 
 
 def test_tokens_of_the_lora_precede_every_part_that_names_none():
@@ -423,6 +448,23 @@ def test_a_family_without_a_lora_takes_no_scale_for_one():
     name, rule, legal = refusal(lambda: resolve(bare, mode="sdxl-360", lora_scale=0.5))
     assert (name, legal) == ("lora_scale", 0)
     assert "LoRA" in rule
+
+
+def test_a_lora_of_ones_own_needs_none_of_the_family():
+    bare = dataclasses.replace(SPHERE, has_lora=False, tokens=())
+    for scale in (0.8, 0.5, 0.0):
+        resolved = resolve(bare, mode="sdxl-360", lora_scale=scale, lora="owner/name")
+        assert (resolved.lora_scale, resolved.lora) == (scale, "owner/name")
+        assert resolved.resolve(bare) == resolved
+
+
+def test_a_lora_may_be_a_file_and_nothing_else_may():
+    for value in ("owner/name", Path("style.safetensors")):
+        assert Request(prompt="sea", mode="sdxl-360", lora=value).lora == value
+    name, rule, _ = refusal(lambda: Request(prompt="sea", mode="sdxl-360", lora=5))
+    assert (name, rule) == ("lora", "be text")
+    name, rule, _ = refusal(lambda: Request(prompt=Path("sea")))
+    assert (name, rule) == ("prompt", "be text")
 
 
 def test_a_lora_without_tokens_has_a_scale_and_leaves_the_prompt_as_it_is():
