@@ -146,9 +146,7 @@ def test_given_inputs_are_kept_and_nothing_stays_open(request, settings):
     windowed = request.mode in INPUTS["speed"].modes
     assert not (windowed and still_open & {"speed", "sync_threshold"})
     given_inputs = {name: value for name, value in request.inputs().items() if value is not None}
-    if (
-        not settings.has_lora and request.lora is None
-    ):  # without a LoRA a scale at its default becomes 0
+    if not settings.has_lora and request.lora is None:  # a scale at its default becomes 0
         given_inputs["lora_scale"] = resolved.lora_scale
     assert resolved.inputs() | given_inputs == resolved.inputs()
     for side in (resolved.width, resolved.height):

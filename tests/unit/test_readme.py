@@ -5,6 +5,7 @@ from importlib import import_module
 from math import inf
 from pathlib import Path
 
+from panorama import weights
 from panorama.request import EVERY_MODE, INPUTS, Input
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,17 @@ def test_its_python_imports_names_that_exist():
     assert names
     for module, name in names:
         assert hasattr(import_module(module), name), f"{module} has no {name}"
+
+
+def test_the_family_that_it_adds_needs_no_code(tmp_path, monkeypatch):
+    family, manifest = re.findall(r"```toml\n(.*?)```", README.read_text(), re.DOTALL)
+    (tmp_path / "sphere").mkdir()
+    (tmp_path / "sphere" / "family.toml").write_text(family)
+    (tmp_path / "manifest.toml").write_text(manifest)
+    monkeypatch.setenv("PANORAMA_WEIGHTS", str(tmp_path))
+    assert list(weights.describe("sphere")) == ["sdxl-360"]
+    (unet,) = weights.needed("sphere", ["sdxl-360"])
+    assert (unet.base, unet.name, len(unet.files)) == ("sdxl", "unet", 2)
 
 
 def test_the_table_of_environment_variables_names_all_that_are_read():
