@@ -23,7 +23,6 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AddedToken
 
 from panorama.conditioning.prompts import TextEncoder
 from panorama.errors import shorten
@@ -275,8 +274,7 @@ def load_tokens(encoders: Sequence[TextEncoder], path: Path) -> tuple[str, ...]:
             found = tuple(embeddings[key].shape) if key in embeddings else None
             raise ValueError(f"{path.name}: {key} has shape {found}; must be {shape}")
     for key, encoder in zip(names, encoders, strict=True):
-        # A normalised token is looked for after the tokenizer has made all letters small.
-        encoder.tokenizer.add_tokens([AddedToken(token, normalized=True) for token in tokens])
+        encoder.tokenizer.add_tokens(list(tokens))
         encoder.model.resize_token_embeddings(len(encoder.tokenizer), mean_resizing=False)
         ids = encoder.tokenizer.convert_tokens_to_ids(list(tokens))
         table = encoder.model.get_input_embeddings().weight

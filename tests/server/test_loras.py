@@ -153,12 +153,11 @@ def test_a_redirect_is_followed_to_another_host_in_its_own_name(
     assert [host for host, _, _ in server.requests] == ["hub.test", "files.test"]
 
 
-def test_no_login_of_this_machine_is_sent(
-    fetcher: Fetcher, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_neither_a_login_nor_a_proxy_of_this_machine_is_used(
+    fetcher: Fetcher, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / ".netrc").write_text("machine files.test login me password secret\n")
-    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
     fetcher.fetch(server.add("/a.safetensors"))
     server.add("/owner/name/resolve/main/a.safetensors")
     fetcher.fetch("owner/name/a.safetensors")
