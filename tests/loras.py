@@ -144,7 +144,7 @@ SGM = {
 }
 
 
-def kohya_sgm(network: str, name: str) -> tuple[str, str, str]:
+def kohya_sgm(network: str, name: str, layers: int = 1) -> tuple[str, str, str]:
     """Stability's own names: blocks are counted through; the small model has 1 layer a block."""
     if network != "unet":
         return kohya(network, name)
@@ -153,7 +153,7 @@ def kohya_sgm(network: str, name: str) -> tuple[str, str, str]:
     if match := re.match(r"(down|up)_blocks\.(\d)\.(\w+)\.(\d)", name):
         side, block, kind, layer = match[1], int(match[2]), match[3], int(match[4])
         inner = {"resnets": 0, "attentions": 1, "downsamplers": 0, "upsamplers": 2}[kind]
-        index = 2 * block + (1 if "samplers" in kind else layer)
+        index = (layers + 1) * block + (layers if "samplers" in kind else layer)
         prefix = f"input_blocks.{1 + index}" if side == "down" else f"output_blocks.{index}"
         name = f"{prefix}.{inner}{name[match.end() :]}"
         if kind == "downsamplers":

@@ -1,12 +1,16 @@
 """LoRAs as people have them: read whole or refused, applied at a scale, and taken off again."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,6 +23,7 @@ from tests.loras import ATTENTION, CONVOLUTIONS, RESNETS, TEXT, UNET, Layers, dr
 from tests.small_sdxl import HIDDEN, add_lora, build, cog_sdxl, pivotal, save
 from tests.state import State
 
+SDXL = Path(__file__).parents[1] / "data" / "sdxl"
 PROMPT = "hdri view, bedroom in the color of blue"
 
 
@@ -102,6 +107,22 @@ def test_every_weight_changes_as_the_file_means(tmp_path: Path, name: str) -> No
             expected = layers[key].changed(scale) if key in layers else before[key]
             torch.testing.assert_close(weight, expected, msg=f"{key} at {scale}")
         assert all(torch.equal(weight, before[key]) for key, weight in weights_of(base).items())
+
+
+@pytest.mark.parametrize("spell", [loras.kohya, partial(loras.kohya_sgm, layers=2), loras.peft])
+def test_a_lora_of_every_layer_of_sdxl_itself_has_a_place(
+    tmp_path: Path, spell: loras.Spell
+) -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(json.loads((SDXL / "unet.json").read_text()))
+    base: Any = SimpleNamespace(unet=unet, text_networks={})
+    layers = loras.with_alphas(draw(base, RESNETS, ranks=(1,)), (0.5, 0.25))
+    path = loras.save(layers, tmp_path / "lora.safetensors", spell)
+    changes = read_lora(path, {"unet": unet}).changes["unet"]
+    assert len(changes) == len(layers) > 700
+    for (_, name), layer in layers.items():
+        assert torch.equal(changes[name].down, layer.down)
+        assert changes[name].strength == layer.alpha
 
 
 def test_the_metadata_may_give_a_layer_its_own_alpha(tmp_path: Path) -> None:
