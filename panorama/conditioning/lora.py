@@ -19,7 +19,6 @@ from diffusers.utils.state_dict_utils import (
     convert_state_dict_to_peft,
     convert_unet_state_dict_to_peft,
 )
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -154,7 +153,11 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
             raise LoraError(kind)
     if not any("lora" in key for key in weights):
         raise LoraError(f"a file of {len(weights)} tensors without a LoRA among them")
-    return weights, json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    try:
+        config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except ValueError as error:
+        raise LoraError("a LoRA whose metadata is damaged") from error
+    return weights, config if isinstance(config, dict) else {}
 
 
 def metadata_of(metadata: Mapping[str, Any], network: str) -> Mapping[str, Any]:
@@ -172,9 +175,11 @@ def convert(
         converted, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
             dict(weights), unet_config=networks["unet"].config
         )
-    except (ValueError, KeyError, IndexError) as error:
+    except (ValueError, KeyError, IndexError, RuntimeError) as error:
         raise LoraError(f"a LoRA with keys of an unknown kind, {shorten(str(error))}") from error
     tensors = converted | {key: torch.tensor(alpha) for key, alpha in (alphas or {}).items()}
+    if len(tensors) != len(weights):  # diffusers leaves out those of Stability among others
+        raise LoraError("a LoRA with keys of two kinds, or with a tensor twice")
     if not any(key.startswith(("unet.", "text_encoder")) for key in tensors):
         tensors = {f"unet.{key}": tensor for key, tensor in tensors.items()}
     groups: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -214,8 +219,11 @@ def build_changes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
     for name, parts in layers.items():
         if not parts.keys() >= {"lora_A", "lora_B"}:
             raise LoraError(f"a LoRA that lacks a half of {shorten(name)}")
+        sizes = (parts["lora_A"].numel(), parts["lora_B"].numel())
+        if not all(sizes) or min(parts["lora_A"].dim(), parts["lora_B"].dim()) < 2:
+            raise LoraError(f"a LoRA with halves of {shorten(name)} that are no matrices")
         rank = parts["lora_A"].shape[0]
-        alpha = float(parts["alpha"]) if "alpha" in parts else configured_alpha(config, name)
+        alpha = parts["alpha"].max().item() if "alpha" in parts else configured_alpha(config, name)
         strength = (alpha or rank) / (sqrt(rank) if config.get("use_rslora") else rank)
         magnitude = parts.get("lora_magnitude_vector")
         changes[name] = Change(parts["lora_A"], parts["lora_B"], strength, magnitude)
@@ -223,9 +231,18 @@ def build_changes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
 
 
 def configured_alpha(config: Mapping[str, Any], layer: str) -> float | None:
-    """Return the alpha of a layer in a configuration of PEFT, or None."""
-    patterns = config.get("alpha_pattern", {})
-    alpha: float | None = patterns.get(get_pattern_key(patterns, layer), config.get("lora_alpha"))
+    """Return the alpha of a layer in a configuration of PEFT, or None.
+
+    A pattern must be the end of a layer's name. PEFT takes regular expressions, but a file of
+    strangers could hold one that never ends.
+    """
+    alpha: float | None = config.get("lora_alpha")
+    for pattern, value in config.get("alpha_pattern", {}).items():
+        name = pattern.removeprefix("^").removeprefix("text_model.")
+        if not re.fullmatch(r"[\w.]+", name):
+            raise LoraError(f"a LoRA whose alphas are by a pattern, {shorten(pattern)}")
+        if f".{layer}".endswith(f".{name}"):
+            alpha = value
     return alpha
 
 

@@ -311,11 +311,44 @@ def bad_peft(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         (renamed("text_encoder_2", "text_encoder_3"), "weights for 'text_encoder_3'"),
     ],
 )
-def test_nothing_in_a_lora_is_left_out(
+def test_nothing_in_a_lora_of_peft_is_left_out(
     fresh: BaseModel, tmp_path: Path, spoil: Spoil, kind: str
 ) -> None:
     path = loras.save(draw(fresh, UNET, TEXT), tmp_path / "lora.safetensors", loras.peft)
     save_file(spoil(load_file(path)), path)
+    with pytest.raises(LoraError, match=kind):
+        read_lora(path, networks(fresh))
+
+
+def test_keys_of_two_kinds_are_refused(fresh: BaseModel, tmp_path: Path) -> None:
+    layers = draw(fresh, UNET)
+    path = tmp_path / "lora.safetensors"
+    both = load_file(loras.save(layers, path, loras.kohya))
+    save_file(both | load_file(loras.save(layers, path, loras.kohya_sgm)), path)
+    with pytest.raises(LoraError, match="keys of two kinds"):
+        read_lora(path, networks(fresh))
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(()), torch.ones(3), torch.ones(0, 8)])
+@pytest.mark.parametrize("side", ["lora_A", "lora_B"])
+def test_halves_are_matrices(fresh: BaseModel, tmp_path: Path, side: str, tensor: Tensor) -> None:
+    path = loras.save(draw(fresh, UNET), tmp_path / "lora.safetensors", loras.peft)
+    weights = load_file(path)
+    key = next(key for key in weights if side in key)
+    save_file(weights | {key: tensor}, path)
+    with pytest.raises(LoraError, match="that are no matrices"):
+        read_lora(path, networks(fresh))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "kind"),
+    [("{", "metadata is damaged"), ('{"unet.alpha_pattern": {"(a+)+$": 1}}', "by a pattern")],
+)
+def test_metadata_that_cannot_be_read_is_refused(
+    fresh: BaseModel, tmp_path: Path, metadata: str, kind: str
+) -> None:
+    path = loras.save(draw(fresh, UNET), tmp_path / "lora.safetensors", loras.peft)
+    save_file(load_file(path), path, {"lora_adapter_metadata": metadata})
     with pytest.raises(LoraError, match=kind):
         read_lora(path, networks(fresh))
 
