@@ -188,9 +188,13 @@ class Fetcher:
 
     def _make_room(self, newest: Path) -> None:
         """Delete the files that were used longest ago, as far as there is no room for them."""
-        total = newest.stat().st_size
-        others = [(path.stat(), path) for path in self.folder.iterdir() if path != newest]
-        for status, path in sorted(others, key=lambda other: -other[0].st_mtime):
-            total += status.st_size
-            if total > self.room:
+        files = []
+        for path in self.folder.iterdir():
+            with suppress(FileNotFoundError):  # another process may have moved or deleted it
+                status = path.stat()
+                files.append((path == newest, status.st_mtime, status.st_size, path))
+        total = 0
+        for is_newest, _, size, path in sorted(files, reverse=True):
+            total += size
+            if total > self.room and not is_newest:
                 path.unlink(missing_ok=True)

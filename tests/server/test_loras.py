@@ -358,11 +358,11 @@ def test_the_files_that_were_used_last_are_kept(fetcher: Fetcher, server: Server
 
 
 def test_several_at_once_get_the_whole_file(fetcher: Fetcher, server: Server) -> None:
-    url = server.add("/a.safetensors")
-    with ThreadPoolExecutor(4) as threads:
-        paths = list(threads.map(fetcher.fetch, [url] * 8))
+    urls = [server.add(f"/{name}.safetensors") for name in "abcd"]
+    with ThreadPoolExecutor(8) as threads:
+        paths = list(threads.map(fetcher.fetch, urls * 4))
     assert {path.read_bytes() for path in paths} == {FILE}
-    assert kept(fetcher) == 1
+    assert kept(fetcher) == len(urls)
 
 
 # --- from a request to its image ---
