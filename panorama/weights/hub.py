@@ -53,19 +53,17 @@ class Cache:
                 return Path(path), variant
         return None
 
+    def find_all(self, part: Part, source: Source) -> list[tuple[Path, File]]:
+        """Return the files of a part that the cache has from a source."""
+        return [pair for file in part.files if (pair := self.find(source, file))]
+
     def locate(self, part: Part) -> list[tuple[Path, File]]:
         """Return the files of a part from the first source that the cache has entirely."""
-        for source in part.sources:
-            found = [pair for file in part.files if (pair := self.find(source, file))]
-            if len(found) == len(part.files):
-                return found
-        return []
+        found = (self.find_all(part, source) for source in part.sources)
+        return next((pairs for pairs in found if len(pairs) == len(part.files)), [])
 
     def lacking(self, part: Part, thorough: bool) -> list[tuple[File, str]]:
-        """List the files of a part that are missing or, if thorough, wrong, each with its problem.
-
-        A file that is there is read only if `thorough`.
-        """
+        """List the files of a part that are missing or, if read, wrong, each with its problem."""
         if found := self.locate(part):
             read = [(file, mismatch(path, file)) for path, file in found if thorough]
             return [(file, problem) for file, problem in read if problem]
@@ -75,13 +73,11 @@ class Cache:
     def fetch(self, part: Part) -> None:
         """Verify a part, and fetch what is missing or wrong from the first source that has it all.
 
-        A source that the cache has entirely comes first. Raise WeightsError if no source has the
+        The source that the cache has most of comes first. Raise WeightsError if no source has the
         part, or if the hub cannot be reached.
         """
         failures = ""
-        for source in sorted(
-            part.sources, key=lambda s: not all(self.find(s, f) for f in part.files)
-        ):
+        for source in sorted(part.sources, key=lambda each: -len(self.find_all(part, each))):
             try:
                 for file in part.files:
                     self._fetch_file(source, file)

@@ -13,10 +13,10 @@ BUNDLED = PACKAGE / "bundled" if (PACKAGE / "bundled").exists() else PACKAGE.par
 
 @dataclass(frozen=True)
 class Source:
-    """A repository on the hub, at a full commit hash, or at "main" where none is known."""
+    """A repository on the hub."""
 
     repository: str
-    revision: str = "main"
+    revision: str  # a full commit hash
     url: str | None = None  # the web folder to fetch from, if the hub has no such repository
 
     def __str__(self) -> str:

@@ -318,6 +318,15 @@ def test_single_precision_is_taken_where_a_source_has_no_half(hub, folder):
     weights.require("small")  # which reads nothing
 
 
+def test_a_spoilt_half_precision_file_leaves_nothing_that_a_loader_may_find(hub, folder):
+    weights.ensure_weights("small")
+    blob(folder, FILES[HALF]).write_bytes(b"spoilt")
+    files = {name: content for name, content in FILES.items() if name != HALF}
+    hub.add("first/model", {**files, SINGLE: FILES[HALF]}, COMMIT)
+    weights.ensure_weights("small", thorough=True)
+    assert stored() == {**files, SINGLE: FILES[HALF]}
+
+
 def test_a_missing_configuration_is_no_reason_to_take_another_file(hub, folder):
     hub.add("first/model", {name: data for name, data in FILES.items() if name == HALF}, COMMIT)
     with pytest.raises(WeightsError, match=r"unet/config\.json"):
@@ -360,16 +369,6 @@ def test_a_component_may_be_a_single_file(hub, folder):
     assert list(weights.components("small", "sdxl")) == ["lora.safetensors"]
 
 
-def test_an_unpinned_source_stays_at_the_commit_that_was_fetched(hub, folder):
-    write_manifest(folder, '{ repository = "first/model" }')
-    weights.ensure_weights("small")
-    hub.add("first/model", {**FILES, "tokenizer/merges.txt": b"e f\n"}, "d" * 40)
-    asked = len(hub.requests)
-    weights.ensure_weights("small", thorough=True)
-    assert len(hub.requests) == asked
-    assert stored() == FILES
-
-
 def test_verifying_writes_nothing_and_asks_nobody(hub, folder, monkeypatch, capsys):
     before = sorted(folder.rglob("*"))
     assert main(["--offline"]) == 1
@@ -389,6 +388,18 @@ def test_a_cache_that_cannot_be_written_serves_what_it_has(hub, folder):
     before = {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
     weights.ensure_weights("small", thorough=True)
     assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_snapshots_of_plain_files_are_read_too(hub, folder, tmp_path):
+    """As Cog mounts managed weights, or a cache is copied without its links."""
+    weights.ensure_weights("small")
+    asked, place = len(hub.requests), f"models--first--model/snapshots/{COMMIT}"
+    shutil.copytree(folder / place, tmp_path / "plain" / place)
+    assert main(["--dir", str(tmp_path / "plain")]) == 0
+    assert len(hub.requests) == asked
+    (tmp_path / "plain" / place / HALF).write_bytes(b"spoilt")
+    assert main(["--dir", str(tmp_path / "plain"), "--offline"]) == 1
+    assert main(["--dir", str(tmp_path / "plain")]) == 0
 
 
 def test_a_folder_is_chosen_by_argument(hub, folder, tmp_path, capsys):
