@@ -82,7 +82,7 @@ class Cache:
                 for file in part.files:
                     self._fetch_file(source, file)
                 return
-            except (httpx2.HTTPError, OSError, WeightsError) as error:
+            except (httpx2.HTTPError, OSError, RuntimeError) as error:  # Xet's and torch's the last
                 hidden = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
                 text = " ".join(str(hidden or error).split()) or type(hidden or error).__name__
                 problem = text.partition(" For more information check")[0]
@@ -151,10 +151,7 @@ class Cache:
         path = self._repository(source) / "snapshots" / source.revision / file.name
         path.parent.mkdir(parents=True, exist_ok=True)
         logger.info("fetching %s", url)
-        try:
-            hub.download_url_to_file(url, str(path), file.sha256, progress=sys.stderr.isatty())
-        except RuntimeError as error:  # names both hashes; the file is not kept
-            raise WeightsError(f"{file.name}: {error}") from error
+        hub.download_url_to_file(url, str(path), file.sha256, progress=sys.stderr.isatty())
         return path
 
     def _repository(self, source: Source) -> Path:
