@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -180,9 +179,9 @@ def sha256(path: Path) -> str:
 
 
 def remove_stale(repository: Path) -> None:
-    """Delete partial files of killed processes, up to gigabytes: those clients never do."""
-    partial = (repository.glob(name) for name in ("blobs/*.incomplete", "snapshots/*/*.partial"))
-    for path in chain.from_iterable(partial):
+    """Delete partial files of killed processes, up to gigabytes: no client does."""
+    partial = (path for path in repository.rglob("*") if path.suffix in (".incomplete", ".partial"))
+    for path in partial:
         with suppress(FileNotFoundError):  # another process has finished it meanwhile
             if time.time() - path.stat().st_mtime > STALE:
                 path.unlink()

@@ -71,7 +71,7 @@ def read_part(
     component: str | None = None,
     **shared: str,
 ) -> Part:
-    """Make a part of what the manifest has of it.
+    """Make a part from its table in the manifest.
 
     A file belongs to the component that it names, or its part names, or its first folder is called.
     """
