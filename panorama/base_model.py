@@ -91,7 +91,7 @@ def load_base_model(components: Mapping[str, Path], dtype: torch.dtype) -> BaseM
         components: folders of `unet`, `vae`, `text_encoder`, `tokenizer`, `scheduler` and, where
             the model has them, `text_encoder_2`, `tokenizer_2`, `tiny_vae`, `controlnet`,
             `perceptual`; the file `lora.safetensors` of a LoRA and `embeddings.safetensors` of its
-            tokens.
+            tokens; `vgg16.pth` in place of `perceptual`.
         dtype: of the weights. LPIPS stays in float32, and so does a VAE of SDXL that overflows in
             half precision (`force_upcast`).
     """
@@ -109,6 +109,8 @@ def load_base_model(components: Mapping[str, Path], dtype: torch.dtype) -> BaseM
         if f"text_encoder{suffix}" in components
     )
     scheduler = load_scheduler(components["scheduler"])
+    if vgg16 := components.get("vgg16.pth"):
+        models["perceptual"] = LPIPS.from_vgg16(vgg16)
     base = BaseModel(**models, text_encoders=encoders, scheduler=scheduler)
     # SD 2's VAE does not overflow, though its configuration leaves force_upcast at its default.
     if base.embed_type == "text_time" and base.vae.config.force_upcast and dtype != torch.float32:

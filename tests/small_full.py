@@ -14,11 +14,11 @@ from transformers import CLIPTokenizer
 from panorama.base_model import BaseModel
 from panorama.sampling.perceptual import VGG16
 from panorama.weights import manifest
-from panorama.weights.manifest import Component
+from panorama.weights.manifest import Part, Source
 from tests import small_sd2, small_sdxl
 from tests.hub import Hub
 
-VGG16_NAME = "models/vgg16-397923af.pth"
+VGG16_FOLDER, VGG16_NAME = "models", "vgg16-397923af.pth"
 
 
 def tokenizer_files(tokenizer: CLIPTokenizer, prefix: str) -> dict[str, bytes]:
@@ -92,9 +92,7 @@ def vgg16() -> bytes:
 def fill(hub: Hub) -> None:
     """Put everything that the manifest names on a hub."""
     sources = {
-        source.repository: source.revision
-        for component in manifest()["full"]
-        for source in component.sources
+        source.repository: source.revision for part in manifest()["full"] for source in part.sources
     }
     sdxl = small_sdxl.build()
     with tempfile.TemporaryDirectory() as name:
@@ -113,7 +111,7 @@ def fill(hub: Hub) -> None:
         "jbilcke-hf/sdxl-panorama": {"lora.safetensors": lora, "embeddings.pti": embeddings},
     }.items():
         hub.add(repository, content, sources[repository])
-    hub.plain[VGG16_NAME] = vgg16()
+    hub.plain[f"{VGG16_FOLDER}/{VGG16_NAME}"] = vgg16()
 
 
 def write_manifest(hub: Hub, folder: Path) -> Path:
@@ -122,35 +120,34 @@ def write_manifest(hub: Hub, folder: Path) -> Path:
     It is that of the repository, but for hashes, sizes, and the place of VGG16.
     """
     lines = []
-    for number, component in enumerate(manifest()["full"]):
-        lines += [f"[full.part{number}]", *(f"{k} = {v}" for k, v in part(hub, component).items())]
+    for number, part in enumerate(manifest()["full"]):
+        lines += [f"[full.part{number}]", *(f"{k} = {v}" for k, v in entries(hub, part).items())]
     (folder / "manifest.toml").write_text("\n".join(lines))
     return folder
 
 
-def part(hub: Hub, component: Component) -> dict[str, str]:
-    """A component as a part of the manifest, with the hashes of what a hub has, in TOML."""
-    sources = [
-        f'{{ repository = "{source.repository}", revision = "{source.revision}" }}'
-        for source in component.sources
-    ]
-    files = [f'{{ name = "{file.name}" }}' for file in component.files]
-    values = {
-        "base": json.dumps(component.base),
-        "licence": json.dumps(component.licence),
-        "component": json.dumps(component.name),
-        "modes": json.dumps(component.modes),
-    }
-    if component.pickle:
-        digest = hashlib.sha256(hub.plain[VGG16_NAME]).hexdigest()
-        values["pickle"] = f'{{ name = "{hub.url}/{VGG16_NAME}", sha256 = "{digest}" }}'
+def entries(hub: Hub, part: Part) -> dict[str, str]:
+    """A part of the manifest with the hashes of what a hub has, in TOML."""
+    sources = [f"{{ {source_entry(hub, source)} }}" for source in part.sources]
+    first = part.sources[0]
+    if first.url:
+        content = {VGG16_NAME: hub.plain[f"{VGG16_FOLDER}/{VGG16_NAME}"]}
     else:
-        first = component.sources[0]
         content = hub.repositories[first.repository][first.revision]
-        hashes = (hashlib.sha256(content[file.name]).hexdigest() for file in component.files)
-        files = [
-            file.replace(" }", f', sha256 = "{digest}" }}')
-            for file, digest in zip(files, hashes, strict=True)
-        ]
-        values["sources"] = f"[{', '.join(sources)}]"
-    return values | {"files": f"[{', '.join(files)}]"}
+    files = (
+        f'{{ name = "{file.name}", component = "{file.component}", '
+        f'sha256 = "{hashlib.sha256(content[file.name]).hexdigest()}" }}'
+        for file in part.files
+    )
+    return {
+        "base": json.dumps(part.base),
+        "licence": json.dumps(part.licence),
+        "modes": json.dumps(part.modes),
+        "sources": f"[{', '.join(sources)}]",
+        "files": f"[{', '.join(files)}]",
+    }
+
+
+def source_entry(hub: Hub, source: Source) -> str:
+    url = f', url = "{hub.url}/{VGG16_FOLDER}"' if source.url else ""
+    return f'repository = "{source.repository}", revision = "{source.revision}"{url}'

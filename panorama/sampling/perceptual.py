@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.utils.checkpoint import checkpoint
 
 VGG16 = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+HEADS = Path(__file__).with_name("lpips_vgg_heads.safetensors")
+"""The published weights (C,) of the five heads, `lin0` to `lin4`."""
 
 
 class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -52,6 +54,19 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 previous = width
             self.stages.append(nn.Sequential(*layers))
         self.heads = nn.ParameterList(nn.Parameter(torch.ones(w[-1]) / w[-1]) for w in channels)
+
+    @classmethod
+    def from_vgg16(cls, path: Path) -> "LPIPS":
+        """Make LPIPS v0.1 of torchvision's VGG16, a pickle that holds nothing but tensors."""
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        features = [weight for name, weight in weights.items() if name.startswith("features.")]
+        model: LPIPS = cls()
+        heads = load_file(HEADS)
+        state = dict(zip(model.stages.state_dict(prefix="stages."), features, strict=True))
+        state |= {f"heads.{k}": heads[f"lin{k}"] for k in range(len(VGG16))}
+        model.load_state_dict(state)
+        model.eval()
+        return model
 
     def embed(self, images: Tensor) -> list[Tensor]:
         """Return the features that are compared.
@@ -117,22 +132,3 @@ def normalize(features: Tensor) -> Tensor:
     # Unlike sqrt(sum(squares)), this norm has a gradient of 0 where all features are 0.
     length: Tensor = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     return features / (length + 1e-10)
-
-
-def save_lpips(vgg16: Path, heads: Path, path: Path) -> None:
-    """Write LPIPS with the published weights, in the format of `from_pretrained`.
-
-    Args:
-        vgg16: weights of torchvision's VGG16, a pickle that holds nothing but tensors.
-        heads: safetensors with the weights (C,) of the five heads, `lin0` to `lin4`.
-        path: of the safetensors file to write.
-    """
-    weights = torch.load(vgg16, map_location="cpu", weights_only=True)
-    features = [weight for name, weight in weights.items() if name.startswith("features.")]
-    model = LPIPS()
-    names = model.stages.state_dict(prefix="stages.")
-    state = dict(zip(names, features, strict=True))
-    published = load_file(heads)
-    state |= {f"heads.{k}": published[f"lin{k}"] for k in range(len(VGG16))}
-    model.load_state_dict(state)
-    save_file(model.state_dict(), path, metadata={"format": "pt"})

@@ -15,10 +15,10 @@ from typing import Any
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from panorama.weights.hub import Cache, mismatch
+from panorama.weights.hub import Cache
 from panorama.weights.hub import WeightsError as WeightsError
 from panorama.weights.manifest import BUNDLED as BUNDLED
-from panorama.weights.manifest import Component, File, read_manifest
+from panorama.weights.manifest import Part, read_manifest
 
 Modes = Sequence[str] | None  # names of modes; None for all that a family offers
 
@@ -30,7 +30,7 @@ def find(name: str) -> Path | None:
     return next((place / name for place in places if (place / name).exists()), None)
 
 
-def manifest() -> Mapping[str, tuple[Component, ...]]:
+def manifest() -> Mapping[str, tuple[Part, ...]]:
     """Read the manifest in PANORAMA_WEIGHTS, or else the bundled one."""
     return read_manifest(find("manifest.toml") or BUNDLED / "manifest.toml")
 
@@ -58,8 +58,8 @@ def components(family: str, base: str) -> Mapping[str, Path]:
 
     Returns:
         By name, folders such as "unet", and files such as "lora.safetensors"; "perceptual" is the
-        only component of its base. Where a folder has *.fp16.safetensors, these are the weights
-        that were verified.
+        only component of its base, or else "vgg16.pth". Where a folder has *.fp16.safetensors,
+        these are the weights that were verified.
 
     Raises:
         WeightsError: a component is missing.
@@ -67,25 +67,26 @@ def components(family: str, base: str) -> Mapping[str, Path]:
     own, cache = find(f"{family}/{base}"), Cache()
     entries = () if own is None else (own,) if base == "perceptual" else sorted(own.iterdir())
     paths = {path.name: path for path in entries}
-    for component in needed(family):
-        if component.base == base:
-            if not (found := cache.locate(component)):
-                raise WeightsError(f"{cache.folder} has no {base}/{component.name} of {family}")
-            path, _ = found[0]
-            paths[component.name] = path if Path(component.name).suffix else path.parent
+    for part in needed(family):
+        if part.base == base:
+            if not (found := cache.locate(part)):
+                raise WeightsError(f"{cache.folder} lacks files of {part}")
+            for path, file in found:
+                is_file = bool(Path(file.component).suffix)
+                paths[file.component] = path if is_file else path.parent
     return paths
 
 
-def needed(family: str, modes: Modes = None) -> tuple[Component, ...]:
-    """Return the components of the manifest that modes need."""
+def needed(family: str, modes: Modes = None) -> tuple[Part, ...]:
+    """Return the parts of the manifest that modes need."""
     every = manifest().get(family, ())
     return tuple(each for each in every if modes is None or set(modes) & set(each.modes))
 
 
-def missing(
+def require(
     family: str, modes: Modes = None, folder: Path | None = None, thorough: bool = False
-) -> list[tuple[File, str]]:
-    """List the files that modes lack, each with a description of the problem.
+) -> None:
+    """Raise WeightsError if modes lack any file.
 
     Args:
         family: its name, or the path of its folder.
@@ -94,42 +95,26 @@ def missing(
         thorough: read and verify every file, instead of seeing that it is there.
     """
     cache = Cache(folder)
-    lacking: list[tuple[File, str]] = []
-    for component in needed(family, modes):
-        if found := cache.locate(component):
-            problems = [(file, mismatch(path, file)) for path, file in found if thorough]
-            lacking += [pair for pair in problems if pair[1]]
-        else:
-            source, place = component.sources[0], f"{component.base}, from {component.origin}"
-            absent = [file for file in component.downloads if not cache.find(source, file)]
-            lacking += [(file, f"{file.name} of {place}") for file in absent]
-    return lacking
-
-
-def require(
-    family: str, modes: Modes = None, folder: Path | None = None, thorough: bool = False
-) -> None:
-    """Raise WeightsError if modes lack anything, with the arguments of `missing`."""
-    if files := missing(family, modes, folder, thorough):
-        place = Cache(folder).folder
-        size = tqdm.format_sizeof(sum(file.size or 0 for file, _ in files), "B", 1000)
-        options = shlex.join(["--dir", str(place), *(f"--mode={mode}" for mode in modes or ())])
+    lacking = [each for part in needed(family, modes) for each in cache.lacking(part, thorough)]
+    if lacking:
+        size = tqdm.format_sizeof(sum(file.size or 0 for file, _ in lacking), "B", 1000)
+        options = shlex.join(["--dir", str(cache.folder), *(f"--mode={m}" for m in modes or ())])
         raise WeightsError(
-            f"{place} lacks {len(files)} files of {family}, {size}, such as {files[0][1]}\n"
-            f"script/fetch-weights {options} fetches them; in a container it is python -m "
-            "panorama.weights, with the same options"
+            f"{cache.folder} lacks {len(lacking)} files of {family}, {size}, such as "
+            f"{lacking[0][1]}\nscript/fetch-weights {options} fetches them; in a container it is "
+            "python -m panorama.weights, with the same options"
         )
 
 
 def ensure_weights(
     family: str, modes: Modes = None, folder: Path | None = None, thorough: bool = False
 ) -> None:
-    """Fetch and verify what modes lack, with the arguments of `missing`, or raise WeightsError."""
+    """Fetch and verify what modes lack, with the arguments of `require`, or raise WeightsError."""
     if constants.is_offline_mode():
         return require(family, modes, folder, thorough)
     # The hub client logs every retry, twice; the last failure is in the error.
     logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
     cache = Cache(folder)
-    for component in needed(family, modes):
-        if thorough or not cache.locate(component):
-            cache.fetch(component)
+    for part in needed(family, modes):
+        if thorough or not cache.locate(part):
+            cache.fetch(part)

@@ -14,17 +14,14 @@ from panorama.weights.hub import Cache
 
 def listing(family: str, modes: Modes, folder: Path | None) -> Iterator[str]:
     """Yield lines with the source, licence, names and sizes of the files that modes need."""
-    cache, total, heading = Cache(folder), 0, ""
-    for component in needed(family, modes):
-        above, modes_text = heading, ", ".join(component.modes)
-        heading = f"{component.base} ({modes_text}): {component.licence}, from {component.origin}"
-        if heading != above:
-            yield heading
-        here = bool(cache.locate(component))
-        for file in component.downloads:
+    cache, total = Cache(folder), 0
+    for part in needed(family, modes):
+        yield f"{part}: {part.licence}, for {', '.join(part.modes)}"
+        absent = {file for file, _ in cache.lacking(part, thorough=False)}
+        for file in part.files:
             size = tqdm.format_sizeof(file.size, "B", 1000) if file.size else "?"
-            yield f"{size:>10}  {file.name}{', here' if here else ''}"
-            total += 0 if here else file.size or 0
+            yield f"{size:>10}  {file.name}{'' if file in absent else ', here'}"
+        total += sum(file.size or 0 for file in absent)
     yield f"{tqdm.format_sizeof(total, 'B', 1000)} to fetch into {cache.folder}"
 
 
@@ -45,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("panorama").setLevel(logging.INFO)
     try:
         for family in manifest():
-            offered = sorted({mode for component in needed(family) for mode in component.modes})
+            offered = sorted({mode for part in needed(family) for mode in part.modes})
             for mode in set(options.modes or ()) - set(offered):
                 parser.error(f"--mode {mode}: must be one of {', '.join(offered)}")
             if options.list:

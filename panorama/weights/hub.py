@@ -1,4 +1,4 @@
-"""A hub cache: find, fetch and verify the components of the manifest.
+"""A hub cache: find, fetch and verify the parts of the manifest.
 
 huggingface_hub transfers, retries, resumes and locks. It compares no hashes: that is done here.
 """
@@ -6,12 +6,10 @@ huggingface_hub transfers, retries, resumes and locks. It compares no hashes: th
 import hashlib
 import logging
 import os
-import shutil
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal
 
 import httpx2
@@ -20,11 +18,13 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Remo
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils.sha import git_hash
 
-from panorama.weights.manifest import BUNDLED, Component, File, Source
+from panorama.weights.manifest import File, Part, Source
 
 logger = logging.getLogger(__name__)
 
 STALE = 600  # seconds without a write after which a partial file belongs to a killed process
+TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Variables whose token the hub client takes before that of the stored login."""
 
 
 class WeightsError(RuntimeError):
@@ -52,29 +52,36 @@ class Cache:
                 return Path(path), variant
         return None
 
-    def find_all(self, component: Component, source: Source) -> list[tuple[Path, File]]:
-        """Find every file of a component, or return an empty list if one is missing."""
-        found = [self.find(source, file) for file in component.files]
-        return [pair for pair in found if pair] if all(found) else []
+    def find_all(self, part: Part, source: Source) -> list[tuple[Path, File]]:
+        """Return the files of a part that the cache has from a source."""
+        return [pair for file in part.files if (pair := self.find(source, file))]
 
-    def locate(self, component: Component) -> list[tuple[Path, File]]:
-        """Return the files of a component from the first source that the cache has entirely."""
-        found = (self.find_all(component, source) for source in component.sources)
-        return next(filter(None, found), [])
+    def locate(self, part: Part) -> list[tuple[Path, File]]:
+        """Return the files of a part from the first source that the cache has entirely."""
+        found = (self.find_all(part, source) for source in part.sources)
+        return next((pairs for pairs in found if len(pairs) == len(part.files)), [])
 
-    def fetch(self, component: Component) -> None:
-        """Verify a component, and fetch what is missing or wrong from the first source that has it.
+    def lacking(self, part: Part, thorough: bool) -> list[tuple[File, str]]:
+        """List the files of a part that are missing or, if read, wrong, each with its problem."""
+        if found := self.locate(part):
+            read = [(file, mismatch(path, file)) for path, file in found if thorough]
+            return [(file, problem) for file, problem in read if problem]
+        absent = [file for file in part.files if not self.find(part.sources[0], file)]
+        return [(file, f"{file.name} of {part}") for file in absent]
 
-        Raise WeightsError if no source has it, or if the hub cannot be reached.
+    def fetch(self, part: Part) -> None:
+        """Verify a part, and fetch what is missing or wrong from the first source that has it all.
+
+        The source that the cache has most of comes first. Raise WeightsError if no source has the
+        part, or if the hub cannot be reached.
         """
         failures = ""
-        cached_first = sorted(component.sources, key=lambda s: not self.find_all(component, s))
-        for source in cached_first:
+        for source in sorted(part.sources, key=lambda each: -len(self.find_all(part, each))):
             try:
-                for file in component.files:
-                    self._fetch_file(component, source, file)
+                for file in part.files:
+                    self._fetch_file(source, file)
                 return
-            except (httpx2.HTTPError, OSError, WeightsError) as error:
+            except (httpx2.HTTPError, OSError, RuntimeError) as error:  # Xet's and torch's the last
                 hidden = error.__cause__ if isinstance(error, LocalEntryNotFoundError) else None
                 text = " ".join(str(hidden or error).split()) or type(hidden or error).__name__
                 problem = text.partition(" For more information check")[0]
@@ -84,37 +91,38 @@ class Cache:
                         f"script/fetch-weights where you can, and copy its cache to {self.folder}; "
                         "PANORAMA_FAMILY=tiny fetches nothing"
                     ) from error
-                logger.warning("%s: %s: %s", component.name, source, problem)
+                logger.warning("%s: %s", source, problem)
                 failures += f"\n  {source}: {problem}"
-        raise WeightsError(f"{component.base}/{component.name}: no source has it{failures}")
+        raise WeightsError(f"{part.base}: no source has all of it{failures}")
 
-    def _fetch_file(self, component: Component, source: Source, file: File) -> None:
+    def _fetch_file(self, source: Source, file: File) -> None:
         """Verify a file, and fetch it if it is missing, or wrong: that once more."""
         for _ in range(2):
-            path, variant = self.find(source, file) or self._download(component, source, file)
+            path, variant = self.find(source, file) or self._download(source, file)
             problem = mismatch(path, variant)
             if not problem:
                 return
             logger.warning("%s", problem)
-            path.resolve().unlink()
+            for place in {path.resolve(), path}:  # the blob, and the link to it
+                place.unlink()
         raise WeightsError(problem)
 
-    def _download(self, component: Component, source: Source, file: File) -> tuple[Path, File]:
+    def _download(self, source: Source, file: File) -> tuple[Path, File]:
         """Fetch a file, or its single-precision counterpart where the source lacks this one."""
-        if component.pickle:
-            return self._make_lpips(component.pickle, source) / file.name, file
+        remove_stale(self._repository(source))
+        if source.url:
+            return self._from_web(source, file), file
         *others, last = file.variants()
         for variant in others:
             try:
-                return self._call_hub(source, variant.name), variant
+                return self._from_hub(source, variant.name), variant
             except RemoteEntryNotFoundError:
                 logger.info("there is none; taking single precision")
-        return self._call_hub(source, last.name), last
+        return self._from_hub(source, last.name), last
 
-    def _call_hub(self, source: Source, name: str) -> Path:
+    def _from_hub(self, source: Source, name: str) -> Path:
         """Fetch a file by its name, without the user's token once the hub has refused that."""
         logger.info("fetching %s from %s", name, source)
-        remove_stale(self._repository(source) / "blobs")
         try:
             path = hf_hub_download(
                 source.repository,
@@ -126,47 +134,27 @@ class Cache:
         except HfHubHTTPError as error:
             if error.response.status_code != 401 or self._token is False or not get_token():
                 raise
-            login = "HF_TOKEN" if os.environ.get("HF_TOKEN") else f"in {constants.HF_TOKEN_PATH}"
-            logger.warning("%s refuses the token %s; trying without", constants.ENDPOINT, login)
+            origin = next(filter(os.environ.get, TOKENS), constants.HF_TOKEN_PATH)
+            logger.warning("%s refuses the token of %s; trying without", constants.ENDPOINT, origin)
             self._token = False
-            return self._call_hub(source, name)
+            return self._from_hub(source, name)
         return Path(path)
+
+    def _from_web(self, source: Source, file: File) -> Path:
+        """Fetch a file from a web folder, or from torch's own cache if that has it."""
+        from torch import hub  # takes seconds
+
+        known = Path(hub.get_dir(), "checkpoints", file.name)
+        right = known.is_file() and sha256(known) == file.sha256
+        url = known.as_uri() if right else f"{source.url}/{file.name}"
+        path = self._repository(source) / "snapshots" / source.revision / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        logger.info("fetching %s", url)
+        hub.download_url_to_file(url, str(path), file.sha256, progress=sys.stderr.isatty())
+        return path
 
     def _repository(self, source: Source) -> Path:
         return self.folder / repo_folder_name(repo_id=source.repository, repo_type="model")
-
-    def _make_lpips(self, pickle: File, source: Source) -> Path:
-        """Make LPIPS from VGG16 as a repository's snapshot, and return its folder."""
-        from torch import hub  # takes seconds
-
-        from panorama.sampling.perceptual import save_lpips
-
-        repository = self._repository(source)
-        folder = repository / "snapshots" / source.revision
-        for path in (repository / "blobs", folder):
-            path.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory() as work:
-            config = Path(work, "config.json")
-            weights = Path(work, "diffusion_pytorch_model.safetensors")
-            vgg16 = Path(hub.get_dir()) / "checkpoints" / pickle.name.rpartition("/")[2]
-            if not vgg16.is_file() or sha256(vgg16) != pickle.sha256:
-                vgg16 = Path(work) / vgg16.name
-                logger.info("fetching %s", pickle.name)
-                try:
-                    hub.download_url_to_file(
-                        pickle.name, str(vgg16), pickle.sha256, progress=sys.stderr.isatty()
-                    )
-                except RuntimeError as error:  # names both hashes; the file is not opened
-                    raise WeightsError(f"{pickle.name}: {error}") from error
-            save_lpips(vgg16, BUNDLED / "lpips_vgg_heads.safetensors", weights)
-            shutil.copyfile(BUNDLED / "full" / "perceptual" / config.name, config)
-            for path in (config, weights):
-                blob, link = repository / "blobs" / sha256(path), folder / path.name
-                shutil.move(path, blob)
-                link.unlink(missing_ok=True)
-                with suppress(FileExistsError):  # from another process, to the same blob
-                    link.symlink_to(os.path.relpath(blob, folder))
-        return folder
 
 
 def mismatch(path: Path, file: File) -> str:
@@ -190,9 +178,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_stale(blobs: Path) -> None:
-    """Delete partial files of killed processes, up to gigabytes: the hub client never does."""
-    for path in blobs.glob("*.incomplete"):
+def remove_stale(repository: Path) -> None:
+    """Delete partial files of killed processes, up to gigabytes: no client does."""
+    partial = (path for path in repository.rglob("*") if path.suffix in (".incomplete", ".partial"))
+    for path in partial:
         with suppress(FileNotFoundError):  # another process has finished it meanwhile
             if time.time() - path.stat().st_mtime > STALE:
                 path.unlink()

@@ -19,7 +19,6 @@ from panorama.sampling.synchronize import SyncSettings
 from panorama.sampling.views import Fixed
 
 DATA = Path(__file__).parent.parent / "data"
-HEADS = Path(__file__).parent.parent.parent / "weights" / "lpips_vgg_heads.safetensors"
 CASES = json.loads((DATA / "cases.json").read_text())
 
 
@@ -73,26 +72,22 @@ def test_the_published_latents_are_reproduced(pipeline: Pipeline, name: str) -> 
 LPIPS_CASE = DATA / "lpips_case.safetensors"
 
 
-def reference_lpips() -> LPIPS:
-    """Return LPIPS with VGG16 convolutions drawn from one generator and the published heads."""
-    model = LPIPS()
-    generator = torch.Generator().manual_seed(20260)
-    with torch.no_grad():
-        for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
-            fan_in = conv.in_channels * 9
-            conv.weight.copy_(
-                torch.randn(conv.weight.shape, generator=generator) * sqrt(2 / fan_in)
-            )
-            conv.bias.copy_(torch.randn(conv.bias.shape, generator=generator) * 0.05)
-        for index, head in enumerate(load_file(HEADS).values()):
-            model.heads[index].copy_(head)
-    return model
+def write_vgg16(path: Path) -> Path:
+    """Write a VGG16 as torchvision's, its convolutions drawn from one generator."""
+    generator, state = torch.Generator().manual_seed(20260), {}
+    for index, conv in enumerate(m for m in LPIPS().modules() if isinstance(m, nn.Conv2d)):
+        weight = torch.randn(conv.weight.shape, generator=generator)
+        state[f"features.{index}.weight"] = weight * sqrt(2 / (conv.in_channels * 9))
+        state[f"features.{index}.bias"] = torch.randn(conv.bias.shape, generator=generator) * 0.05
+    torch.save(state | {"classifier.0.weight": torch.zeros(2, 2)}, path)
+    return path
 
 
-def test_lpips_is_that_of_the_lpips_package() -> None:
+def test_lpips_is_that_of_the_lpips_package(tmp_path: Path) -> None:
     # In single precision a processor's rounding may decide a maximum or a sign otherwise.
     case = {name: value.double() for name, value in load_file(LPIPS_CASE).items()}
-    model, image = reference_lpips().double(), case["image"].requires_grad_()
+    model = LPIPS.from_vgg16(write_vgg16(tmp_path / "vgg16.pth")).double()
+    image = case["image"].requires_grad_()
     distance = model.distance(image, model.embed(case["target"]))
     (gradient,) = torch.autograd.grad(distance.sum(), image)
     torch.testing.assert_close(distance, case["distance"], atol=1e-7, rtol=0)

@@ -1,6 +1,7 @@
 """cog.yaml against what Cog's documentation says of each of its keys (docs/yaml.md, Cog 0.23)."""
 
 import re
+import tomllib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from importlib import import_module
@@ -67,6 +68,32 @@ def test_it_names_the_predictor():
     predictor = getattr(import_module(file.removesuffix(".py")), name)
     assert "predict" in vars(predictor)
     assert "run" not in vars(predictor)  # Cog would take it for the newer name of predict
+
+
+def managed_weights() -> list[dict[str, Any]]:
+    """The entry of `weights` for each part of the manifest."""
+    entries = []
+    for name, part in tomllib.loads((ROOT / "weights" / "manifest.toml").read_text())[
+        "full"
+    ].items():
+        source, files = part["sources"][0], [file["name"] for file in part["files"]]
+        repository, revision = source["repository"], source["revision"]
+        place = f"models--{repository.replace('/', '--')}/snapshots/{revision}"
+        origin = (
+            {"uri": f"{source['url']}/{files[0]}"}
+            if "url" in source
+            else {"uri": f"hf://{repository}@{revision}", "include": [f"/{file}" for file in files]}
+        )
+        entries.append({"name": name, "target": f"/src/weights/hub/{place}", "source": origin})
+    return entries
+
+
+def test_the_block_for_managed_weights_is_that_of_the_manifest():
+    text = (ROOT / "docs" / "managed-weights.md").read_text()
+    block = text.partition("```yaml\n")[2].partition("```")[0]
+    assert yaml.safe_load(block) == {"weights": managed_weights()}
+    variables = dict(variable.split("=", 1) for variable in CONFIG["environment"])
+    assert variables["PANORAMA_WEIGHTS"] == "/src/weights/hub"
 
 
 def pins() -> dict[str, str]:

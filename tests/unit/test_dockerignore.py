@@ -16,7 +16,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BUNDLE = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
 NEEDED = (
     *("predict.py", "cog.yaml", "requirements.txt", "LICENSE", ".cog/openapi_schema.json"),
-    *("panorama", "weights/lpips_vgg_heads.LICENSE", *BUNDLE),
+    *("panorama", "panorama/sampling/lpips_vgg_heads.LICENSE", *BUNDLE),
 )
 UNWANTED = (
     ".git/config",

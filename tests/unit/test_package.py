@@ -24,7 +24,7 @@ def is_bundled(path: Path) -> bool:
 
 def test_everything_that_the_package_needs_of_the_weights_folder_is_bundled():
     weights = ROOT / "weights"
-    needed = [weights / "manifest.toml", weights / "lpips_vgg_heads.safetensors"]
+    needed = [weights / "manifest.toml"]
     needed += [path for path in (weights / "tiny").rglob("*") if path.is_file()]
     for family in read_manifest(weights / "manifest.toml"):
         # What is fetched is not in the repository.

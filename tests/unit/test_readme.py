@@ -55,8 +55,8 @@ def test_the_family_that_it_adds_needs_no_code(tmp_path, monkeypatch):
     (tmp_path / "manifest.toml").write_text(manifest)
     monkeypatch.setenv("PANORAMA_WEIGHTS", str(tmp_path))
     assert list(weights.describe("sphere")) == ["sdxl-360"]
-    (unet,) = weights.needed("sphere", ["sdxl-360"])
-    assert (unet.base, unet.name, len(unet.files)) == ("sdxl", "unet", 2)
+    (part,) = weights.needed("sphere", ["sdxl-360"])
+    assert (part.base, [file.component for file in part.files]) == ("sdxl", ["unet", "unet"])
 
 
 def test_the_table_of_environment_variables_names_all_that_are_read():
