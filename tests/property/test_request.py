@@ -65,8 +65,10 @@ def requests_of(mode: str) -> st.SearchStrategy:
     """Requests with any legal value for each input that belongs to a mode and needs no file."""
     rules = {name: rule for name, rule in INPUTS.items() if mode in rule.modes}
     own = {name: legal(rule) for name, rule in rules.items() if not rule.needs}
-    own |= {"prompt": parts if mode in WINDOW_MODES else prompts}
-    return st.fixed_dictionaries(own | {"mode": st.just(mode)}).map(lambda own: Request(**own))
+    own |= {"prompt": parts if mode in WINDOW_MODES else prompts, "mode": st.just(mode)}
+    exact = st.fixed_dictionaries(own | {"output_quality": st.just(95)})
+    lossy = st.fixed_dictionaries(own | {"output_format": st.sampled_from(["jpg", "webp"])})
+    return (exact | lossy).map(lambda own: Request(**own))
 
 
 requests = st.sampled_from(EVERY_MODE).flatmap(requests_of)
@@ -138,7 +140,8 @@ def test_given_inputs_are_kept_and_nothing_stays_open(request, settings):
         resolved = request.resolve(settings)
     except ValueError as error:
         assert set(advice(error)) <= {
-            *("prompt", "width", "height", "negative_prompt", "stride", "lora_scale")
+            *("prompt", "width", "height", "negative_prompt", "stride", "lora_scale"),
+            "output_format",
         }
         return
     still_open = {name for name, value in resolved.inputs().items() if value is None}
