@@ -458,15 +458,14 @@ def _sides(
 
     Where only one is given, the other keeps the depth image's ratio, as closely as it can.
     """
-    own = dict(
-        zip(("width", "height"), depth_size or (settings.width, settings.height), strict=True)
-    )
+    width, height = depth_size or (settings.width, settings.height)
+    own = {"width": width, "height": height}
     given = {name: getattr(request, name) for name in own if getattr(request, name) is not None}
     if depth_size and len(given) == 1:
         ((name, side),) = given.items()
         (other,) = own.keys() - given.keys()
         multiple = settings.multiple if side % settings.multiple == 0 else 1
-        own[other] = _round(own[other] * side / own[name], multiple)
+        own[other] = max(_round(own[other] * side / own[name], multiple), multiple)
     return own | given
 
 

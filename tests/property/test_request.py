@@ -158,18 +158,27 @@ def test_given_inputs_are_kept_and_nothing_stays_open(request, settings):
     assert resolved.width * resolved.height <= settings.largest
 
 
-@given(st.tuples(SIDES, SIDES), families(), st.sampled_from([8, 32, 48, 64]))
-@example((2929, 1425), SPHERE, 32)
-@example((16384, 65), SPHERE, 32)
-def test_the_size_that_an_error_suggests_is_legal(depth_size, settings, multiple):
+@given(
+    st.tuples(SIDES, SIDES),
+    st.fixed_dictionaries(
+        {}, optional={side: st.integers(64, 16384) for side in ("width", "height")}
+    ),
+    families(),
+    st.sampled_from([8, 32, 48, 64]),
+)
+@example((2929, 1425), {}, SPHERE, 32)
+@example((16384, 65), {}, SPHERE, 32)
+@example((20000, 1), {"width": 64}, SPHERE, 32)
+def test_the_size_that_an_error_suggests_is_legal(depth_size, given, settings, multiple):
     smallest = ceil(settings.smallest / multiple) * multiple
     largest = max(settings.largest, smallest**2, 64**2)
     settings = dataclasses.replace(
         settings, multiple=multiple, smallest=smallest, largest=largest, window=0
     )
-    request = Request(prompt="sea", mode="sdxl-360")
+    request = Request(prompt="sea", mode="sdxl-360", **given)
     try:
-        request.resolve(settings, depth_size)
+        resolved = request.resolve(settings, depth_size)
+        assert {name: getattr(resolved, name) for name in given} == given
     except ValueError as error:
         resolved = dataclasses.replace(request, **advice(error)).resolve(settings, depth_size)
         for side in (resolved.width, resolved.height):
