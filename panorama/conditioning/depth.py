@@ -232,8 +232,9 @@ def from_distance(values: NDArray[np.float32]) -> NDArray[np.float32]:
             "depth_image: %.1f%% of its distances are not above 0, and count as the farthest",
             100 * lacking,
         )
-    farthest, nearest = inverse[measured].min(), inverse[measured].max()
-    return ((inverse - farthest) / (nearest - farthest)).clip(0, 1).astype(np.float32)
+    farthest = inverse[measured].min()
+    scaled = (inverse - farthest) / (inverse.max() - farthest)
+    return scaled.clip(0, 1).astype(np.float32)
 
 
 KINDS: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {

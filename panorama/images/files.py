@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
@@ -54,20 +55,14 @@ class Panorama:
             ValueError: the path ends otherwise.
         """
         path = Path(path)
-        check_suffix(path)
-        properties = gpano_properties(*self.image.size, self.closed)
-        options = SUFFIXES[path.suffix.lower()](self.metadata, xmp_packet(properties), quality)
+        if path.suffix.lower() not in SUFFIXES:
+            endings = ", ".join(SUFFIXES)
+            raise ValueError(f"{path}: must be a file that ends in {endings}; try {path}.png")
+        options = FORMATS[SUFFIXES[path.suffix.lower()]]
+        xmp = xmp_packet(gpano_properties(*self.image.size, self.closed))
         buffer = io.BytesIO()
-        self.image.save(buffer, **options)
+        self.image.save(buffer, **options(self.metadata, xmp, quality))
         write_atomically(path, buffer.getvalue())
-
-
-def check_suffix(path: Path) -> None:
-    """Raise ValueError for a path that does not end as an image."""
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(
-            f"{path}: must be a file that ends in {', '.join(SUFFIXES)}; try {path}.png"
-        )
 
 
 def png_options(metadata: Mapping[str, Any], xmp: str, quality: int) -> dict[str, Any]:
@@ -79,31 +74,24 @@ def png_options(metadata: Mapping[str, Any], xmp: str, quality: int) -> dict[str
     return {"format": "PNG", "pnginfo": info}
 
 
-def jpeg_options(metadata: Mapping[str, Any], xmp: str, quality: int) -> dict[str, Any]:
-    """Return the arguments that make Pillow write a JPEG."""
-    return {"format": "JPEG", "quality": quality, **exif_and_xmp(metadata, xmp)}
-
-
-def webp_options(metadata: Mapping[str, Any], xmp: str, quality: int) -> dict[str, Any]:
-    """Return the arguments that make Pillow write a WebP."""
-    return {"format": "WEBP", "quality": quality, **exif_and_xmp(metadata, xmp)}
-
-
-def exif_and_xmp(metadata: Mapping[str, Any], xmp: str) -> dict[str, Any]:
-    """Return Pillow's arguments for the metadata as an EXIF comment, and for XMP if there is any."""
+def exif_options(name: str, metadata: Mapping[str, Any], xmp: str, quality: int) -> dict[str, Any]:
+    """Return the arguments that make Pillow write a format that has EXIF, and XMP of its own."""
     exif = Image.Exif()
     comment = ASCII + json.dumps(dict(metadata)).encode("ascii")
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-    return {"exif": exif, "xmp": xmp.encode()} if xmp else {"exif": exif}
+    options = {"format": name, "quality": quality, "exif": exif}
+    return options | {"xmp": xmp.encode()} if xmp else options
 
 
-SUFFIXES: Mapping[str, Callable[[Mapping[str, Any], str, int], dict[str, Any]]] = {
-    ".png": png_options,
-    ".jpg": jpeg_options,
-    ".jpeg": jpeg_options,
-    ".webp": webp_options,
+Options = Callable[[Mapping[str, Any], str, int], dict[str, Any]]
+FORMATS: Mapping[str, Options] = {
+    "png": png_options,
+    "jpg": partial(exif_options, "JPEG"),
+    "webp": partial(exif_options, "WEBP"),
 }
-"""How a file is written, by the ending of its name."""
+"""How Pillow writes each format, given the metadata, an XMP packet or "", and the quality."""
+SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
+"""The format of a file, by the ending of its name."""
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -117,8 +105,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         ValueError: the file is not an image with such metadata.
     """
-    # Image.open refuses large images. These read no pixels, and raise SyntaxError or OSError for
-    # another format.
+    # Image.open refuses large images. These read no pixels, and raise SyntaxError for another
+    # format.
     for reader in (PngImageFile, JpegImageFile, WebPImageFile):
         with suppress(SyntaxError, KeyError, ValueError), reader(os.fspath(path)) as image:
             exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
