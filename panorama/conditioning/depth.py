@@ -162,7 +162,8 @@ def decode_tiff(page: TiffPage, size: int) -> Brightness:
     """Decode the brightness of a page of a TIFF of `size` bytes, in any type of number."""
     check_pixels(page.imagewidth, page.imagelength)
     channels, white = SAMPLES_OF[PHOTOMETRIC(page.photometric)], white_of(page)
-    if page.extrasamples not in ALPHAS or page.ndim > 3 or page.imagedepth > 1:
+    expected = channels + len(page.extrasamples)
+    if page.extrasamples not in ALPHAS or page.samplesperpixel != expected or page.imagedepth > 1:
         raise ValueError(f"its pixels have {page.samplesperpixel} samples, not grey or RGB")
     spans = zip(page.dataoffsets, page.databytecounts, strict=True)
     if any(start + count > size for start, count in spans):
@@ -174,7 +175,7 @@ def decode_tiff(page: TiffPage, size: int) -> Brightness:
     elif page.axes.startswith("S"):  # channel by channel
         samples = np.moveaxis(samples, 0, -1)
     colours = samples[..., :channels]  # (H, W, 1 or 3)
-    values = colours @ LUMINANCE if channels == 3 else colours[..., 0]
+    values = np.asarray(colours @ LUMINANCE if channels == 3 else colours[..., 0], np.float32)
     if page.photometric == PHOTOMETRIC.MINISWHITE:
         values = 1 - values
     if ALPHAS[page.extrasamples]:
@@ -233,7 +234,7 @@ def from_distance(values: NDArray[np.float32]) -> NDArray[np.float32]:
             100 * lacking,
         )
     farthest = inverse[measured].min()
-    scaled = (inverse - farthest) / (inverse.max() - farthest)
+    scaled: NDArray[np.float32] = (inverse - farthest) / (inverse.max() - farthest)
     return scaled.clip(0, 1).astype(np.float32)
 
 
