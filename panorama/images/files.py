@@ -104,6 +104,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is not an image with such metadata.
+        DecompressionBombError: it is a WebP of more than twice Pillow's `MAX_IMAGE_PIXELS`.
     """
     # Image.open refuses large images. These read no pixels, and raise SyntaxError for another
     # format.
