@@ -11,11 +11,12 @@ import argparse
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -76,13 +77,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.output.mkdir(parents=True, exist_ok=True)
         made = read_results(options.output)
         missing = [line for line in lines if made.get(line.file) != family]
+        modes = [mode for mode in offered if mode in modes_of(missing)]
+        weights.require(family, modes)
         if missing and processes > 1:
             return launch(processes, arguments)
         if len(missing) < len(lines) and rank() == 0:
             print(f"{len(lines) - len(missing)} already made", flush=True)
         if not missing:
             return 0
-        models = load_for(missing, family, offered)
+        hide_progress_bars()
+        from panorama.modes import load
+
+        models = load(family, modes=modes, device=own_device())
     except (ValueError, OSError, WeightsError) as error:
         parser.error(str(error))
     with join_processes(options.together) as process:
@@ -110,7 +116,7 @@ def process_count() -> int:
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
     """Run this command in several processes by torchrun, and return the exit code."""
-    os.environ["LOGLEVEL"] = "CRITICAL"  # its own report would bury what the processes say
+    logging.disable(logging.ERROR)  # its own report would bury what the processes say
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
@@ -123,14 +129,9 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     return 0
 
 
-def load_for(lines: Sequence[Line], family: str, offered: Iterable[str]) -> "Models":
-    """Load the modes of lines, except those that the family does not offer: such lines fail."""
-    hide_progress_bars()
-    from panorama.modes import load
-
-    used = {line.request.mode for line in lines if isinstance(line.request, Request)}
-    modes = [mode for mode in offered if mode in used]
-    return load(family, modes=modes, device=own_device())
+def modes_of(lines: Sequence[Line]) -> set[str]:
+    """Return the modes of the lines that are legal."""
+    return {line.request.mode for line in lines if isinstance(line.request, Request)}
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -223,9 +224,12 @@ def make(line: Line, models: "Models", process: Process, folder: Path) -> bool:
 
 def legal_request(line: Line, models: "Models", *, together: bool) -> Request:
     """Return the request of a line; ValueError, in every process, if it cannot be made."""
+    from panorama.modes import check_mode
+
     if isinstance(line.request, ValueError):
         raise line.request
     mode = line.request.mode
+    check_mode(mode, models.family, models.defaults)  # of which only the modes in use are loaded
     if together and not models.settings(mode).window:
         rule = "have windows to share with --together, or be in a file of its own"
         raise INPUTS["mode"].refuse(mode, rule, INPUTS["mode"].default)

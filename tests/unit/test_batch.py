@@ -16,7 +16,7 @@ from PIL import Image
 from panorama.batch import Process, add_result, main, make, read_lines, read_results
 from panorama.conditioning.depth import read
 from panorama.images.files import Panorama, read_metadata
-from panorama.request import Request
+from panorama.request import EVERY_MODE, Request
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"width": 320, "height": 256, "num_inference_steps": 2, "sync_threshold": 1}
@@ -155,10 +155,10 @@ def test_a_mode_that_the_family_lacks_or_that_has_no_windows_fails_its_line(tmp_
         made = make(line, fake, Process(0, 2, together=True), tmp_path)
         assert made == (line.number == 2)
     assert "mode='sdxl-360'" in results(tmp_path)[0]["error"]
-    fake.lacking = ("sdxl-360",)
+    fake.defaults = {"syncdiffusion": None}
     capsys.readouterr()
     assert run(tmp_path / "prompts.jsonl", tmp_path, capsys, code=1) == []
-    assert "family tiny lacks it" in results(tmp_path)[-1]["error"]
+    assert "the family tiny offers, syncdiffusion;" in results(tmp_path)[-1]["error"]
 
 
 @pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"\n\r\n  \n"])
@@ -222,11 +222,9 @@ class FakeModels:
 
     family = "tiny"
     failing = ""  # a prompt
-    lacking: tuple[str, ...] = ()  # modes
+    defaults = dict.fromkeys(EVERY_MODE)
 
     def settings(self, mode: str) -> Any:
-        if mode in self.lacking:
-            raise ValueError(f"mode={mode!r}: the family {self.family} lacks it")
         from panorama.request import ModeSettings, SpeedSettings
 
         return ModeSettings(
@@ -253,6 +251,7 @@ class FakeModels:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeModels:
     models = FakeModels()
     monkeypatch.setattr("panorama.modes.load", lambda family, **_: models)
+    monkeypatch.setattr("panorama.weights.require", lambda family, modes: None)
     return models
 
 
