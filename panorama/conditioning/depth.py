@@ -31,6 +31,7 @@ NARROW = 0.1  # of that scale
 COLOURED = 0.1  # mean difference between the channels, of the same scale
 
 logger = logging.getLogger(__name__)
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # or it prints of broken files
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
-from tifffile import imwrite
+from tifffile import TiffFile, imwrite
 
 from panorama.conditioning.depth import MAX_PIXELS, read, resize, warn_of_open_edges
 from tests.bad_images import bomb
@@ -157,15 +157,27 @@ def test_a_tiff_of_anything_else_is_refused_by_name(tmp_path, pixels, options, n
         read(tmp_path / "a.tif")
 
 
-@pytest.mark.parametrize("compression", [None, "lzw", "zlib"])
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib", "zstd", "lzma", "packbits", "jpeg"])
 def test_a_tiff_that_was_cut_is_refused(tmp_path, compression):
-    noise = np.random.default_rng(0).integers(0, 65535, (64, 128), np.uint16)
-    imwrite(tmp_path / "whole.tif", noise, compression=compression)
+    imwrite(tmp_path / "whole.tif", stored(ramp(), "u1"), compression=compression)
     data = (tmp_path / "whole.tif").read_bytes()
-    for part in (len(data) - 100, len(data) // 2, 60, 4):
-        (tmp_path / "a.tif").write_bytes(data[:part])
+    for lacking in (1, 10, 100, len(data) - 60, len(data) - 4):
+        (tmp_path / "a.tif").write_bytes(data[:-lacking])
         with pytest.raises(ValueError, match=r"^depth_image='a\.tif': .*must be a whole image"):
             read(tmp_path / "a.tif")
+
+
+def test_a_tiff_with_more_samples_than_it_names_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    options = {"photometric": "minisblack", "planarconfig": "contig"}
+    imwrite(path, np.zeros((32, 64, 3), np.uint8), **options)
+    with TiffFile(path) as file:
+        tag = file.pages.first.tags["ExtraSamples"].offset
+    data = bytearray(path.read_bytes())
+    data[tag : tag + 2] = (65000).to_bytes(2, "little")  # a private tag
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="3 samples"):
+        read(path)
 
 
 def test_a_large_tiff_is_not_decoded(tmp_path, monkeypatch):
