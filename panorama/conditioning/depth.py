@@ -166,8 +166,9 @@ def decode_tiff(page: TiffPage, size: int) -> Brightness:
     expected = channels + len(page.extrasamples)
     if page.extrasamples not in ALPHAS or page.samplesperpixel != expected or page.imagedepth > 1:
         raise ValueError(f"its pixels have {page.samplesperpixel} samples, not grey or RGB")
-    spans = zip(page.dataoffsets, page.databytecounts, strict=True)
-    if any(start + count > size for start, count in spans):
+    starts, counts = page.dataoffsets, page.databytecounts
+    ends = [start + count for start, count in zip(starts, counts, strict=False)]
+    if len(starts) != len(counts) or max(ends, default=size + 1) > size:
         raise ValueError("the file is truncated")
     with np.errstate(over="ignore"):  # in double precision, a missing distance may be -1.8e308
         samples = page.asarray().astype(np.float32) / np.float32(white)

@@ -159,12 +159,17 @@ def test_a_tiff_of_anything_else_is_refused_by_name(tmp_path, pixels, options, n
 
 @pytest.mark.parametrize("compression", [None, "lzw", "zlib", "zstd", "lzma", "packbits", "jpeg"])
 def test_a_tiff_that_was_cut_is_refused(tmp_path, compression):
-    imwrite(tmp_path / "whole.tif", stored(ramp(), "u1"), compression=compression)
+    rows = None if compression == "jpeg" else 4
+    options = {"compression": compression, "rowsperstrip": rows}
+    imwrite(tmp_path / "whole.tif", stored(ramp(), "u1"), **options)
     data = (tmp_path / "whole.tif").read_bytes()
     for lacking in (1, 10, 100, len(data) - 60, len(data) - 4):
         (tmp_path / "a.tif").write_bytes(data[:-lacking])
         with pytest.raises(ValueError, match=r"^depth_image='a\.tif': .*must be a whole image"):
             read(tmp_path / "a.tif")
+    (tmp_path / "a.tif").write_bytes(data[:200])  # within the list of strips
+    with pytest.raises(ValueError, match=r"\((the file is truncated|.*tiff.*|.*TIFF.*)\)"):
+        read(tmp_path / "a.tif")
 
 
 def test_a_tiff_with_more_samples_than_it_names_is_refused(tmp_path):
