@@ -170,12 +170,14 @@ def test_byte_order_marks_empty_lines_and_line_ends_of_windows_do_not_matter(sta
 
 def test_an_image_has_the_format_of_its_line(tmp_path, fake, capsys):
     formats = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
-    lines = [{"prompt": "sea", "output_format": name} for name in formats]
+    lines: list[dict[str, Any]] = [{"prompt": "sea", "output_format": name} for name in formats]
+    lines[1]["output_quality"] = 20
     prompts = write(tmp_path / "prompts.jsonl", lines)
     assert run(prompts, tmp_path, capsys) == [1, 2, 3]
     for file, kind in zip(files(prompts), formats.values(), strict=True):
         with Image.open(tmp_path / file) as image:
             assert image.format == kind
+            assert kind != "JPEG" or max(image.quantization[0]) > 100
     assert run(prompts, tmp_path, capsys) == []
 
 
