@@ -1,4 +1,4 @@
-"""The Cog boundary: typed inputs in, one PNG out. Nothing else imports cog.
+"""The Cog boundary: typed inputs in, one image out. Nothing else imports cog.
 
 Cog reads the signature of `predict` without running this file, so every value in it is a
 literal. They repeat the table in panorama/request.py; a test holds the two equal.
@@ -51,13 +51,13 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             choices=["syncdiffusion", "syncdiffusion-xl", "sdxl-360"],
         ),
         width: Optional[int] = Input(
-            description="Width in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. Defaults to the depth image's width, or else the mode's own.",
+            description="Width in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. Defaults to the depth image's width, to what keeps its ratio if only the height is given, or without one to the mode's own.",
             default=None,
             ge=64,
             le=16384,
         ),
         height: Optional[int] = Input(
-            description="Height in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. Defaults to the depth image's height, or else the mode's own.",
+            description="Height in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. Defaults to the depth image's height, to what keeps its ratio if only the width is given, or without one to the mode's own.",
             default=None,
             ge=64,
             le=16384,
@@ -118,8 +118,13 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             choices=["ddim", "euler", "dpm++", "unipc"],
         ),
         depth_image: Optional[Path] = Input(
-            description="Depth image to follow; brighter is nearer. The edges that a panorama closes should match. Left out, the prompt alone decides.",
+            description="Depth image to follow. The edges that a panorama closes should match. Left out, the prompt alone decides.",
             default=None,
+        ),
+        depth_kind: str = Input(
+            description="What the depth image holds. nearness: brighter is nearer. inverted: brighter is farther. distance: distances in any unit, such as metres or millimetres.",
+            default="nearness",
+            choices=["nearness", "inverted", "distance"],
         ),
         controlnet_conditioning_scale: float = Input(
             description="How closely to follow the depth image; 0 ignores it.",
@@ -137,12 +142,23 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             ge=0.0,
             le=2.0,
         ),
+        output_format: str = Input(
+            description="Format of the image. webp has at most 16383 pixels a side.",
+            default="png",
+            choices=["png", "jpg", "webp"],
+        ),
+        output_quality: int = Input(
+            description="Quality of a jpg or webp. A png is exact, and takes the default alone.",
+            default=95,
+            ge=1,
+            le=100,
+        ),
         disable_safety_checker: bool = Input(
             description="Return the image unchecked. Otherwise a deployment with a safety checker withholds an image that it flags.",
             default=False,
         ),
     ) -> Path:
-        """Make one panorama and return the path of its PNG."""
+        """Make one panorama and return the path of its image."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
         try:
             return self.make(self.models.prepare(Request(**inputs)))
@@ -154,27 +170,27 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
         """Make a panorama, print its seed and steps, and record metrics.
 
         Returns:
-            The path of a PNG, which stays until the next prediction.
+            The path of an image, which stays until the next prediction.
         """
         print(f"seed: {job.request.seed}", flush=True)
         panorama = self.run_cancellable(job)
-        path = self.new_path()
+        path = self.new_path(job.request.output_format)
         started = time.perf_counter()
-        panorama.save(path)
+        panorama.save(path, job.request.output_quality)
         seconds = {**panorama.seconds, "save": time.perf_counter() - started}
         self.record_metric("seed", job.request.seed)
         for stage, duration in seconds.items():
             self.record_metric(f"seconds.{stage}", round(duration, 3))
         return path
 
-    def new_path(self) -> Path:
+    def new_path(self, suffix: str) -> Path:
         """Return a path that no image had before, and delete the older images.
 
         Cog reads an image before it starts the next prediction.
         """
         for old in self.folder.iterdir():
             old.unlink()
-        return self.folder / f"{uuid4()}.png"
+        return self.folder / f"{uuid4()}.{suffix}"
 
     def run_cancellable(self, job: "Job") -> "Panorama":
         """Run a job so that a cancellation takes effect between two steps.

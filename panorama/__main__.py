@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from panorama.environment import load_models
 from panorama.errors import shorten
+from panorama.images.files import SUFFIXES
 from panorama.request import INPUTS, Input, Request
 from panorama.weights import WeightsError
 
@@ -41,7 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = Parser(prog="panorama", description="Make a panorama from a prompt.")
     parser.add_argument("-i", metavar="NAME=VALUE", dest="inputs", action="append", default=[])
-    parser.add_argument("-o", metavar="FILE", dest="output", default="output.png", type=Path)
+    parser.add_argument(
+        "-o",
+        metavar="FILE",
+        dest="output",
+        type=Path,
+        help="its ending sets output_format; defaults to output.png",
+    )
     parser.add_argument(
         "--previews",
         metavar="FOLDER",
@@ -50,8 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        request = Request(**parse_inputs(options.inputs))
-        check_output(options.output)
+        request = Request(**imply_format(options.output) | parse_inputs(options.inputs))
+        output = options.output or Path(f"output.{request.output_format}")
+        check_output(output, request.output_format)
         if options.previews:
             make_folder(options.previews)
         models = load_models()
@@ -62,13 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"seed: {job.request.seed}", flush=True)
     try:
         panorama = models.run(job, partial(report, options.previews))
-        panorama.save(options.output)
+        panorama.save(output, request.output_quality)
     except KeyboardInterrupt:
         return 130
     except Exception:
         traceback.print_exc()
         return 1
-    print(options.output)
+    print(output)
     return 0
 
 
@@ -104,14 +112,23 @@ def parse_value(rule: Input, text: str) -> object:
     return text
 
 
-def check_output(path: Path) -> None:
-    """Raise ValueError, before any work, if no image can be written to a path."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"-o {path}: must be a file that ends in .png; try output.png")
+def imply_format(path: Path | None) -> dict[str, str]:
+    """Return the input that the ending of a path implies, if it implies one."""
+    implied = SUFFIXES.get(path.suffix.lower()) if path else None
+    return {"output_format": implied} if implied else {}
+
+
+def check_output(path: Path, output_format: str) -> None:
+    """Raise ValueError, before any work, if no image of a format can be written to a path."""
+    if SUFFIXES.get(path.suffix.lower()) != output_format:
+        raise ValueError(
+            f"-o {path}: must be a file that ends in {', '.join(SUFFIXES)}, and as output_format "
+            f"says if that is given; try output.{output_format}"
+        )
     if not path.parent.is_dir():
-        raise ValueError(f"-o {path}: must be in a folder that exists; try output.png")
+        raise ValueError(f"-o {path}: must be in a folder that exists; try output.{output_format}")
     if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"-o {path}: must be writable; try output.png")
+        raise ValueError(f"-o {path}: must be writable; try output.{output_format}")
 
 
 def make_folder(path: Path) -> None:

@@ -1,15 +1,17 @@
 """Many prompts, on one process or several: `script/batch prompts.jsonl -o images`.
 
-Each line of the file is a JSON object of inputs, such as {"prompt": "night over the sea"}. Several
-processes are started by torchrun or accelerate. Each makes the images of other lines; with
-`--together` all of them share the windows of every image. `results.jsonl`, beside the images,
-records each result, and the same command again makes the images that are missing.
+Each line of the file is a JSON object of inputs, such as {"prompt": "night over the sea"}. The
+variable PROCESSES starts several processes, and so do torchrun and accelerate. Each makes the
+images of other lines; with `--together` all of them share the windows of every image.
+`results.jsonl`, beside the images, records each result. The same command again makes the images
+that are missing.
 """
 
 import argparse
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import sys
 import time
@@ -24,6 +26,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import distributed
 
+from panorama import weights
 from panorama.environment import family_name, hide_progress_bars
 from panorama.errors import shorten
 from panorama.request import INPUTS, Input, Request
@@ -41,9 +44,9 @@ class Line:
     """One line of the file of prompts, which keeps its image and seed wherever it moves."""
 
     number: int  # from 1
-    inputs: Mapping[str, Any]
+    inputs: Any  # as the line has them, None if it is no JSON
     file: str  # name of the image, from a hash of the inputs
-    request: Request  # with a seed
+    request: Request | ValueError  # with a seed; an error if the line is not legal
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Make every image that is not there yet.
 
     Returns:
-        The exit code: 1 if some could not be made. Bad arguments and bad lines exit with 2.
+        The exit code: 1 if some could not be made. Bad arguments exit with 2.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     parser = argparse.ArgumentParser(prog="panorama.batch", description=__doc__.partition("\n")[0])
     parser.add_argument("prompts", type=Path, help="JSON Lines: an object of inputs on each line")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the images")
@@ -68,15 +72,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--together", action="store_true", help="share the windows of each image")
     options = parser.parse_args(arguments)
     try:
-        lines = read_lines(options.prompts)
+        lines, family = read_lines(options.prompts), options.family or family_name()
+        offered, processes = weights.describe(family), process_count()
+        options.output.mkdir(parents=True, exist_ok=True)
+        made = read_results(options.output)
+        missing = [line for line in lines if made.get(line.file) != family]
+        modes = [mode for mode in offered if mode in modes_of(missing)]
+        weights.require(family, modes)
+        if missing and processes > 1:
+            return launch(processes, arguments)
+        if len(missing) < len(lines) and rank() == 0:
+            print(f"{len(lines) - len(missing)} already made", flush=True)
+        if not missing:
+            return 0
         hide_progress_bars()
         from panorama.modes import load
 
-        modes = dict.fromkeys(line.request.mode for line in lines)
-        models = load(options.family or family_name(), modes=tuple(modes), device=own_device())
-        check_lines(lines, models, together=options.together)
-        options.output.mkdir(parents=True, exist_ok=True)
-        made = read_results(options.output)
+        models = load(family, modes=modes, device=own_device())
     except (ValueError, OSError, WeightsError) as error:
         parser.error(str(error))
     with join_processes(options.together) as process:
@@ -84,39 +96,81 @@ def main(arguments: Sequence[str] | None = None) -> int:
             distributed.barrier()  # all have read the results before any adds to them
         else:
             lines = lines[process.rank :: process.ranks]
-        missing = [line for line in lines if made.get(line.file) != models.family]
+        missing = [line for line in lines if made.get(line.file) != family]
         outcomes = [make(line, models, process, options.output) for line in missing]
     return 0 if all(outcomes) else 1
 
 
+def rank() -> int:
+    """Return this process's rank, 0 if there is one process."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def process_count() -> int:
+    """Return the number of processes to start, 1 in one that was started; ValueError if bad."""
+    text = os.environ.get("PROCESSES", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"PROCESSES={shorten(text)}: must be an integer, at least 1; try 2")
+    return 1 if "RANK" in os.environ else int(text)
+
+
+def launch(processes: int, arguments: Sequence[str]) -> int:
+    """Run this command in several processes by torchrun, and return the exit code."""
+    logging.disable(logging.ERROR)  # its own report would bury what the processes say
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    command = ["--standalone", f"--nproc-per-node={processes}", "-m", "panorama.batch"]
+    try:
+        torchrun([*command, *arguments])
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return max(failure.exitcode, 1)  # negative for a signal
+    return 0
+
+
+def modes_of(lines: Sequence[Line]) -> set[str]:
+    """Return the modes of the lines that are legal."""
+    return {line.request.mode for line in lines if isinstance(line.request, Request)}
+
+
 def read_lines(path: Path) -> list[Line]:
-    """Read a file of prompts, without its empty lines; ValueError has the number of a bad one."""
-    lines: list[Line] = []
+    """Read a file of prompts, without its empty lines."""
     occurrences: Counter[str] = Counter()
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            inputs = json.loads(text)
-            content = json.dumps(inputs, sort_keys=True)
-            occurrences[content] += 1  # so that a line that is repeated gives other images
-            digest = hashlib.sha256(f"{content}#{occurrences[content]}".encode()).hexdigest()
-            request = build_request(inputs, seed=int(digest[:8], 16))
-            lines.append(Line(number, inputs, f"{digest[:12]}.png", request))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from error
-    return lines
+    texts = enumerate(path.read_bytes().split(b"\n"), start=1)
+    return [read_line(number, text, occurrences) for number, text in texts if text.strip()]
 
 
-def build_request(inputs: object, seed: int) -> Request:
-    """Build the request of a line, with a seed if it has none; ValueError if it is not legal."""
+def read_line(number: int, text: bytes, occurrences: Counter[str]) -> Line:
+    """Read a line and count it, so that one that is repeated gives another image."""
+    inputs, content, request = None, repr(text), None
+    try:
+        inputs = json.loads(text.decode("utf-8-sig"))
+        content = json.dumps(inputs, sort_keys=True)
+    except (ValueError, RecursionError) as error:
+        shown = shorten(text.decode(errors="replace"))
+        request = ValueError(f"{shown}: must be JSON in UTF-8 ({error})")
+    occurrences[content] += 1
+    digest = hashlib.sha256(f"{content}#{occurrences[content]}".encode()).hexdigest()
+    found = request or build_request(inputs, seed=int(digest[:8], 16))
+    suffix = found.output_format if isinstance(found, Request) else "png"
+    return Line(number, inputs, f"{digest[:12]}.{suffix}", found)
+
+
+def build_request(inputs: object, seed: int) -> Request | ValueError:
+    """Return the request of a line, with a seed if it has none, or why it is not legal."""
     if not isinstance(inputs, dict) or "prompt" not in inputs:
-        raise ValueError(f'{shorten(inputs)}: must be an object of inputs; try {{"prompt": "sea"}}')
+        return ValueError(
+            f'{shorten(inputs)}: must be an object of inputs; try {{"prompt": "sea"}}'
+        )
     if unknown := sorted(set(inputs) - set(INPUTS)):
-        raise ValueError(f"{shorten(unknown[0])}: must be one of {', '.join(INPUTS)}")
+        return ValueError(f"{shorten(unknown[0])}: must be one of {', '.join(INPUTS)}")
     files = {name: str(inputs[name]) for name, rule in INPUTS.items() if takes_path(rule, inputs)}
     paths = {name: Path(text.removeprefix("@")) for name, text in files.items()}
-    request = Request(**inputs | paths)
+    try:
+        request = Request(**inputs | paths)
+    except ValueError as error:
+        return error
     return request if request.seed is not None else replace(request, seed=seed)
 
 
@@ -125,19 +179,6 @@ def takes_path(rule: Input, inputs: Mapping[str, Any]) -> bool:
     text = inputs.get(rule.name)
     at = isinstance(text, str) and (rule.kind is Path or text.startswith("@"))
     return rule.takes_file and at
-
-
-def check_lines(lines: Sequence[Line], models: "Models", *, together: bool) -> None:
-    """Raise ValueError, before any work, for a line that the models cannot make."""
-    for line in lines:
-        mode = line.request.mode
-        try:
-            models.prepare(line.request)
-            if together and not models.settings(mode).window:
-                rule = "have windows to share with --together, or be in a file of its own"
-                raise INPUTS["mode"].refuse(mode, rule, INPUTS["mode"].default)
-        except ValueError as error:
-            raise ValueError(f"line {line.number}: {error}") from error
 
 
 def own_device() -> torch.device | None:
@@ -149,15 +190,15 @@ def own_device() -> torch.device | None:
 @contextmanager
 def join_processes(together: bool) -> Iterator[Process]:
     """Join the processes that torchrun or accelerate started. All of them leave at once."""
-    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
-        yield Process(rank, ranks, together=False)
+        yield Process(rank(), ranks, together=False)
         return
     device = own_device() if together else None  # without it, they only wait for one another
     backend = "nccl" if device else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE, device_id=device)
     try:
-        yield Process(rank, ranks, together)
+        yield Process(rank(), ranks, together)
         distributed.barrier()  # a launcher ends all processes when the first reports a failure
     finally:
         distributed.destroy_process_group()
@@ -170,20 +211,36 @@ def make(line: Line, models: "Models", process: Process, folder: Path) -> bool:
 
     started, writes = time.monotonic(), not process.together or process.rank == 0
     result = {"line": line.number, "file": line.file, "family": models.family}
-    result |= {"inputs": line.inputs, "seed": line.request.seed}
+    result |= {"inputs": line.inputs}
     try:
+        request = legal_request(line, models, together=process.together)
+        result["seed"] = request.seed
         with sharing_windows() if process.together else nullcontext():
-            panorama = models.generate(line.request)
+            panorama = models.generate(request)
         if writes:
-            panorama.save(folder / line.file)
+            panorama.save(folder / line.file, request.output_quality)
     except Exception as error:
-        if process.together and not isinstance(error, ImageWithheldError):
+        if process.together and not isinstance(error, ValueError | ImageWithheldError):
             raise  # the other processes wait for the share of this one
         result["error"] = f"{type(error).__name__}: {error}"
     if writes:
         add_result(folder, result | {"seconds": round(time.monotonic() - started, 3)})
         print(f"line {line.number}: {line.file}: {result.get('error', 'made')}", flush=True)
     return "error" not in result
+
+
+def legal_request(line: Line, models: "Models", *, together: bool) -> Request:
+    """Return the request of a line; ValueError, in every process, if it cannot be made."""
+    from panorama.modes import check_mode
+
+    if isinstance(line.request, ValueError):
+        raise line.request
+    mode = line.request.mode
+    check_mode(mode, models.family, models.defaults)  # of which only the modes in use are loaded
+    if together and not models.settings(mode).window:
+        rule = "have windows to share with --together, or be in a file of its own"
+        raise INPUTS["mode"].refuse(mode, rule, INPUTS["mode"].default)
+    return line.request
 
 
 def read_results(folder: Path) -> dict[str, str]:

@@ -168,7 +168,8 @@ class Models:
         if request.depth_image and self.bases[request.mode].controlnet is None:
             rule = "not be set with a model family without a ControlNet"
             raise INPUTS["depth_image"].refuse(request.depth_image, rule, None)
-        image = depth_images.read(request.depth_image) if request.depth_image else None
+        path, kind = request.depth_image, request.depth_kind
+        image = depth_images.read(path, kind) if path else None
         resolved = request.resolve(settings, image.size if image else None)
         texts = {"prompt": resolved.parts, "negative_prompt": (resolved.negative_prompt,)}
         check_lengths(self.bases[request.mode].text_encoders, texts)

@@ -4,11 +4,12 @@
 that holds predict.py's literals all derive from it, through `INPUTS`.
 """
 
+import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
-from math import ceil, floor, inf, prod, sqrt
+from math import ceil, inf, log, prod
 from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args
@@ -17,6 +18,8 @@ from panorama.errors import shorten
 
 SEED_BITS = 32  # torch's CPU generator reads only the low 32 bits of a seed
 LONGEST_TEXT = 10_000  # characters of a prompt
+LONGEST_EXIF = 60_000  # bytes of the prompts as JSON, which have to fit into 64 KiB of EXIF
+LARGEST_WEBP = 16383  # pixels a side
 
 EVERY_MODE = ("syncdiffusion", "syncdiffusion-xl", "sdxl-360")
 WINDOW_MODES = ("syncdiffusion", "syncdiffusion-xl")
@@ -171,14 +174,16 @@ class Request:
     )
     width: int | None = _input(
         "Width in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a "
-        "multiple of 32. Defaults to the depth image's width, or else the mode's own.",
+        "multiple of 32. Defaults to the depth image's width, to what keeps its ratio if only the "
+        "height is given, or without one to the mode's own.",
         default=None,
         example=1024,
         bounds=(64, 16384),
     )
     height: int | None = _input(
         "Height in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a "
-        "multiple of 32. Defaults to the depth image's height, or else the mode's own.",
+        "multiple of 32. Defaults to the depth image's height, to what keeps its ratio if only the "
+        "width is given, or without one to the mode's own.",
         default=None,
         example=512,
         bounds=(64, 16384),
@@ -254,10 +259,18 @@ class Request:
         choices=("ddim", "euler", "dpm++", "unipc"),
     )
     depth_image: Path | None = _input(
-        "Depth image to follow; brighter is nearer. The edges that a panorama closes should match. "
-        "Left out, the prompt alone decides.",
+        "Depth image to follow. The edges that a panorama closes should match. Left out, the "
+        "prompt alone decides.",
         default=None,
         modes=SDXL_MODES,
+    )
+    depth_kind: str = _input(
+        "What the depth image holds. nearness: brighter is nearer. inverted: brighter is farther. "
+        "distance: distances in any unit, such as metres or millimetres.",
+        default="nearness",
+        choices=("nearness", "inverted", "distance"),
+        modes=SDXL_MODES,
+        needs="depth_image",
     )
     controlnet_conditioning_scale: float = _input(
         "How closely to follow the depth image; 0 ignores it.",
@@ -282,6 +295,16 @@ class Request:
         bounds=(0.0, 2.0),
         modes=SDXL_MODES,
     )
+    output_format: str = _input(
+        "Format of the image. webp has at most 16383 pixels a side.",
+        default="png",
+        choices=("png", "jpg", "webp"),
+    )
+    output_quality: int = _input(
+        "Quality of a jpg or webp. A png is exact, and takes the default alone.",
+        default=95,
+        bounds=(1, 100),
+    )
     disable_safety_checker: bool = _input(
         "Return the image unchecked. Otherwise a deployment with a safety checker withholds an "
         "image that it flags.",
@@ -292,6 +315,7 @@ class Request:
         for name, rule in INPUTS.items():
             object.__setattr__(self, name, rule.check(getattr(self, name)))
         _check_parts(self)
+        _check_output(self)
         for name, rule in INPUTS.items():
             value = getattr(self, name)
             if value == rule.default:
@@ -317,10 +341,10 @@ class Request:
                 or lora_scale is not legal there.
         """
         speed = settings.speeds[self.speed or settings.speed]
-        width, height = depth_size or (settings.width, settings.height)
-        sides = {"width": self.width or width, "height": self.height or height}
+        sides = _sides(self, settings, depth_size)
         measured = [name for name in sides if depth_size and getattr(self, name) is None]
         _check_size(sides, settings, measured)
+        _check_webp(self, sides)
         open_inputs = {
             "guidance_scale": settings.guidance_scale,
             "num_inference_steps": speed.num_inference_steps,
@@ -420,9 +444,46 @@ def _check_room(request: ResolvedRequest, settings: ModeSettings) -> None:
     raise ValueError(f"prompt={shown}: must {reason}; try {longer}={enough[longer]}")
 
 
+def _check_output(request: Request) -> None:
+    """Check that the output's format has a quality, and room for the prompts in its metadata."""
+    rule, quality = INPUTS["output_quality"], request.output_quality
+    if request.output_format == "png" and quality != rule.default:
+        reason = "not be set with output_format='png', which is exact"
+        raise rule.refuse(quality, reason, rule.default)
+    length = len(json.dumps([request.prompt, request.negative_prompt]))
+    if request.output_format == "jpg" and length > LONGEST_EXIF:
+        reason = f"be 'png' or 'webp' with prompts of {length} bytes, which a JPEG cannot record"
+        raise INPUTS["output_format"].refuse("jpg", reason, "png")
+
+
+def _check_webp(request: Request, sides: Mapping[str, int]) -> None:
+    """Check that a WebP can be as large as the panorama."""
+    if request.output_format == "webp" and max(sides.values()) > LARGEST_WEBP:
+        reason = f"be 'png' or 'jpg' with a side of more than {LARGEST_WEBP} pixels"
+        raise INPUTS["output_format"].refuse("webp", reason, "png")
+
+
+def _sides(
+    request: Request, settings: ModeSettings, depth_size: tuple[int, int] | None
+) -> dict[str, int]:
+    """Return the width and height: those given, or else the depth image's or the mode's own.
+
+    Where only one is given, the other keeps the depth image's ratio, as closely as it can.
+    """
+    width, height = depth_size or (settings.width, settings.height)
+    own = {"width": width, "height": height}
+    given = {name: getattr(request, name) for name in own if getattr(request, name) is not None}
+    if depth_size and len(given) == 1:
+        ((name, side),) = given.items()
+        (other,) = own.keys() - given.keys()
+        multiple = settings.multiple if side % settings.multiple == 0 else 1
+        own[other] = max(_round(own[other] * side / own[name], multiple), multiple)
+    return own | given
+
+
 def _check_size(sides: Mapping[str, int], settings: ModeSettings, measured: list[str]) -> None:
     """Check that `sides`, of which the depth image gave those in `measured`, make a legal size."""
-    legal, bounds = _nearest_size(sides, settings), INPUTS["width"]
+    legal, bounds = _nearest_size(sides, settings, measured), INPUTS["width"]
     wrong = [name for name in sides if sides[name] != legal[name]]
     if not wrong:
         return
@@ -436,22 +497,45 @@ def _check_size(sides: Mapping[str, int], settings: ModeSettings, measured: list
     raise ValueError(f"{found}: must {rule}; try {advice}")
 
 
-def _nearest_size(sides: Mapping[str, int], settings: ModeSettings) -> dict[str, int]:
-    """Return the legal size nearest to `sides`, with about the same aspect ratio."""
-    multiple, largest, bounds = settings.multiple, settings.largest, INPUTS["width"]
+def _nearest_size(
+    sides: Mapping[str, int], settings: ModeSettings, measured: Sequence[str] = ()
+) -> dict[str, int]:
+    """Return the legal size nearest to `sides`, above all in its aspect ratio.
+
+    A side that is legal stays, unless it is `measured` or there are too many pixels.
+    """
+    multiple, bounds = settings.multiple, INPUTS["width"]
     least = ceil(max(settings.smallest, bounds.minimum) / multiple) * multiple
-    greatest = int(bounds.maximum) // multiple * multiple
-    shrink = sqrt(largest / prod(sides.values()))
+    every = range(least, int(bounds.maximum) + 1, multiple)
+    largest = int(min(settings.largest, every[-1] ** 2))
+    width, height = sides["width"], sides["height"]
+    stays = {
+        name: side in every
+        and name not in measured
+        and max(width * height, side * least) <= largest
+        for name, side in sides.items()
+    }
 
-    def legal(side: int) -> int:
-        multiples = floor(side * shrink / multiple) if shrink < 1 else round(side / multiple)
-        return min(max(multiples * multiple, least), greatest)
+    def legal_width(height: int) -> int:
+        """Return the width that is nearest to the ratio at a legal height, 0 for none."""
+        widest = min(every[-1], largest // height // multiple * multiple)
+        nearest = width if stays["width"] else _round(width * height / sides["height"], multiple)
+        return min(max(nearest, least), widest) if widest >= least else 0
 
-    size = {name: legal(side) for name, side in sides.items()}
-    if prod(size.values()) > largest:  # a side was rounded up, or is at its least
-        longer = max(size, key=lambda name: size[name])
-        size[longer] = int(largest) // min(size.values()) // multiple * multiple
-    return size
+    def difference(size: tuple[int, int]) -> float:
+        """Return how far a size is from `sides`; the ratio counts ten times as much as the area."""
+        wider, higher = log(size[0] / width), log(size[1] / height)
+        return 10 * abs(wider - higher) + abs(wider + higher)
+
+    heights = (height,) if stays["height"] else every
+    sizes = [(legal_width(h), h) for h in heights]
+    best = min((size for size in sizes if size[0]), key=difference)
+    return {"width": best[0], "height": best[1]}
+
+
+def _round(side: float, multiple: int) -> int:
+    """Return the multiple nearest to a side in pixels."""
+    return round(side / multiple) * multiple
 
 
 def _check_stride(request: ResolvedRequest, window: int, speed: SpeedSettings) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from math import ceil
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageOps
+from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffFile, TiffPage
 
 from panorama.sampling.canvas import Axis
 
@@ -19,10 +21,17 @@ MAX_PIXELS = 8192 * 4096
 MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits, uncompressed
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """The formats that are read. Pillow hands some others to external programs."""
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+"""How a TIFF or BigTIFF begins."""
 WHITES = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 """The brightest value of the Pillow modes that have more than 8 bits."""
+LUMINANCE = np.array([299, 587, 114], np.float32) / 1000  # of RGB, ITU-R 601-2, as in Pillow
+ROUNDING = 1e-3  # by which floats may leave the scale from black to white; half precision does
+NARROW = 0.1  # of that scale
+COLOURED = 0.1  # mean difference between the channels, of the same scale
 
 logger = logging.getLogger(__name__)
+logging.getLogger("tifffile").addHandler(logging.NullHandler())  # or it prints of broken files
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,57 +48,86 @@ class DepthImage:
         return width, height
 
 
-def read(path: Path) -> DepthImage:
+@dataclass(frozen=True, eq=False)
+class Brightness:
+    """What a file holds: 0 is black, and 1 white."""
+
+    values: NDArray[np.float32]  # (H, W); floats of a file may lie outside of [0, 1]
+    colour: float = 0.0  # mean difference between a pixel's channels
+
+
+def read(path: Path, kind: str = "nearness") -> DepthImage:
     """Read a depth image of one of `FORMATS`.
 
     Colour is read by its brightness. Transparent pixels count as black. The orientation in the EXIF
-    data is applied, and the first of several images in a file is taken.
+    data is applied, and the first of several images in a file is taken. A warning is logged if the
+    image is coloured, or uses little of the scale from black to white.
 
     Args:
         path: the file.
+        kind: what brightness means, a key of `KINDS`.
 
     Returns:
-        The depth, with the precision of the file if it has one channel (16 bits, or 32 as
-        floating point), else with 8 bits.
+        The depth, with the precision of the file if it is a TIFF or has one channel (16 bits, or
+        32 as floating point), else with 8 bits.
 
     Raises:
-        ValueError: the file does not exist, is not a whole image, or is too small or too large. A
-            file that is too large is not decoded.
+        ValueError: the file does not exist, is not a whole image, is too small or too large, or its
+            values are not of that kind. A file that is too large is not decoded.
     """
+    if not path.is_file():
+        found = "it is a folder" if path.is_dir() else "there is none of that name"
+        raise ValueError(
+            f"depth_image={path.name!r}: depth_image must be a file that exists ({found}); "
+            "try the path of an image"
+        )
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
             raise ValueError(f"it has {size} bytes")
         data = path.read_bytes()
-        values = decode(data)
-    except Exception as error:  # Pillow's readers raise all kinds of errors on a broken file
+        brightness = decode(data)
+    except Exception as error:  # the readers raise all kinds of errors on a broken file
         reason = str(error).replace(str(path), path.name)
         raise ValueError(
             f"depth_image={path.name!r}: depth_image must be a whole image of at most "
             f"{MAX_PIXELS} pixels and {MAX_BYTES} bytes, as {', '.join(FORMATS)} ({reason}); "
             "try a PNG"
         ) from error
-    height, width = values.shape
+    height, width = brightness.values.shape
     if min(height, width) < SMALLEST_SIDE:
         raise ValueError(
             f"depth_image={path.name!r}: depth_image must have at least {SMALLEST_SIDE} pixels a "
             f"side, not {width} x {height}; try one of the panorama's own size"
         )
+    try:
+        values = KINDS[kind](brightness.values)
+    except ValueError as error:
+        raise ValueError(f"depth_image={path.name!r}: {error}") from error
+    warn_of_little_depth(values, brightness.colour)
     return DepthImage(values, hashlib.sha256(data).hexdigest())
 
 
-def decode(data: bytes) -> NDArray[np.float32]:
-    """Decode the brightness (H, W) in [0, 1] of an image file; raise what Pillow raises."""
+def decode(data: bytes) -> Brightness:
+    """Decode the brightness of an image file; raise what its reader raises."""
+    if data.startswith(TIFF):
+        with TiffFile(BytesIO(data)) as file:
+            page = file.pages.first
+            if page.photometric in SAMPLES_OF:
+                return decode_tiff(page, len(data))
     with warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(BytesIO(data), formats=FORMATS) as image:  # reads only the header
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"it has {image.width} x {image.height} pixels")
+            check_pixels(image.width, image.height)
             white = WHITES.get(image.mode, 255)
             ImageOps.exif_transpose(image, in_place=True)
-            values = np.asarray(grey(image), np.float32)
-    if not (values.min() >= 0 and values.max() <= white):
-        raise ValueError(f"brightness from {values.min()} to {values.max()}, not 0 to {white}")
-    return values / np.float32(white)
+            values = np.asarray(grey(image), np.float32) / np.float32(white)
+            return Brightness(values, colour_of(image))
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Raise ValueError for an image that has too many pixels to decode."""
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"it has {width} x {height} pixels")
 
 
 def grey(image: Image.Image) -> Image.Image:
@@ -102,6 +140,127 @@ def grey(image: Image.Image) -> Image.Image:
         return image.convert("L")
     image = image.convert("RGBA")
     return ImageChops.multiply(image.convert("L"), image.getchannel("A"))
+
+
+def colour_of(image: Image.Image) -> float:
+    """Return the mean difference between the channels of an image, of the scale."""
+    if image.mode in ("1", "L", "LA", *WHITES):
+        return 0.0
+    return float(np.ptp(np.asarray(image.convert("RGB")), axis=-1).mean() / 255)
+
+
+SAMPLES_OF = {PHOTOMETRIC.MINISWHITE: 1, PHOTOMETRIC.MINISBLACK: 1, PHOTOMETRIC.RGB: 3}
+"""How many samples of a TIFF's pixel are grey or colour. Pillow reads the other kinds."""
+ALPHAS: Mapping[tuple[int, ...], bool] = {
+    (): False,
+    (EXTRASAMPLE.ASSOCALPHA,): False,  # colours are multiplied by it already
+    (EXTRASAMPLE.UNASSALPHA,): True,
+}
+"""The samples that a TIFF's pixel may have besides, and whether to multiply by them."""
+
+
+def decode_tiff(page: TiffPage, size: int) -> Brightness:
+    """Decode the brightness of a page of a TIFF of `size` bytes, in any type of number."""
+    check_pixels(page.imagewidth, page.imagelength)
+    channels, white = SAMPLES_OF[PHOTOMETRIC(page.photometric)], white_of(page)
+    expected = channels + len(page.extrasamples)
+    if page.extrasamples not in ALPHAS or page.samplesperpixel != expected or page.imagedepth > 1:
+        raise ValueError(f"its pixels have {page.samplesperpixel} samples, not grey or RGB")
+    starts, counts = page.dataoffsets, page.databytecounts
+    ends = [start + count for start, count in zip(starts, counts, strict=False)]
+    if len(starts) != len(counts) or max(ends, default=size + 1) > size:
+        raise ValueError("the file is truncated")
+    with np.errstate(over="ignore"):  # in double precision, a missing distance may be -1.8e308
+        samples = page.asarray().astype(np.float32) / np.float32(white)
+    if "S" not in page.axes:
+        samples = samples[..., None]
+    elif page.axes.startswith("S"):  # channel by channel
+        samples = np.moveaxis(samples, 0, -1)
+    colours = samples[..., :channels]  # (H, W, 1 or 3)
+    values = np.asarray(colours @ LUMINANCE if channels == 3 else colours[..., 0], np.float32)
+    if page.photometric == PHOTOMETRIC.MINISWHITE:
+        values = 1 - values
+    if ALPHAS[page.extrasamples]:
+        values = values * samples[..., channels]
+    colour = float(np.ptp(colours, axis=-1).mean()) if channels == 3 else 0.0
+    return Brightness(turned(values, page), colour)
+
+
+def white_of(page: TiffPage) -> float:
+    """Return the brightest value of a TIFF's type of number."""
+    kind, bits = page.dtype.kind if page.dtype else "", page.bitspersample
+    if kind not in ("b", "i", "u", "f"):
+        raise ValueError(f"its samples have {bits} bits, in a format that is no number")
+    return 1.0 if kind == "f" else float(2 ** (bits - (kind == "i")) - 1)
+
+
+def turned(values: NDArray[np.float32], page: TiffPage) -> NDArray[np.float32]:
+    """Turn values (H, W) the way up that a page of a TIFF says."""
+    image = Image.fromarray(np.ascontiguousarray(values))
+    image.getexif()[ExifTags.Base.Orientation] = page.tags.valueof("Orientation", 1)
+    return np.asarray(ImageOps.exif_transpose(image))
+
+
+def nearness(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Take brightness as nearness, without the rounding of floats; refuse any outside of [0, 1]."""
+    least, greatest = float(values.min()), float(values.max())
+    if not (least >= -ROUNDING and greatest <= 1 + ROUNDING):  # refuses NaN too
+        raise ValueError(
+            f"its brightness must be from black to white, not from {least:g} to {greatest:g}, "
+            "where white is 1; try depth_kind='distance' if it holds distances"
+        )
+    return values.clip(0, 1)
+
+
+def inverted(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the nearness of brightness that grows with the distance."""
+    return 1 - nearness(values)
+
+
+def from_distance(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the nearness of distances of any unit: their inverse, from farthest to nearest.
+
+    ControlNets are trained on such nearness (MiDaS, arXiv 1907.01341). Infinite distances are the
+    farthest. So are those that were not measured: NaN, 0 and less.
+    """
+    measured = values > 0
+    inverse = np.divide(1, values, out=np.zeros(values.shape), where=measured, dtype=np.float64)
+    if not measured.any() or np.ptp(inverse[measured]) == 0:
+        raise ValueError(
+            "with depth_kind='distance', depth_image must hold at least two positive distances; "
+            "try depth_kind='nearness'"
+        )
+    if lacking := 1 - measured.mean():
+        logger.warning(
+            "depth_image: %.1f%% of its distances are not above 0, and count as the farthest",
+            100 * lacking,
+        )
+    farthest = inverse[measured].min()
+    scaled: NDArray[np.float32] = (inverse - farthest) / (inverse.max() - farthest)
+    return scaled.clip(0, 1).astype(np.float32)
+
+
+KINDS: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
+    "nearness": nearness,
+    "inverted": inverted,
+    "distance": from_distance,
+}
+"""What brightness may mean, and how it becomes nearness in [0, 1]."""
+
+
+def warn_of_little_depth(values: NDArray[np.float32], colour: float) -> None:
+    """Log a warning if nearness (H, W) hardly varies, or if its image is strongly coloured."""
+    if (span := float(np.ptp(values))) < NARROW:
+        logger.warning(
+            "depth_image: it uses %.1f%% of the scale from black to white, so there is little to "
+            "follow; stretch it over the whole scale",
+            100 * span,
+        )
+    if colour > COLOURED:
+        logger.warning(
+            "depth_image: it is coloured, and only its brightness is read; a colour map is no "
+            "depth, so save it in grey"
+        )
 
 
 def resize(

@@ -1,22 +1,27 @@
-"""PNG files that say what made them, and that viewers show as a 360 degree image."""
+"""Image files that say what made them, and that viewers show as a 360 degree image."""
 
 import io
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
+from PIL.WebPImagePlugin import WebPImageFile
 
 if TYPE_CHECKING:
     from panorama.sampling.canvas import Axis  # imports torch, which reading a file does not need
 
-METADATA_KEY = "panorama"
+METADATA_KEY = "panorama"  # of a PNG's text
+ASCII = b"ASCII\0\0\0"  # how an EXIF comment in ASCII begins
+QUALITY = 95  # of a JPEG or WebP
 XMP_KEY = "XML:com.adobe.xmp"  # the iTXt keyword that the XMP specification reserves for a packet
 XMP_PACKET = """<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>
 <x:xmpmeta xmlns:x="adobe:ns:meta/">
@@ -37,20 +42,60 @@ class Panorama:
     metadata: Mapping[str, Any]  # ready for JSON; see `read_metadata`
     seconds: Mapping[str, float]  # time by stage: "denoise", "decode" and "check"
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a PNG with its metadata, whole or not at all. Equal panoramas give equal bytes."""
-        info = PngInfo()
-        info.add_itxt(METADATA_KEY, json.dumps(dict(self.metadata), ensure_ascii=False))
-        if gpano := gpano_properties(*self.image.size, self.closed):
-            properties = "\n   ".join(f"GPano:{k}={quoteattr(str(v))}" for k, v in gpano.items())
-            info.add_itxt(XMP_KEY, XMP_PACKET.format(properties=properties))
+    def save(self, path: str | os.PathLike[str], quality: int = QUALITY) -> None:
+        """Write the image with its metadata, whole or not at all.
+
+        Equal panoramas give equal bytes.
+
+        Args:
+            path: its ending decides the format: one of `SUFFIXES`.
+            quality: of a JPEG or WebP, 1 to 100.
+
+        Raises:
+            ValueError: the path ends otherwise.
+        """
+        path = Path(path)
+        if path.suffix.lower() not in SUFFIXES:
+            endings = ", ".join(SUFFIXES)
+            raise ValueError(f"{path}: must be a file that ends in {endings}; try {path}.png")
+        options = FORMATS[SUFFIXES[path.suffix.lower()]]
+        xmp = xmp_packet(gpano_properties(*self.image.size, self.closed))
         buffer = io.BytesIO()
-        self.image.save(buffer, format="PNG", pnginfo=info)
-        write_atomically(Path(path), buffer.getvalue())
+        self.image.save(buffer, **options(self.metadata, xmp, quality))
+        write_atomically(path, buffer.getvalue())
+
+
+def png_options(metadata: Mapping[str, Any], xmp: str, quality: int) -> dict[str, Any]:
+    """Return the arguments that make Pillow write a PNG, which has no quality."""
+    info = PngInfo()
+    info.add_itxt(METADATA_KEY, json.dumps(dict(metadata), ensure_ascii=False))
+    if xmp:
+        info.add_itxt(XMP_KEY, xmp)
+    return {"format": "PNG", "pnginfo": info}
+
+
+def exif_options(name: str, metadata: Mapping[str, Any], xmp: str, quality: int) -> dict[str, Any]:
+    """Return the arguments that make Pillow write a format that has EXIF, and XMP of its own."""
+    exif = Image.Exif()
+    comment = ASCII + json.dumps(dict(metadata)).encode("ascii")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    options = {"format": name, "quality": quality, "exif": exif}
+    return options | {"xmp": xmp.encode()} if xmp else options
+
+
+Options = Callable[[Mapping[str, Any], str, int], dict[str, Any]]
+FORMATS: Mapping[str, Options] = {
+    "png": png_options,
+    "jpg": partial(exif_options, "JPEG"),
+    "webp": partial(exif_options, "WEBP"),
+}
+"""How Pillow writes each format, given the metadata, an XMP packet or "", and the quality."""
+SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
+"""The format of a file, by the ending of its name."""
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the metadata of a PNG that `Panorama.save` wrote.
+    """Read the metadata of an image that `Panorama.save` wrote.
 
     Returns:
         The `inputs` that its mode takes, as they were used, with files replaced by their hashes;
@@ -58,13 +103,18 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         the `device` that made the image, and the `threads` of its CPU.
 
     Raises:
-        ValueError: the file is not a PNG with such metadata.
+        ValueError: the file is not an image with such metadata.
+        DecompressionBombError: it is a WebP of more than twice Pillow's `MAX_IMAGE_PIXELS`.
     """
-    # Image.open refuses large images; this reads no pixels, and raises SyntaxError for no PNG.
-    with suppress(SyntaxError, KeyError, ValueError), PngImageFile(os.fspath(path)) as image:
-        metadata: dict[str, Any] = json.loads(image.info[METADATA_KEY])
-        return metadata
-    raise ValueError(f"{path}: must be a PNG made by panorama; try one that Panorama.save wrote")
+    # Image.open refuses large images. These read no pixels, and raise SyntaxError for another
+    # format.
+    for reader in (PngImageFile, JpegImageFile, WebPImageFile):
+        with suppress(SyntaxError, KeyError, ValueError), reader(os.fspath(path)) as image:
+            exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
+            text = image.info.get(METADATA_KEY) or exif[ExifTags.Base.UserComment][len(ASCII) :]
+            metadata: dict[str, Any] = json.loads(text)
+            return metadata
+    raise ValueError(f"{path}: must be an image made by panorama; try one that Panorama.save wrote")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -75,6 +125,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def xmp_packet(properties: Mapping[str, object]) -> str:
+    """Return GPano fields as an XMP packet, "" without fields."""
+    lines = (f"GPano:{name}={quoteattr(str(value))}" for name, value in properties.items())
+    return XMP_PACKET.format(properties="\n   ".join(lines)) if properties else ""
 
 
 def gpano_properties(width: int, height: int, closed: "Axis") -> dict[str, object]:

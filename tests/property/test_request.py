@@ -65,8 +65,10 @@ def requests_of(mode: str) -> st.SearchStrategy:
     """Requests with any legal value for each input that belongs to a mode and needs no file."""
     rules = {name: rule for name, rule in INPUTS.items() if mode in rule.modes}
     own = {name: legal(rule) for name, rule in rules.items() if not rule.needs}
-    own |= {"prompt": parts if mode in WINDOW_MODES else prompts}
-    return st.fixed_dictionaries(own | {"mode": st.just(mode)}).map(lambda own: Request(**own))
+    own |= {"prompt": parts if mode in WINDOW_MODES else prompts, "mode": st.just(mode)}
+    exact = st.fixed_dictionaries(own | {"output_quality": st.just(95)})
+    lossy = st.fixed_dictionaries(own | {"output_format": st.sampled_from(["jpg", "webp"])})
+    return (exact | lossy).map(lambda own: Request(**own))
 
 
 requests = st.sampled_from(EVERY_MODE).flatmap(requests_of)
@@ -138,7 +140,8 @@ def test_given_inputs_are_kept_and_nothing_stays_open(request, settings):
         resolved = request.resolve(settings)
     except ValueError as error:
         assert set(advice(error)) <= {
-            *("prompt", "width", "height", "negative_prompt", "stride", "lora_scale")
+            *("prompt", "width", "height", "negative_prompt", "stride", "lora_scale"),
+            "output_format",
         }
         return
     still_open = {name for name, value in resolved.inputs().items() if value is None}
@@ -155,18 +158,27 @@ def test_given_inputs_are_kept_and_nothing_stays_open(request, settings):
     assert resolved.width * resolved.height <= settings.largest
 
 
-@given(st.tuples(SIDES, SIDES), families(), st.sampled_from([8, 32, 48, 64]))
-@example((2929, 1425), SPHERE, 32)
-@example((16384, 65), SPHERE, 32)
-def test_the_size_that_an_error_suggests_is_legal(depth_size, settings, multiple):
+@given(
+    st.tuples(SIDES, SIDES),
+    st.fixed_dictionaries(
+        {}, optional={side: st.integers(64, 16384) for side in ("width", "height")}
+    ),
+    families(),
+    st.sampled_from([8, 32, 48, 64]),
+)
+@example((2929, 1425), {}, SPHERE, 32)
+@example((16384, 65), {}, SPHERE, 32)
+@example((20000, 1), {"width": 64}, SPHERE, 32)
+def test_the_size_that_an_error_suggests_is_legal(depth_size, given, settings, multiple):
     smallest = ceil(settings.smallest / multiple) * multiple
     largest = max(settings.largest, smallest**2, 64**2)
     settings = dataclasses.replace(
         settings, multiple=multiple, smallest=smallest, largest=largest, window=0
     )
-    request = Request(prompt="sea", mode="sdxl-360")
+    request = Request(prompt="sea", mode="sdxl-360", **given)
     try:
-        request.resolve(settings, depth_size)
+        resolved = request.resolve(settings, depth_size)
+        assert {name: getattr(resolved, name) for name in given} == given
     except ValueError as error:
         resolved = dataclasses.replace(request, **advice(error)).resolve(settings, depth_size)
         for side in (resolved.width, resolved.height):

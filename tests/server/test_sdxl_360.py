@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tifffile import imwrite
 
+from panorama import read_metadata
 from tests.bad_images import bomb
 from tests.small_sdxl import save_family
 
@@ -101,6 +103,55 @@ def test_edges_that_do_not_match_are_logged(server: Server) -> None:
     assert "left and right edges differ by 1.000" in prediction["logs"]
 
 
+def tiff(values: np.ndarray, **options: Any) -> str:
+    """The data URL of a TIFF."""
+    buffer = io.BytesIO()
+    imwrite(buffer, values, **options)
+    return f"data:image/tiff;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def test_every_kind_of_depth_gives_the_image_of_its_nearness(server: Server) -> None:
+    turn = np.linspace(0, 2 * np.pi, 192, endpoint=False)
+    metres = np.tile(6 - 4 * np.cos(turn), (64, 1))  # from 2 m to 10 m
+    nearness = (1 / metres - 0.1) / (0.5 - 0.1)
+    white = np.round(nearness * 65535).astype(np.uint16)
+    kinds = {
+        "nearness": (tiff(white), {}),
+        "white is zero": (tiff(65535 - white, photometric="miniswhite", byteorder=">"), {}),
+        "inverted": (tiff(65535 - white), {"depth_kind": "inverted"}),
+        "metres": (tiff(metres.astype(np.float32)), {"depth_kind": "distance"}),
+    }
+    images = {}
+    for name, (url, inputs) in kinds.items():
+        _, prediction = server.predict(QUICK | {"depth_image": url, **inputs})
+        assert prediction["status"] == "succeeded", prediction
+        images[name] = np.asarray(decoded(prediction), np.int16)
+    for image in images.values():
+        assert np.abs(image - images["nearness"]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "mime", "inputs"),
+    [
+        ("PNG", "image/png", {}),
+        ("JPEG", "image/jpeg", {"output_format": "jpg", "output_quality": 80}),
+        ("WEBP", "image/webp", {"output_format": "webp", "output_quality": 80}),
+    ],
+)
+def test_an_image_comes_in_the_format_that_was_asked_for(
+    server: Server, tmp_path: Path, name: str, mime: str, inputs: dict[str, Any]
+) -> None:
+    _, prediction = server.predict(QUICK | inputs)
+    head, _, data = prediction["output"].partition(",")
+    assert head == f"data:{mime};base64"
+    path = tmp_path / "a"
+    path.write_bytes(base64.b64decode(data))
+    with Image.open(path) as image:
+        assert (image.format, image.size) == (name, (256, 128))
+    assert b"GPano:ProjectionType" in path.read_bytes()
+    assert read_metadata(path)["inputs"]["seed"] == 1
+
+
 BAD = {
     "empty": (data_url(b""), ("depth_image=",)),
     "no image": (data_url(b"<html>404</html>"), ("depth_image=",)),
@@ -132,6 +183,9 @@ def test_a_bad_depth_image_fails_before_the_first_step_and_leaves_no_file(
     assert (code, prediction["status"]) == (200, "failed")
     for words in told:
         assert words in prediction["error"]
+    reason = prediction["error"].partition("ValueError: ")[2]
+    assert reason and prediction["error"].count(reason) == 1
+    assert "Error: " not in reason
     assert "step" not in prediction["logs"]
     server.wait_until_idle()
     assert set(temporary.rglob("*")) == before

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     },
     "environment": {"errors", "weights", "modes"},
     "__init__": {"__version__", "errors", "request", "sampling", "images", "pipeline", "modes"},
-    "__main__": {"errors", "request", "weights", "environment"},
+    "__main__": {"errors", "request", "images", "weights", "environment"},
     "batch": {
         *("errors", "request", "sampling", "images", "weights", "modes", "environment"),
     },

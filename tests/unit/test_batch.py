@@ -4,7 +4,6 @@ import fcntl
 import json
 import os
 import subprocess
-import sys
 import threading
 from contextlib import nullcontext
 from pathlib import Path
@@ -15,8 +14,9 @@ import pytest
 from PIL import Image
 
 from panorama.batch import Process, add_result, main, make, read_lines, read_results
+from panorama.conditioning.depth import read
 from panorama.images.files import Panorama, read_metadata
-from panorama.request import Request
+from panorama.request import EVERY_MODE, Request
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"width": 320, "height": 256, "num_inference_steps": 2, "sync_threshold": 1}
@@ -38,18 +38,21 @@ def results(folder: Path) -> list[dict[str, Any]]:
 
 
 def launch(*arguments: object, processes: int = 2, code: int = 0) -> str:
-    """Run the command as script/batch does; it has to end with a code."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    result = subprocess.run(
-        [sys.executable, *launcher, "-m", "panorama.batch", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"},
+    """Run the command, which has to end with a code, and without a launcher's report."""
+    result = run_batch(*arguments, PROCESSES=str(processes))
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    return result.stdout
+
+
+def run_batch(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [ROOT / "script" / "batch", *map(str, arguments)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert result.returncode == code, result.stderr
-    return result.stdout
 
 
 def test_processes_share_the_lines_and_one_that_fails_does_not_end_the_other(
@@ -57,12 +60,14 @@ def test_processes_share_the_lines_and_one_that_fails_does_not_end_the_other(
 ) -> None:
     lines = [SMALL | {"prompt": prompt} for prompt in PROMPTS]
     lines[2]["seed"] = 5
+    lines.append({"prompt": ""})
     prompts, folder = write(tmp_path / "prompts.jsonl", lines), tmp_path / "images"
     (folder / files(prompts)[1]).mkdir(parents=True)  # where the second process's only image goes
     launch(prompts, "-o", folder, code=1)
     by_line = {result["line"]: result for result in results(folder)}
-    assert sorted(by_line) == [1, 2, 3]
+    assert sorted(by_line) == [1, 2, 3, 4]
     assert "IsADirectoryError" in by_line.pop(2)["error"]
+    assert "prompt=''" in by_line.pop(4)["error"]
     assert by_line[3]["seed"] == 5
     for number, result in by_line.items():
         assert result["inputs"] == lines[number - 1]
@@ -70,6 +75,7 @@ def test_processes_share_the_lines_and_one_that_fails_does_not_end_the_other(
         assert (made["prompt"], made["seed"]) == (result["inputs"]["prompt"], result["seed"])
         with Image.open(folder / result["file"]) as image:
             assert image.size == (320, 256)
+    assert launch(prompts, "-o", folder, code=1).splitlines()[0] == "2 already made"
 
 
 def test_processes_make_an_image_together_as_one_does(tmp_path: Path) -> None:
@@ -91,32 +97,126 @@ def levels(path: Path) -> np.ndarray:
         return np.asarray(image, np.int16)
 
 
-@pytest.mark.parametrize(
-    ("line", "told"),
-    [
-        ("{", "Expecting"),
-        ("[]", "object of inputs"),
-        ('{"width": 512}', "object of inputs"),
-        ('["' + "a" * 1_000_000 + '"]', "object of inputs"),
-        ('{"prompt": ""}', "prompt=''"),
-        ('{"prompt": "a", "colour": "red"}', "'colour'"),
-        ('{"prompt": "a", "width": 260}', "try width=256"),
-        ('{"prompt": "a", "mode": "sdxl-360"}', "mode='sdxl-360'"),
-    ],
-)
-def test_a_bad_line_is_refused_by_its_number_before_anything_is_made(
+BAD = [
+    ("{", "must be JSON"),
+    ("", "must be JSON"),
+    ("\xff", "must be JSON"),
+    ("[" * 100_000, "must be JSON"),
+    ("[]", "object of inputs"),
+    ("null", "object of inputs"),
+    ('{"width": 512}', "object of inputs"),
+    ('["' + "a" * 1_000_000 + '"]', "object of inputs"),
+    ('{"prompt": ""}', "prompt=''"),
+    ('{"prompt": "a", "colour": "red"}', "'colour'"),
+    ('{"prompt": "a", "width": 260}', "try width=256"),
+    ('{"prompt": "a", "mode": "cubes"}', "mode='cubes'"),
+    ('{"prompt": "a", "output_quality": 5}', "output_quality=5"),
+    ('{"prompt": "a", "mode": "sdxl-360", "depth_image": "none.png"}', "file that exists"),
+]
+
+
+@pytest.mark.parametrize(("line", "told"), BAD, ids=range(len(BAD)))
+def test_a_bad_line_fails_and_no_other(
     line: str, told: str, tmp_path: Path, fake: "FakeModels", capsys: pytest.CaptureFixture[str]
 ) -> None:
+    prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "images"
+    text = f'{{"prompt": "sea"}}\n{line or "{{}"}\n{{"prompt": "fog"}}\n'
+    prompts.write_bytes(text.encode("latin-1"))
+    assert main([str(prompts), "-o", str(folder)]) == 1
+    out, err = capsys.readouterr()
+    assert [text.partition(":")[0] for text in out.splitlines()] == ["line 1", "line 2", "line 3"]
+    assert err == ""
+    by_line = {result["line"]: result for result in results(folder)}
+    assert sorted(by_line) == [1, 2, 3]
+    for number in (1, 3):
+        assert "error" not in by_line[number]
+        assert (folder / by_line[number]["file"]).exists()
+    assert told in by_line[2]["error"]
+    assert len(by_line[2]["error"]) < 1000
+    assert len(list(folder.glob("*.png"))) == 2
+
+    assert main([str(prompts), "-o", str(folder)]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == "2 already made"
+    assert len(out) == 2 and out[1].startswith("line 2: ")
+
+
+def test_a_bad_line_is_made_when_it_is_corrected(tmp_path, fake, capsys):
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(f'{{"prompt": "sea"}}\n{line}\n')
+    prompts.write_text('{"prompt": "sea"}\n{"prompt": "fog"\n')
+    assert run(prompts, tmp_path, capsys, code=1) == [1]
+    prompts.write_text('{"prompt": "sea"}\n{"prompt": "fog"}\n')
+    assert run(prompts, tmp_path, capsys) == [2]
+
+
+def test_a_mode_that_the_family_lacks_or_that_has_no_windows_fails_its_line(tmp_path, fake, capsys):
+    lines = [{"prompt": "a", "mode": "sdxl-360"}, {"prompt": "b"}]
+    for line in read_lines(write(tmp_path / "prompts.jsonl", lines)):
+        made = make(line, fake, Process(0, 2, together=True), tmp_path)
+        assert made == (line.number == 2)
+    assert "mode='sdxl-360'" in results(tmp_path)[0]["error"]
+    fake.defaults = {"syncdiffusion": None}
+    capsys.readouterr()
+    assert run(tmp_path / "prompts.jsonl", tmp_path, capsys, code=1) == []
+    assert "the family tiny offers, syncdiffusion;" in results(tmp_path)[-1]["error"]
+
+
+@pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"\n\r\n  \n"])
+def test_byte_order_marks_empty_lines_and_line_ends_of_windows_do_not_matter(start, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(start + b'{"prompt": "sea"}\r\n{"prompt": "fog"}')
+    assert [line.request.prompt for line in read_lines(path)] == ["sea", "fog"]
+
+
+def test_an_image_has_the_format_of_its_line(tmp_path, fake, capsys):
+    formats = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
+    lines: list[dict[str, Any]] = [{"prompt": "sea", "output_format": name} for name in formats]
+    lines[1]["output_quality"] = 20
+    prompts = write(tmp_path / "prompts.jsonl", lines)
+    assert run(prompts, tmp_path, capsys) == [1, 2, 3]
+    for file, kind in zip(files(prompts), formats.values(), strict=True):
+        with Image.open(tmp_path / file) as image:
+            assert image.format == kind
+            assert kind != "JPEG" or max(image.quantization[0]) > 100
+    assert run(prompts, tmp_path, capsys) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["none.jsonl", "-o", "images"], "No such file"),
+        (["prompts.jsonl", "-o", "images", "--family", "nonesuch"], "nonesuch"),
+        (["prompts.jsonl", "-o", "prompts.jsonl"], "File exists"),
+        (["prompts.jsonl"], "-o/--output"),
+    ],
+)
+def test_a_bad_argument_ends_with_its_reason(arguments, told, tmp_path, fake, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PROCESSES", "2")
+    write(tmp_path / "prompts.jsonl", [{"prompt": "sea"}])
     with pytest.raises(SystemExit) as exit_:
-        main([str(prompts), "-o", str(tmp_path / "images"), "--together"])
+        main(arguments)
     assert exit_.value.code == 2
-    error = capsys.readouterr().err
-    assert "line 2: " in error
-    assert told in error
-    assert len(error) < 1000
-    assert not (tmp_path / "images").exists()
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert told in err.splitlines()[-1]
+
+
+def test_the_launcher_adds_nothing_to_an_error(tmp_path):
+    result = run_batch(tmp_path / "none.jsonl", "-o", tmp_path, PROCESSES="2")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.count("No such file") == 1
+    assert "Traceback" not in result.stderr and "torch" not in result.stderr
+
+
+@pytest.mark.parametrize("processes", ["0", "-1", "two", "1.5", ""])
+def test_a_bad_number_of_processes_is_refused(processes, tmp_path, fake, capsys, monkeypatch):
+    monkeypatch.setenv("PROCESSES", processes)
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "sea"}])
+    with pytest.raises(SystemExit) as exit_:
+        main([str(prompts), "-o", str(tmp_path)])
+    assert exit_.value.code == 2
+    assert f"PROCESSES={processes!r}: must be an integer" in capsys.readouterr().err
 
 
 class FakeModels:
@@ -124,6 +224,7 @@ class FakeModels:
 
     family = "tiny"
     failing = ""  # a prompt
+    defaults = dict.fromkeys(EVERY_MODE)
 
     def settings(self, mode: str) -> Any:
         from panorama.request import ModeSettings, SpeedSettings
@@ -138,10 +239,10 @@ class FakeModels:
             speeds={"exact": SpeedSettings(50)},
         )
 
-    def prepare(self, request: Request) -> Any:
-        return request.resolve(self.settings(request.mode))
-
     def generate(self, request: Request) -> Panorama:
+        request.resolve(self.settings(request.mode))
+        if request.depth_image:
+            read(request.depth_image)
         if request.prompt == self.failing:
             raise MemoryError("no memory")
         image = Image.new("RGB", (8, 8))
@@ -152,6 +253,7 @@ class FakeModels:
 def fake(monkeypatch: pytest.MonkeyPatch) -> FakeModels:
     models = FakeModels()
     monkeypatch.setattr("panorama.modes.load", lambda family, **_: models)
+    monkeypatch.setattr("panorama.weights.require", lambda family, modes: None)
     return models
 
 
@@ -211,10 +313,11 @@ def test_a_failed_line_is_reported_and_tried_again(tmp_path, fake, capsys):
     assert run(prompts, tmp_path, capsys) == [2]
 
 
-def test_another_family_makes_its_own(tmp_path, fake, capsys):
+def test_another_family_makes_its_own(tmp_path, fake, capsys, monkeypatch):
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "sea"}])
     assert run(prompts, tmp_path, capsys) == [1]
     fake.family = "full"
+    monkeypatch.setenv("PANORAMA_FAMILY", "full")
     assert run(prompts, tmp_path, capsys) == [1]
     assert read_results(tmp_path) == {files(prompts)[0]: "full"}
 
@@ -292,6 +395,6 @@ def test_a_lora_is_a_name_or_after_an_at_sign_a_path(tmp_path):
 
 
 def test_a_depth_image_is_a_path(tmp_path):
-    line = {"prompt": "bedroom", "mode": "sdxl-360", "depth_image": "depth.png"}
-    (read,) = read_lines(write(tmp_path / "prompts.jsonl", [line]))
-    assert read.request.depth_image == Path("depth.png")
+    inputs = {"prompt": "bedroom", "mode": "sdxl-360", "depth_image": "depth.png"}
+    (line,) = read_lines(write(tmp_path / "prompts.jsonl", [inputs]))
+    assert line.request.depth_image == Path("depth.png")

@@ -53,7 +53,13 @@ def test_a_file_is_marked_by_an_at_sign():
         (["-i", "prompt=a", "-i", "loop_closure=yes"], "loop_closure='yes'", "true or false"),
         (["-i", "prompt=a", "-i", "depth_image=a.png"], "depth_image='a.png'", "file"),
         (["-i", "prompt=" + "a" * 10_001], "prompt='aaa", "10000 characters"),
-        (["-i", "prompt=a", "-o", "a.jpg"], "-o a.jpg", ".png"),
+        (["-i", "prompt=a", "-o", "a.gif"], "-o a.gif", ".png, .jpg, .jpeg, .webp"),
+        (["-i", "prompt=a", "-o", "a"], "-o a", "try output.png"),
+        (["-i", "prompt=a", "-i", "output_format=png", "-o", "a.jpg"], "-o a.jpg", "output.png"),
+        (["-i", "prompt=a", "-i", "output_format=jpg", "-o", "a.png"], "-o a.png", "output.jpg"),
+        (["-i", "prompt=a", "-i", "output_format=gif"], "output_format='gif'", "png, jpg, webp"),
+        (["-i", "prompt=a", "-i", "output_quality=9"], "output_quality=9", "try 95"),
+        (["-i", "prompt=a", "-i", "output_quality=9", "-o", "a.png"], "output_quality", "try 95"),
         (["-i", "prompt=a", "-o", "."], "-o .", ".png"),
         (["-i", "prompt=a", "-o", "none/a.png"], "-o none/a.png", "folder"),
         (["-i", "prompt=a", "--previews", __file__], f"--previews {__file__}", "try previews"),
@@ -118,6 +124,35 @@ def test_a_panorama_is_written_and_its_seed_and_steps_printed(models, tmp_path, 
     assert main(["-i", "prompt=sea", "-o", str(path)]) == 0
     assert capsys.readouterr().out == f"seed: 5\nstep 1/2\nstep 2/2\n{path}\n"
     assert read_metadata(path) == {"prompt": "sea"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name", "kind"),
+    [
+        ([], "output.png", "PNG"),
+        (["-o", "a.png"], "a.png", "PNG"),
+        (["-o", "a.jpg"], "a.jpg", "JPEG"),
+        (["-o", "a.JPEG"], "a.JPEG", "JPEG"),
+        (["-o", "a.webp"], "a.webp", "WEBP"),
+        (["-i", "output_format=jpg"], "output.jpg", "JPEG"),
+        (["-i", "output_format=webp"], "output.webp", "WEBP"),
+        (["-i", "output_format=jpg", "-o", "a.jpeg"], "a.jpeg", "JPEG"),
+        (["-i", "output_quality=30", "-o", "a.jpg"], "a.jpg", "JPEG"),
+    ],
+)
+def test_the_name_and_the_format_imply_one_another(
+    models, arguments, name, kind, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["-i", "prompt=sea", *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == name
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert read_metadata(name) == {"prompt": "sea"}
+    with Image.open(name) as image:
+        assert image.format == kind
+        if kind == "JPEG":
+            tables = image.quantization[0]
+            assert (max(tables) > 100) == ("output_quality=30" in arguments)
 
 
 def test_previews_of_the_first_step_and_of_every_fifth_later_are_written(

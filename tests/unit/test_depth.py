@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
+from tifffile import TiffFile, imwrite
 
 from panorama.conditioning.depth import MAX_PIXELS, read, resize, warn_of_open_edges
 from tests.bad_images import bomb
@@ -62,12 +63,277 @@ def test_other_formats_have_sixteen_bits_too(tmp_path, name):
     assert np.abs(values(path) - ramp()).max() <= 1e-4
 
 
-def test_floats_are_taken_from_black_to_white_or_not_at_all(tmp_path):
-    path = saved(tmp_path / "a.tif", ramp().astype(np.float32))
-    assert np.allclose(values(path), ramp())
-    for wrong in (ramp() * 10, ramp() - 0.5, np.full((32, 64), np.nan)):
-        with pytest.raises(ValueError, match="not 0 to 1"):
-            read(saved(tmp_path / "a.tif", wrong.astype(np.float32)))
+TYPES = {
+    **{name: 2.0 ** (8 * int(name[1])) - 1 for name in ("u1", "u2", "u4", "u8")},
+    **{name: 2.0 ** (8 * int(name[1]) - 1) - 1 for name in ("i1", "i2", "i4", "i8")},
+    **{name: 1.0 for name in ("f2", "f4", "f8")},
+}
+"""The white of every type of number that a TIFF may have."""
+STEPS = {"u1": 1 / 255, "i1": 1 / 127, "f2": 2**-11}
+"""Their precision, where it is coarser than 1 / 32767."""
+
+
+def stored(values: np.ndarray, kind: str) -> np.ndarray:
+    """Values in [0, 1] as numbers of a type."""
+    if kind.startswith("f"):
+        return values.astype(kind)
+    white = 2 ** (8 * int(kind[1]) - kind.startswith("i")) - 1
+    levels = np.round(values.astype(np.longdouble) * white)
+    return levels.clip(0, white).astype(kind)
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib", "zstd"])
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite", "rgb"])
+@pytest.mark.parametrize("kind", TYPES)
+def test_a_tiff_means_the_same_in_every_type_order_and_photometric(
+    tmp_path, kind, photometric, order, compression
+):
+    pixels = stored(1 - ramp() if photometric == "miniswhite" else ramp(), kind)
+    if photometric == "rgb":
+        pixels = np.stack([pixels] * 3, -1)
+    options = {"photometric": photometric, "byteorder": order, "compression": compression}
+    imwrite(tmp_path / "a.tif", pixels, **options)
+    found = values(tmp_path / "a.tif")
+    assert found.dtype == np.float32 and found.shape == (32, 64)
+    assert np.abs(found - ramp()).max() <= STEPS.get(kind, 1 / 32767) / 2 + 1e-6
+    assert np.corrcoef(found.ravel(), ramp().ravel())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_a_white_is_zero_tiff_of_pillow_is_read_the_same(tmp_path, mode):
+    pixels = (ramp() * 255).round().astype(np.uint8)
+    Image.fromarray(255 - pixels).convert(mode).save(tmp_path / "a.tif", tiffinfo={262: 0})
+    with Image.open(tmp_path / "a.tif") as image:
+        expected = np.asarray(image.convert("L"), np.float32) / 255
+    assert np.allclose(values(tmp_path / "a.tif"), expected)
+
+
+@pytest.mark.parametrize("bigtiff", [False, True])
+@pytest.mark.parametrize("planar", ["contig", "separate"])
+@pytest.mark.parametrize("tile", [None, (16, 16)])
+def test_the_layout_of_a_tiff_does_not_matter(tmp_path, tile, planar, bigtiff):
+    grey = stored(ramp(), "u2")
+    pixels = np.stack([grey] * 3, -1 if planar == "contig" else 0)
+    options = {"photometric": "rgb", "planarconfig": planar, "tile": tile, "bigtiff": bigtiff}
+    imwrite(tmp_path / "a.tif", pixels, **options)
+    assert np.abs(values(tmp_path / "a.tif") - ramp()).max() <= 1e-4
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_is_turned_as_a_png_is(tmp_path, orientation):
+    pixels = stored(ramp(), "u2")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    imwrite(tmp_path / "a.tif", pixels, extratags=[(274, 3, 1, orientation, True)])
+    assert np.array_equal(values(tmp_path / "a.tif"), values(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize(("alpha", "expected"), [("unassalpha", 0.2), ("assocalpha", 0.5)])
+@pytest.mark.parametrize(("photometric", "channels"), [("minisblack", 1), ("rgb", 3)])
+def test_a_transparent_tiff_is_darker(tmp_path, photometric, channels, alpha, expected):
+    pixels = np.full((32, 64, channels + 1), 0.5, np.float32)
+    pixels[..., -1] = 0.4
+    options = {"photometric": photometric, "extrasamples": [alpha], "planarconfig": "contig"}
+    imwrite(tmp_path / "a.tif", pixels, **options)
+    assert np.allclose(values(tmp_path / "a.tif"), expected)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options", "named"),
+    [
+        (np.zeros((32, 64, 2), "u1"), {"photometric": "minisblack"}, "2 samples"),
+        (np.zeros((32, 64, 5), "u1"), {"photometric": "rgb"}, "5 samples"),
+        (np.zeros((32, 64), "c8"), {"photometric": "minisblack"}, "no number"),
+        (np.zeros((16, 32, 32), "u1"), {"volumetric": True, "tile": (16, 16, 16)}, "samples"),
+    ],
+    ids=["an unnamed sample", "two", "complex numbers", "a volume"],
+)
+def test_a_tiff_of_anything_else_is_refused_by_name(tmp_path, pixels, options, named):
+    extra = {"planarconfig": "contig"} if pixels.shape[-1] in (2, 5) else {}
+    imwrite(tmp_path / "a.tif", pixels, **options, **extra)
+    with pytest.raises(ValueError, match=rf"^depth_image='a\.tif': .*{named}.*; try a PNG"):
+        read(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("compression", [None, "lzw", "zlib", "zstd", "lzma", "packbits", "jpeg"])
+def test_a_tiff_that_was_cut_is_refused(tmp_path, compression):
+    rows = None if compression == "jpeg" else 4
+    options = {"compression": compression, "rowsperstrip": rows}
+    imwrite(tmp_path / "whole.tif", stored(ramp(), "u1"), **options)
+    data = (tmp_path / "whole.tif").read_bytes()
+    for lacking in (1, 10, 100, len(data) - 60, len(data) - 4):
+        (tmp_path / "a.tif").write_bytes(data[:-lacking])
+        with pytest.raises(ValueError, match=r"^depth_image='a\.tif': .*must be a whole image"):
+            read(tmp_path / "a.tif")
+    (tmp_path / "a.tif").write_bytes(data[:200])  # within the list of strips
+    with pytest.raises(ValueError, match=r"\((the file is truncated|.*tiff.*|.*TIFF.*)\)"):
+        read(tmp_path / "a.tif")
+
+
+def test_a_tiff_with_more_samples_than_it_names_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    options = {"photometric": "minisblack", "planarconfig": "contig"}
+    imwrite(path, np.zeros((32, 64, 3), np.uint8), **options)
+    with TiffFile(path) as file:
+        tag = file.pages.first.tags["ExtraSamples"].offset
+    data = bytearray(path.read_bytes())
+    data[tag : tag + 2] = (65000).to_bytes(2, "little")  # a private tag
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="3 samples"):
+        read(path)
+
+
+def test_a_large_tiff_is_not_decoded(tmp_path, monkeypatch):
+    imwrite(tmp_path / "a.tif", np.zeros((4200, 8200), bool), compression="zlib")
+    monkeypatch.setattr("tifffile.TiffPage.asarray", None)
+    with pytest.raises(ValueError, match="it has 8200 x 4200 pixels"):
+        read(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8"])
+@pytest.mark.parametrize("photometric", ["minisblack", "miniswhite"])
+def test_rounding_beyond_black_and_white_is_clipped(tmp_path, kind, photometric):
+    pixels = ramp().astype(kind)
+    pixels[0, 0], pixels[-1, -1] = -1e-8, np.nextafter(np.asarray(1, kind), np.asarray(2, kind))
+    if kind == "f4":
+        pixels[-1, -2] = 1.0000002
+    imwrite(tmp_path / "a.tif", pixels, photometric=photometric)
+    found = values(tmp_path / "a.tif")
+    assert (found.min(), found.max()) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [ramp() * 10, ramp() - 0.5, ramp() * 1.01, np.full((32, 64), np.nan), ramp() + np.inf],
+    ids=["too bright", "negative", "a little too bright", "NaN", "infinite"],
+)
+@pytest.mark.parametrize("kind", ["f2", "f4", "f8"])
+def test_floats_beyond_black_and_white_are_refused(tmp_path, wrong, kind):
+    imwrite(tmp_path / "a.tif", wrong.astype(kind))
+    for meaning in ("nearness", "inverted"):
+        with pytest.raises(ValueError, match="where white is 1; try depth_kind='distance'"):
+            read(tmp_path / "a.tif", meaning)
+
+
+def test_a_negative_integer_is_refused(tmp_path):
+    imwrite(tmp_path / "a.tif", np.full((32, 64), -100, np.int16))
+    with pytest.raises(ValueError, match="from black to white, not from -"):
+        read(tmp_path / "a.tif")
+
+
+METRES = 2 + 8 * ramp()  # from 2 m to 10 m
+NEARNESS = (1 / METRES - 1 / 10) / (1 / 2 - 1 / 10)
+DISTANCES = {
+    "metres, float": (METRES.astype("f4"), {}),
+    "metres, double": (METRES.astype("f8"), {}),
+    "metres, half": (METRES.astype("f2"), {}),
+    "metres, big-endian": (METRES.astype("f4"), {"byteorder": ">"}),
+    "millimetres, 16 bit": ((METRES * 1000).round().astype("u2"), {}),
+    "millimetres, signed": ((METRES * 1000).round().astype("i2"), {}),
+    "millimetres, 32 bit": ((METRES * 1000).round().astype("u4"), {}),
+    "millimetres, float": ((METRES * 1000).astype("f4"), {}),
+    "kilometres": ((METRES / 1000).astype("f4"), {}),
+    "a share of the farthest": ((METRES / 10).astype("f4"), {}),
+    "a share, 16 bit": ((METRES / 10 * 65535).round().astype("u2"), {}),
+    "in three channels": (np.stack([METRES.astype("f4")] * 3, -1), {"photometric": "rgb"}),
+}
+
+
+@pytest.mark.parametrize("kind", DISTANCES)
+def test_distances_of_any_unit_become_nearness(tmp_path, kind, caplog):
+    pixels, options = DISTANCES[kind]
+    imwrite(tmp_path / "a.tif", pixels, **options)
+    found = read(tmp_path / "a.tif", "distance").values
+    assert found.dtype == np.float32
+    assert np.abs(found - NEARNESS).max() < 1e-3
+    assert caplog.records == []
+
+
+def test_distances_of_a_png_become_nearness(tmp_path):
+    path = saved(tmp_path / "a.png", (METRES * 1000).round().astype(np.uint16))
+    assert np.abs(read(path, "distance").values - NEARNESS).max() < 1e-3
+
+
+def test_an_infinite_distance_is_the_farthest(tmp_path, caplog):
+    pixels = METRES.astype("f4")
+    pixels[:8] = np.inf
+    imwrite(tmp_path / "a.tif", pixels)
+    found = read(tmp_path / "a.tif", "distance").values
+    assert found[:8].max() == 0 and found.max() == 1
+    assert np.abs(found[8:] - METRES[8:].min() / METRES[8:]).max() < 1e-6
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("hole", [np.nan, 0, -1, -9999, -1.7976931348623157e308, -np.inf])
+def test_what_was_not_measured_is_the_farthest_with_a_warning(tmp_path, caplog, hole):
+    pixels = METRES.copy()
+    pixels[:8] = hole
+    imwrite(tmp_path / "a.tif", pixels)
+    found = read(tmp_path / "a.tif", "distance").values
+    assert found[:8].max() == 0
+    assert (found[8:].min(), found[8:].max()) == (0, 1)
+    (record,) = caplog.records
+    assert "25.0% of its distances" in record.getMessage()
+
+
+@pytest.mark.parametrize("value", [0, -1, np.nan, 5])
+def test_distances_that_tell_nothing_are_refused(tmp_path, value):
+    imwrite(tmp_path / "a.tif", np.full((32, 64), value, np.float32))
+    with pytest.raises(ValueError, match=r"^depth_image='a\.tif': .*two positive distances; try"):
+        read(tmp_path / "a.tif", "distance")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.webp"])
+def test_inverted_depth_is_turned_round(tmp_path, name):
+    path = tmp_path / name
+    pixels = (ramp() * 255).round().astype(np.uint8)
+    Image.fromarray(pixels).save(path, **({"lossless": True} if name == "a.webp" else {}))
+    assert np.allclose(read(path, "inverted").values, 1 - values(path))
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 0.09), (0.5, 0.55), (0.95, 1), (0.3, 0.3)])
+@pytest.mark.parametrize("kind", ["u1", "u2", "f4"])
+def test_little_depth_makes_a_warning(tmp_path, caplog, low, high, kind):
+    imwrite(tmp_path / "a.tif", stored(low + (high - low) * ramp(), kind))
+    for meaning in ("nearness", "inverted"):
+        caplog.clear()
+        read(tmp_path / "a.tif", meaning)
+        (record,) = caplog.records
+        share = record.getMessage().partition("it uses ")[2].partition("%")[0]
+        assert abs(float(share) - 100 * (high - low)) < 0.5
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 0.11), (0, 1), (0.8, 1)])
+def test_enough_depth_makes_none(tmp_path, caplog, low, high):
+    imwrite(tmp_path / "a.tif", stored(low + (high - low) * ramp(), "u2"))
+    read(tmp_path / "a.tif")
+    assert caplog.records == []
+
+
+MAPS = ("viridis", "plasma", "inferno", "magma", "cividis", "turbo", "jet", "hsv", "Spectral")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg", "a.webp"])
+@pytest.mark.parametrize("colours", MAPS)
+def test_a_colour_map_makes_a_warning(tmp_path, caplog, name, colours):
+    from matplotlib import colormaps
+
+    pixels = (colormaps[colours](ramp())[..., :3] * 255).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / name)
+    read(tmp_path / name)
+    (record,) = caplog.records
+    assert "a colour map is no depth" in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.jpg", "a.webp"])
+@pytest.mark.parametrize("tint", [(1, 1, 1), (1, 0.98, 0.95)], ids=["grey", "a faint tint"])
+def test_grey_in_three_channels_makes_none(tmp_path, caplog, name, tint):
+    grey = ramp()[..., None] * np.array(tint) * 255
+    Image.fromarray(grey.round().astype(np.uint8)).save(tmp_path / name)
+    read(tmp_path / name)
+    assert caplog.records == []
 
 
 def test_what_is_transparent_is_black(tmp_path):
@@ -122,8 +388,8 @@ def sparse(path: Path, size: int) -> None:
 
 
 BAD = {
-    "missing": (lambda path: None, "No such file"),
-    "a folder": (Path.mkdir, "directory"),
+    "missing": (lambda path: None, "must be a file that exists (there is none of that name)"),
+    "a folder": (Path.mkdir, "must be a file that exists (it is a folder)"),
     "empty": (Path.touch, "cannot identify"),
     "no image": (lambda path: path.write_text("<html>404</html>"), "cannot identify"),
     "truncated": (truncated, "truncated"),

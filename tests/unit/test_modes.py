@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tifffile import imwrite
 from torch import Tensor
 
 from panorama.__main__ import main
@@ -258,7 +259,37 @@ def test_a_request_follows_its_depth_image(models: Models, depth_image: Path) ->
     assert not np.array_equal(image, generate(models, height=HEIGHT // 2))
     ignored = generate(models, depth_image=depth_image, controlnet_conditioning_scale=0)
     assert np.array_equal(ignored, generate(models, height=HEIGHT // 2))
-    assert generate(models, depth_image=depth_image, width=128).size == (128, HEIGHT // 2)
+    stretched = generate(models, depth_image=depth_image, width=128, height=HEIGHT // 2)
+    assert stretched.size == (128, HEIGHT // 2)
+
+
+def test_each_kind_of_depth_is_followed_as_the_nearness_that_it_means(
+    models: Models, tmp_path: Path
+) -> None:
+    metres = 2 + 8 * np.random.default_rng(3).random((HEIGHT // 2, WIDTH))
+    metres.flat[:2] = 2, 10
+    nearness = (1 / metres - 0.1) / (0.5 - 0.1)
+    files = {"nearness": nearness, "inverted": 1 - nearness, "distance": metres}
+    depths = {}
+    for kind, values in files.items():
+        imwrite(tmp_path / f"{kind}.tif", values)
+        job = models.prepare(request(depth_image=tmp_path / f"{kind}.tif", depth_kind=kind))
+        depths[kind] = job.settings().depth
+        assert job.metadata("tiny", models.device)["inputs"]["depth_kind"] == kind
+    for depth in depths.values():
+        assert torch.allclose(depth, depths["nearness"], atol=1e-6)
+    assert np.allclose(depths["nearness"], nearness, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp"])
+def test_an_image_of_any_format_can_be_made_again_from_its_metadata(
+    models: Models, tmp_path: Path, name: str
+) -> None:
+    asked = request(num_inference_steps=1, seed=3, output_format=name[2:])
+    models.generate(asked).save(tmp_path / name)
+    inputs = read_metadata(tmp_path / name)["inputs"]
+    models.generate(Request(**inputs)).save(tmp_path / f"again-{name}")
+    assert (tmp_path / name).read_bytes() == (tmp_path / f"again-{name}").read_bytes()
 
 
 def test_depth_is_resized_around_the_axis_that_closes(models: Models, tmp_path: Path) -> None:

@@ -71,6 +71,17 @@ def test_a_prediction_writes_a_png_of_its_inputs(predictor, capsys):
     assert capsys.readouterr().out == "seed: 7\nstep 1/3\nstep 2/3\nstep 3/3\n"
 
 
+@pytest.mark.parametrize(("name", "kind"), [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")])
+def test_a_prediction_has_the_format_that_was_asked_for(predictor, name, kind):
+    quality = {} if name == "png" else {"output_quality": 20}
+    path = call(predictor, output_format=name, **quality)
+    assert path.suffix == f".{name}"
+    with Image.open(path) as image:
+        assert image.format == kind
+        assert name != "jpg" or max(image.quantization[0]) > 100
+    assert read_metadata(path)["output_format"] == name
+
+
 def test_metrics_have_the_seed_and_the_seconds_of_every_stage(predictor):
     call(predictor)
     assert predictor.metrics.pop("seconds.save") < 10

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from panorama.conditioning.depth import KINDS
 from panorama.errors import LONGEST
 from panorama.request import (
     EVERY_MODE,
@@ -132,6 +133,9 @@ def test_every_published_range_is_legal(name, smallest, largest):
         ("seed", -1, "at least 0"),
         ("seed", 2**32, "at most 4294967295"),
         ("seed", "random", "integer"),
+        ("depth_kind", "far", "nearness, inverted, distance"),
+        ("output_format", "jpeg", "png, jpg, webp"),
+        ("output_quality", 95.5, "integer"),
         ("loop_closure", 1, "true or false"),
     ],
 )
@@ -189,7 +193,7 @@ def test_an_integer_becomes_a_float_where_one_is_asked_for():
     [
         ({"width": 504}, "width", "at least 512", 512),
         ({"width": 2047}, "width", "multiple of 8", 2048),
-        ({"height": 516}, "height", "multiple of 8", 512),
+        ({"height": 515}, "height", "multiple of 8", 512),
     ],
 )
 def test_a_size_that_the_family_cannot_make_is_refused(inputs, name, rule, legal):
@@ -256,6 +260,7 @@ OWN = {
     "depth_image": ("syncdiffusion-xl", "sdxl-360"),
     "controlnet_conditioning_scale": ("syncdiffusion-xl", "sdxl-360"),
     "lora": ("syncdiffusion-xl", "sdxl-360"),
+    "depth_kind": ("syncdiffusion-xl", "sdxl-360"),
     "lora_scale": ("syncdiffusion-xl", "sdxl-360"),
 }
 OTHER = {
@@ -267,6 +272,7 @@ OTHER = {
     "loop_closure": True,
     "speed": "exact",
     "depth_image": DEPTH,
+    "depth_kind": "distance",
     "controlnet_conditioning_scale": 0.0,
     "lora": "owner/name",
     "lora_scale": 0.0,
@@ -307,6 +313,51 @@ def test_a_scale_for_a_depth_image_is_refused_without_one():
     name, rule, legal = refusal(lambda: Request(**inputs, controlnet_conditioning_scale=0))
     assert (name, legal) == ("controlnet_conditioning_scale", 0.5)
     assert "depth_image" in rule
+
+
+@pytest.mark.parametrize("kind", ["inverted", "distance"])
+def test_a_kind_of_depth_is_refused_without_a_depth_image(kind):
+    name, rule, legal = refusal(lambda: Request(prompt="sea", mode="sdxl-360", depth_kind=kind))
+    assert (name, legal) == ("depth_kind", "nearness")
+    assert "depth_image" in rule
+
+
+def test_every_kind_of_depth_is_one_that_can_be_read():
+    assert INPUTS["depth_kind"].choices == tuple(KINDS)
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpg", "webp"])
+def test_a_png_takes_no_quality_and_others_take_any(output_format):
+    for quality in (1, 80, 95, 100):
+        inputs = {"prompt": "sea", "output_format": output_format, "output_quality": quality}
+        if output_format == "png" and quality != 95:
+            name, rule, legal = refusal(lambda inputs=inputs: Request(**inputs))
+            assert (name, legal) == ("output_quality", 95)
+            assert "output_format='png'" in rule
+        else:
+            assert Request(**inputs).output_quality == quality
+    for quality, legal in ((0, 1), (101, 100)):
+        inputs = {"prompt": "sea", "output_format": output_format, "output_quality": quality}
+        assert refusal(lambda inputs=inputs: Request(**inputs))[::2] == ("output_quality", legal)
+
+
+def test_a_webp_has_at_most_16383_pixels_a_side():
+    assert resolve(width=16376, output_format="webp").width == 16376
+    for size in ({"width": 16384}, {"height": 16384}):
+        name, rule, legal = refusal(lambda size=size: resolve(output_format="webp", **size))
+        assert (name, legal) == ("output_format", "png")
+        assert "16383" in rule
+        for other in ("png", "jpg"):
+            assert resolve(output_format=other, **size)
+
+
+def test_a_jpg_is_refused_for_prompts_that_its_metadata_has_no_room_for():
+    long = {"prompt": "sea" + "\u3000" * 9_990, "negative_prompt": "\u3000" * 10}
+    assert Request(**long, output_format="png") and Request(**long, output_format="webp")
+    name, rule, legal = refusal(lambda: Request(**long, output_format="jpg"))
+    assert (name, legal) == ("output_format", "png")
+    assert "metadata" in rule or "record" in rule
+    assert Request(prompt="a" * 10_000, negative_prompt="b" * 10_000, output_format="jpg")
 
 
 def test_an_error_names_a_file_without_its_folder():
@@ -478,8 +529,30 @@ def test_the_size_is_that_of_the_depth_image():
     inputs = {"mode": "sdxl-360", "depth_image": DEPTH}
     request = resolve(SPHERE, (768, 384), **inputs)
     assert (request.width, request.height) == (768, 384)
-    request = resolve(SPHERE, (768, 384), **inputs, width=1024)
+    request = resolve(SPHERE, (768, 384), **inputs, width=1024, height=384)
     assert (request.width, request.height) == (1024, 384)
+
+
+@pytest.mark.parametrize(
+    ("depth_size", "given", "size"),
+    [
+        ((768, 384), {"width": 1024}, (1024, 512)),
+        ((768, 384), {"height": 512}, (1024, 512)),
+        ((1000, 500), {"width": 1024}, (1024, 512)),
+        ((1000, 500), {"height": 512}, (1024, 512)),
+        ((1920, 1080), {"width": 1024}, (1024, 576)),
+        ((1500, 700), {"width": 1024}, (1024, 480)),  # 477.9 rows
+        ((700, 1500), {"height": 1024}, (480, 1024)),
+        ((1366, 768), {"height": 768}, (1376, 768)),  # 1366 columns
+    ],
+)
+def test_where_one_side_is_given_the_other_keeps_the_depth_image_s_ratio(depth_size, given, size):
+    request = resolve(SPHERE, depth_size, mode="sdxl-360", depth_image=DEPTH, **given)
+    assert (request.width, request.height) == size
+
+
+def test_the_mode_s_own_size_keeps_no_ratio():
+    assert resolve(SPHERE, mode="sdxl-360", width=2048).height == 512
 
 
 BOUNDED = dataclasses.replace(SPHERE, largest=2048 * 2048)
@@ -488,13 +561,16 @@ BOUNDED = dataclasses.replace(SPHERE, largest=2048 * 2048)
 @pytest.mark.parametrize(
     ("depth_size", "given", "advice", "rule"),
     [
-        ((1000, 500), {}, {"width": 992, "height": 512}, "multiple of 32"),
-        ((20, 40), {}, {"width": 64, "height": 64}, "at least 64"),
-        ((20000, 384), {}, {"width": 14752, "height": 256}, "at most 16384"),
+        ((1000, 500), {}, {"width": 1024, "height": 512}, "multiple of 32"),
+        ((1024, 500), {}, {"width": 1056, "height": 512}, "multiple of 32"),
+        ((20, 40), {}, {"width": 64, "height": 128}, "at least 64"),
+        ((20000, 384), {}, {"width": 13344, "height": 256}, "at most 16384"),
         ((20000, 64), {}, {"width": 16384}, "at most 16384"),
-        ((1000, 500), {"height": 512}, {"width": 992}, "multiple of 32"),
-        ((1000, 500), {"width": 1000}, {"width": 992, "height": 512}, "multiple of 32"),
-        ((1024, 512), {"width": 1000}, {"width": 992}, "multiple of 32"),
+        ((1000, 500), {"height": 500}, {"width": 1024, "height": 512}, "multiple of 32"),
+        ((1000, 500), {"width": 1000}, {"width": 1024, "height": 512}, "multiple of 32"),
+        ((1024, 512), {"width": 1000}, {"width": 1024, "height": 512}, "multiple of 32"),
+        ((1024, 512), {"width": 1000, "height": 512}, {"width": 992}, "multiple of 32"),
+        ((1024, 512), {"width": 8192}, {"width": 2880, "height": 1440}, "4194304 pixels"),
         ((8192, 4096), {}, {"width": 2880, "height": 1440}, "4194304 pixels"),
         ((100000, 50), {}, {"width": 16384, "height": 64}, "at most 16384"),
     ],
@@ -512,6 +588,20 @@ def test_a_depth_image_of_no_legal_size_needs_one_to_be_given(depth_size, given,
     assert {name: int(side) for name, side in tried} == advice
     resolved = resolve(BOUNDED, depth_size, **inputs | advice)
     assert resolved.width * resolved.height <= BOUNDED.largest
+
+
+@pytest.mark.parametrize("height", range(60, 1450, 7))
+def test_advice_for_a_whole_360_is_a_whole_360(height):
+    inputs = {"mode": "sdxl-360", "depth_image": DEPTH}
+    try:
+        resolved = resolve(BOUNDED, (2 * height, height), **inputs)
+        assert height % 32 == 0
+    except ValueError as error:
+        tried = re.findall(r"(width|height)=(\d+)", str(error).rpartition("; try ")[2])
+        advice = {name: int(side) for name, side in tried}
+        resolved = resolve(BOUNDED, (2 * height, height), **inputs, **advice)
+    assert resolved.width == 2 * resolved.height
+    assert abs(resolved.height - height) <= 16 or resolved.height in (64, 1440)
 
 
 @pytest.mark.parametrize(
