@@ -22,12 +22,12 @@ from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
-from diffusers import StableDiffusionPanoramaPipeline as Diffusers
 from torch import Tensor
 
 from benchmarks.activations import Activations, weights_of
 from benchmarks.operations import PUBLISHED_LOOP, STRIDE, Networks, Setting, calls_of
 from benchmarks.plain_loop import StableDiffusion, plain_loop
+from benchmarks.stock import panorama_call
 from benchmarks.true_size import TrueSize, activations, kept_by_unet
 from panorama.images.vae import decode_canvas
 from panorama.modes import Models, load
@@ -249,37 +249,15 @@ def measure_diffusers(options: argparse.Namespace) -> Table:
 
 def diffusers_call(run: Run) -> Callable[[], Tensor]:
     """Return a call that makes the latents of a run by diffusers' pipeline."""
-    base, settings, (encoder,) = run.base, run.settings, run.base.text_encoders
-    stock = Diffusers(
-        vae=base.vae,
-        text_encoder=encoder.model,
-        tokenizer=encoder.tokenizer,
-        unet=base.unet,
-        scheduler=run.scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    return panorama_call(
+        run.base,
+        run.scheduler(),
+        run.settings,
+        run.conditioning,
+        run.noise,
+        run.views[0],
+        BATCH_SIZE,
     )
-    stock.set_progress_bar_config(disable=True)
-    negative_prompt_embeds, prompt_embeds = run.conditioning.states[:, 0].split(1)
-    places = [(v.top, v.top + v.height, v.left, v.left + v.width) for v in run.views[0]]
-    stock.get_views = lambda *_, **__: places
-
-    def call() -> Tensor:
-        latents: Tensor = stock(
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            height=settings.height,
-            width=settings.width,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            view_batch_size=BATCH_SIZE,
-            latents=run.noise.clone(),
-            output_type="latent",
-        ).images
-        return latents
-
-    return call
 
 
 def measure_scale(options: argparse.Namespace) -> Table:

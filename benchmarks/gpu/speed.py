@@ -13,7 +13,6 @@ from unittest.mock import patch
 
 import torch
 from diffusers import (
-    StableDiffusionPanoramaPipeline,
     StableDiffusionXLControlNetPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -25,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.gpu.lab import Figures, Lab, Run, strip
 from benchmarks.operations import PUBLISHED_LOOP, TOKENS
 from benchmarks.plain_loop import StableDiffusion, plain_loop
+from benchmarks.stock import panorama_call
 from panorama.base_model import BaseModel
 from panorama.images.vae import decode
 from panorama.pipeline import Pipeline, Settings
@@ -111,37 +111,11 @@ def against_diffusers(lab: Lab) -> Figures:
 def diffusers_call(run: Run) -> Callable[[], Tensor]:
     """Return a call that makes the latents of a run by diffusers' panorama pipeline."""
     base, settings = run.pipeline.base, run.settings
-    stock = StableDiffusionPanoramaPipeline(
-        vae=base.vae,
-        text_encoder=base.text_encoders[0].model,
-        tokenizer=None,
-        unet=base.unet,
-        scheduler=base.scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    stock.set_progress_bar_config(disable=True)
     views = settings.layout(run.pipeline.canvas(settings), base.window, 1)[0]
-    places = [(v.top, v.top + v.height, v.left, v.left + v.width) for v in views]
-    stock.get_views = lambda *_, **__: places
-    negative_prompt_embeds, prompt_embeds = run.conditioning.states[:, 0].chunk(2)
-
-    def call() -> Tensor:
-        latents: Tensor = stock(
-            prompt_embeds=prompt_embeds,
-            negative_prompt_embeds=negative_prompt_embeds,
-            height=settings.height,
-            width=settings.width,
-            num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
-            view_batch_size=run.pipeline.batch_size,
-            latents=run.noise.to(base.unet.dtype),
-            output_type="latent",
-        ).images
-        return latents
-
-    return call
+    batch_size = run.pipeline.batch_size
+    return panorama_call(
+        base, base.scheduler, settings, run.conditioning, run.noise, views, batch_size
+    )
 
 
 def memory(lab: Lab) -> Figures:
