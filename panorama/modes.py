@@ -1,5 +1,6 @@
 """A model family, loaded: what each mode is made of, and how a request runs on it."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,12 +24,15 @@ from panorama.conditioning.prompts import check_lengths
 from panorama.images.files import Panorama
 from panorama.images.safety import SafetyChecker
 from panorama.images.vae import MAX_CELLS, to_pil
+from panorama.limits import Limits
 from panorama.loras import Fetcher, FetchError
 from panorama.pipeline import Pipeline, Settings
 from panorama.request import INPUTS, ModeSettings, Request, ResolvedRequest, SpeedSettings
 from panorama.sampling.presets import WHOLE, WINDOWED, Preset
 
 DEFAULT_FAMILY = "tiny"
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int, Callable[[], Image.Image]], None]
 """Called after every step with its number, from 1, the number of steps, and a function that returns
@@ -128,6 +132,7 @@ class Models:
     defaults: Mapping[str, Mapping[str, Any]]  # inputs by mode
     checker: SafetyChecker | None = None  # every image must pass it
     fetcher: Fetcher = field(default_factory=Fetcher)  # of LoRAs that users name
+    limits: Limits | None = None  # requests beyond them are logged
     _lock: AbstractContextManager[Any] = field(default_factory=threading.Lock, repr=False)
 
     def settings(self, mode: str) -> ModeSettings:
@@ -173,6 +178,9 @@ class Models:
         resolved = request.resolve(settings, image.size if image else None)
         texts = {"prompt": resolved.parts, "negative_prompt": (resolved.negative_prompt,)}
         check_lengths(self.bases[request.mode].text_encoders, texts)
+        if self.limits:
+            for sentence in self.limits.exceeded(resolved):
+                logger.warning("%s; see %s", sentence, self.limits.card)
         return Job(resolved, image, self._lora(request))
 
     def run(self, job: Job, on_step: Progress | None = None) -> Panorama:
@@ -271,7 +279,9 @@ def load(
     checker = SafetyChecker.from_pretrained(folder, dtype) if folder else None
     if checker:
         checker.model.to(place)
-    return Models(family, place, bases, offered, checker)
+    table = weights.limits(family)
+    limits = Limits(**table) if table else None
+    return Models(family, place, bases, offered, checker, limits=limits)
 
 
 def load_bases(family: str, modes: Sequence[str], dtype: torch.dtype) -> dict[str, BaseModel]:

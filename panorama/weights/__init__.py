@@ -35,12 +35,25 @@ def manifest() -> Mapping[str, tuple[Part, ...]]:
     return read_manifest(find("manifest.toml") or BUNDLED / "manifest.toml")
 
 
+LIMITS = "limits"  # the table of a family file that describes no mode
+
+
 def describe(family: str) -> Mapping[str, Mapping[str, Any]]:
     """Return the defaults of every mode that a family offers.
 
     Raises:
         FileNotFoundError: there is no such family.
     """
+    return {name: table for name, table in _family_file(family).items() if name != LIMITS}
+
+
+def limits(family: str) -> Mapping[str, Any] | None:
+    """Return what a family says about its limits, None if it says nothing."""
+    return _family_file(family).get(LIMITS)
+
+
+def _family_file(family: str) -> Mapping[str, Any]:
+    """Read `family.toml`."""
     path = find(f"{family}/family.toml")
     if path is None:
         names = ", ".join(sorted(file.parent.name for file in BUNDLED.glob("*/family.toml")))

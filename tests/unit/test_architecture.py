@@ -15,6 +15,7 @@ MAY_IMPORT = {
     "__version__": ALONE,
     "errors": ALONE,
     "request": {"errors"},
+    "limits": {"errors", "request"},
     "sampling": {"errors"},
     "conditioning": {"errors", "sampling"},
     "images": {"errors", "sampling"},
@@ -24,7 +25,7 @@ MAY_IMPORT = {
     "loras": {"errors", "sampling", "conditioning"},
     "modes": {
         *("errors", "request", "sampling", "conditioning", "images", "base_model", "pipeline"),
-        *("weights", "loras", "__version__"),
+        *("limits", "weights", "loras", "__version__"),
     },
     "environment": {"errors", "weights", "modes"},
     "__init__": {"__version__", "errors", "request", "sampling", "images", "pipeline", "modes"},

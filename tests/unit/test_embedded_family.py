@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -21,9 +22,9 @@ from panorama.sampling.gradient import frozen
 from panorama.sampling.solver import Solver
 from panorama.sampling.synchronize import PerceptualGradient
 from panorama.sampling.views import Spanning
-from weights.train.autoencoder import to_tensor
 from weights.train.dataset import draw_one
 from weights.train.diffusion import build_tokenizer
+from weights.train.windows import to_tensor
 
 TINY = Path(__file__).parents[2] / "weights" / "tiny"
 MEGABYTES = 45  # 20 for the first mode, 25 for the second
@@ -90,7 +91,7 @@ def test_rolling_the_noise_and_the_depth_rolls_a_360_image(
     assert (make(cells) - make(0).roll(cells * 8, -1)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["strips", "outdoors", "rooms"])
+@pytest.mark.parametrize("kind", ["outdoors", "rooms"])
 def test_its_tiny_vae_shows_what_its_vae_does(models: Models, kind: str) -> None:
     base = models.bases["sdxl-360"]
     image, _, _ = draw_one(kind, "test", 0)
@@ -112,23 +113,27 @@ def test_its_tiny_vae_takes_a_tenth_of_the_operations(models: Models) -> None:
 
 
 def test_its_tiny_vae_gives_about_the_gradient_of_its_vae(models: Models) -> None:
+    """Compare the median over seeds: where windows are alike already, the gradient is noise."""
     base = models.bases["syncdiffusion"]
     pipe, plan = Pipeline(base), Settings("sunset over the sea", 256, 512, guidance_scale=3.0)
     canvas, solver = pipe.canvas(plan), Solver(base.scheduler, 50)
     denoise = UNetDenoiser(base.unet, pipe.encode(plan), canvas, solver, base.factor)
-    noise, t = pipe.noise(plan, torch.Generator().manual_seed(3)), solver.timesteps[0]
-    anchor, view = View(0, 0, 32, 32), View(0, 32, 32, 32)
-    x_anchor, x = noise[..., :32], noise[..., 32:]
+    t, anchor, view = solver.timesteps[0], View(0, 0, 32, 32), View(0, 32, 32, 32)
 
-    def move(vae: Any) -> torch.Tensor:
+    def move(vae: Any, noise: torch.Tensor) -> torch.Tensor:
         gradient = PerceptualGradient(denoise, lambda z: decode(vae, z), base.perceptual, solver)
+        x_anchor, x = noise.chunk(2, -1)
         with torch.no_grad():
             features = gradient.embed(t, x_anchor, denoise(x_anchor, t, [anchor]))
             return (gradient.move(t, features, torch.ones(1, 1), x, [view]) - x).flatten()
 
-    with frozen(*base.networks()):
-        full, tiny = move(base.vae), move(base.tiny_vae)
-    assert torch.cosine_similarity(full, tiny, 0) > 0.9
+    found = []
+    for seed in range(5):
+        noise = pipe.noise(plan, torch.Generator().manual_seed(seed))
+        with frozen(*base.networks()):
+            pair = [move(vae, noise) for vae in (base.vae, base.tiny_vae)]
+        found.append(float(torch.cosine_similarity(*pair, 0)))
+    assert median(found) > 0.9
 
 
 def test_a_strip_of_sdxl_windows_is_made_in_every_shape(models: Models) -> None:

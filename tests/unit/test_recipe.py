@@ -1,5 +1,6 @@
 """The recipe of the embedded family, as far as it can be tested without training."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from weights.train import (
     dataset,
     diffusion,
     export,
+    fit,
     measure,
     recognise,
     rooms,
@@ -30,10 +32,12 @@ from weights.train import (
     sdxl,
     style,
     tiny_vae,
+    windows,
 )
-from weights.train.controlnet import depth_images
 from weights.train.depths import CELL, DepthReader, around, cells, correlation, depth_image
+from weights.train.fit import Work
 from weights.train.sdxl import Captions, Spheres, TextToSphere, time_ids, warm_start
+from weights.train.views import halve, look
 
 PROMPTS = ["hdri view, bedroom in the color of blue", "sunset over the sea"]
 ROOM = rooms.Room("bedroom", "blue")
@@ -55,10 +59,19 @@ def stock_pipeline(base: BaseModel) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(**parts, add_watermarker=False)
 
 
+def spheres(base: BaseModel) -> Spheres:
+    generator = torch.Generator().manual_seed(0)
+    small, large = (torch.randn(3, 4, n, 2 * n, generator=generator) for n in (32, 64))
+    ids = diffusion.draw_captions(
+        [SCENE, ROOM, ROOM], sdxl.caption, base.text_encoders[0].tokenizer
+    )
+    return Spheres(small, large, (1, 2), ids)
+
+
 def captions(base: BaseModel, texts: list[str], given: list[bool]) -> Captions:
     ids = diffusion.tokenize(base.text_encoders[0].tokenizer, texts)
-    sizes = torch.tensor([[64, 128]] * len(texts))
-    return Captions(ids, torch.tensor(given), time_ids(sizes))
+    sizes = torch.tensor([[64.0, 128, 0, 0, 64, 128]] * len(texts))
+    return Captions(ids, torch.tensor(given), sizes)
 
 
 def test_a_depth_image_is_1_where_it_is_nearest_and_0_in_the_sky() -> None:
@@ -68,20 +81,21 @@ def test_a_depth_image_is_1_where_it_is_nearest_and_0_in_the_sky() -> None:
     assert np.allclose(depth_image(distance), expected, atol=1e-3)
 
 
-def test_depth_images_are_those_of_the_images_and_rolled_with_them() -> None:
-    rng = np.random.default_rng(0)
-    distances = [rng.uniform(1, 9, (3, 16, 32)).astype(np.float16) for _ in range(2)]
-    depth = depth_images(distances, [2, 3], [0, 1])
-    assert depth.shape == (2, 3, 16, 32)
-    assert np.array_equal(depth[0, 0], depth_image(distances[0][2]))
-    assert np.array_equal(depth[1, 2], np.roll(depth_image(distances[1][0]), 8, axis=1))
-
-
-def test_images_are_numbered_set_after_set() -> None:
-    places = [dataset.locate([2, 0, 3], index) for index in range(5)]
-    assert places == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
-    with pytest.raises(IndexError):
-        dataset.locate([2, 0, 3], 5)
+@pytest.mark.parametrize("cut", sdxl.CUTS)
+def test_depth_images_are_those_of_the_cuts(cut: sdxl.Cut, base: BaseModel) -> None:
+    depths = torch.rand(3, 1, 256, 512, generator=torch.Generator().manual_seed(0))
+    lessons = controlnet.Lessons(
+        text_to_sphere(base), spheres(base), depths, diffusion.build_scheduler()
+    )
+    top, left = torch.tensor([cut.tops[1], cut.tops[0]]), torch.tensor([0, 5])
+    depth = lessons.depth(sdxl.Cuts(torch.empty(0), torch.tensor([2, 0]), cut, top, left))
+    assert depth.shape == (2, 3, 256, 8 * cut.width)
+    scale = 2 if cut.large else 1
+    for found, index, row, column in zip(depth, [2, 0], top, left, strict=True):
+        whole = depths[index, 0].numpy().repeat(scale, 0).repeat(scale, 1)
+        rows = whole[8 * int(row) : 8 * int(row) + 256]
+        expected = np.roll(rows, -8 * int(column), 1)[:, : 8 * cut.width]
+        assert np.array_equal(found[1], expected)
 
 
 def test_correlation_is_that_of_each_image() -> None:
@@ -124,7 +138,7 @@ def test_every_word_of_a_caption_is_a_token(tmp_path: Path) -> None:
     tokenizer = diffusion.build_tokenizer(tmp_path)
     rng = np.random.default_rng(0)
     for _ in range(50):
-        room = rooms.Room(str(rng.choice(rooms.KINDS)), str(rng.choice(list(rooms.COLORS))))
+        room = rooms.Room(str(rng.choice(list(rooms.KINDS))), str(rng.choice(list(rooms.COLORS))))
         text = sdxl.caption(room, rng)
         words = text.replace(",", " ,").split()
         assert len(tokenizer.tokenize(text)) == len(words)
@@ -155,18 +169,77 @@ def test_a_caption_left_out_is_that_of_an_empty_negative_prompt(base: BaseModel)
     assert torch.equal(own["added_cond_kwargs"]["text_embeds"][:1], pooled)
 
 
-def test_batches_follow_from_their_generator_and_are_rolled_images(base: BaseModel) -> None:
-    latents = torch.randn(4, 4, 8, 16)
-    spheres = Spheres(latents, [ROOM, SCENE] * 2, base.text_encoders[0].tokenizer)
-    draws = [spheres.draw(torch.Generator().manual_seed(1)) for _ in range(2)]
-    assert draws[0] == draws[1]
-    index, shift = draws[0]
-    assert torch.equal(spheres.rolled(index, shift)[1], latents[index[1]].roll(shift[1], -1))
-    words = spheres.captions(index, torch.Generator().manual_seed(2), dropped=1.0)
-    assert not words.given.any()
-    assert torch.equal(words.sizes[:, :2], words.sizes[:, 4:])
-    true = (words.sizes[:, :2] == torch.tensor([64.0, 128.0])).all(1)
-    assert true.any() and not true.all()
+@pytest.mark.parametrize("cut", sdxl.CUTS)
+def test_batches_are_cuts_of_rolled_spheres(cut: sdxl.Cut, base: BaseModel) -> None:
+    drawn = replace(spheres(base), cuts=(cut,))
+    batch, again = (drawn.draw(torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(batch.x0, again.x0) and torch.equal(batch.index, again.index)
+    assert batch.x0.shape == (cut.count, 4, 32, cut.width)
+    assert all(cut.tops[0] <= top <= cut.tops[1] for top in batch.top)
+    latents = drawn.large if cut.large else drawn.small
+    assert latents is not None
+    for x0, index, top, left in zip(batch.x0, batch.index, batch.top, batch.left, strict=True):
+        rolled = latents[index, :, int(top) : int(top) + 32].roll(-int(left), -1)
+        assert torch.equal(x0, rolled[..., : cut.width])
+
+
+@pytest.mark.parametrize("cut", sdxl.CUTS)
+def test_cuts_are_declared_as_the_windows_of_a_canvas(cut: sdxl.Cut, base: BaseModel) -> None:
+    batch = replace(spheres(base), cuts=(cut,)).draw(torch.Generator().manual_seed(1))
+    sizes = time_ids(batch, torch.Generator().manual_seed(2))
+    whole, place, part = sizes.split(2, 1)
+    if cut is sdxl.SPHERE:
+        assert torch.equal(whole, part) and not place.any()
+    else:
+        assert (whole == torch.tensor(cut.size)).all()
+        assert (part == torch.tensor([256, 8 * cut.width])).all()
+        moved = place[:, 1] == 8 * batch.left
+        assert moved.any() and ((place[:, 1] == 0) | moved).all()
+        varies = cut.tops[0] < cut.tops[1]
+        assert torch.equal(place[:, 0], 8 * batch.top if varies else torch.zeros_like(batch.top))
+
+
+def test_captions_left_out_are_not_given(base: BaseModel) -> None:
+    drawn, generator = spheres(base), torch.Generator().manual_seed(2)
+    sizes = torch.zeros(2, 6)
+    index = torch.tensor([0, 1])
+    assert not drawn.captions(index, sizes, 1.0, generator).given.any()
+    assert drawn.captions(index, sizes, 0.0, generator).given.all()
+
+
+def test_images_of_each_kind_are_drawn_as_often() -> None:
+    drawn = Spheres(torch.empty(0), None, (10, 90), torch.empty(0))
+    index = drawn.draw_index(4000, torch.Generator().manual_seed(0))
+    assert set(index.tolist()) == set(range(100))
+    assert 0.45 < (index < 10).float().mean() < 0.55
+
+
+def test_gradients_are_those_of_the_last_batch_and_frozen_weights_stay(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+
+    def draw(generator: torch.Generator) -> fit.Batch:
+        return torch.randn(5, 3, generator=generator), torch.randn(5, 2, generator=generator)
+
+    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.mse_loss(model(x), y)
+
+    learned = list(model[1].parameters())
+    gradients = fit.Gradients(loss, learned)
+    for seed in range(2):
+        batch = draw(torch.Generator().manual_seed(seed))
+        value = gradients(batch)
+        expected = torch.autograd.grad(loss(*batch), learned)
+        assert value == loss(*batch) and not value.requires_grad
+        for parameter, gradient in zip(learned, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
+    before = copy.deepcopy(model.state_dict())
+    plan = fit.Plan("line", steps=5, learning_rate=0.1, warmup=1, weight_decay=0.5)
+    fit.fit(model, fit.Lesson(draw, loss), plan, Work(tmp_path))
+    after = model.state_dict()
+    for name in before:
+        assert torch.equal(before[name], after[name]) == name.startswith("0."), name
 
 
 def test_a_warm_start_copies_what_fits() -> None:
@@ -322,11 +395,11 @@ def test_early_latents_lie_beyond_the_blurred_ones_away_from_another_image(
 
 def test_windows_of_latents_come_from_all_sets_and_wrap() -> None:
     columns = torch.arange(64.0).expand(1, 4, 32, 64)
-    sets = [columns + 100 * kind for kind in range(3)]
-    windows = tiny_vae.draw_windows(sets, 60, torch.Generator().manual_seed(0))
-    assert windows.shape == (60, 4, 32, 32)
-    assert {int(window[0, 0, 0]) // 100 for window in windows} == {0, 1, 2}
-    for window in windows:
+    sets = [columns + 100 * kind for kind in range(2)]
+    drawn = tiny_vae.draw_windows(sets, 60, torch.Generator().manual_seed(0))
+    assert drawn.shape == (60, 4, 32, 32)
+    assert {int(window[0, 0, 0]) // 100 for window in drawn} == {0, 1}
+    for window in drawn:
         kind, left = divmod(int(window[0, 0, 0]), 100)
         assert torch.equal(window[1, 5], (left + torch.arange(32.0)) % 64 + 100 * kind)
 
@@ -338,7 +411,7 @@ def test_both_models_get_the_distilled_decoder(
     monkeypatch.setattr(dataset, "load", lambda work, kind, split: draw_images(kind, 1))
     plan = replace(tiny_vae.STAGE.plan, steps=2, average=0.0)
     monkeypatch.setattr(tiny_vae, "STAGE", replace(tiny_vae.STAGE, plan=plan))
-    trained = tiny_vae.train(tmp_path, base.vae)
+    trained = tiny_vae.train(Work(tmp_path), base.vae)
     torch.manual_seed(7)
     untrained = tiny_vae.build()
     assert not torch.equal(trained.decoder.layers[0].weight, untrained.decoder.layers[0].weight)
@@ -356,18 +429,52 @@ def test_both_models_get_the_distilled_decoder(
 def draw_images(kind: str, count: int) -> dataset.Images:
     drawn = [dataset.draw_one(kind, "test", index) for index in range(count)]
     rgb, distance, attributes = zip(*drawn, strict=True)
-    return dataset.Images(np.stack(rgb), np.stack(distance).astype(np.float16), list(attributes))
+    coarse = np.stack(distance)[:, :: dataset.COARSER, :: dataset.COARSER].astype(np.float16)
+    return dataset.Images(np.stack(rgb), coarse, list(attributes))
 
 
-def test_windows_come_from_all_sets_and_are_labelled() -> None:
+def test_views_show_spheres_from_a_column_on_and_are_labelled() -> None:
     sets = [draw_images("outdoors", 1), draw_images("rooms", 2)]
-    windows = recognise.draw_windows(sets, 512, 12, torch.Generator().manual_seed(0))
-    assert {id(w.images) for w in windows} == {id(s) for s in sets}
-    assert all(w.rgb.shape == (256, 512, 3) for w in windows)
-    answers = recognise.labels(windows, recognise.SPHERE_ATTRIBUTES)
-    for i, window in enumerate(windows):
-        for name, values in recognise.SPHERE_ATTRIBUTES.items():
-            assert values[answers[name][i]] == window.attributes.get(name)
+    places = recognise.draw_places(sets, torch.Generator().manual_seed(0))
+    spheres = [windows.channels_first(images.rgb) for images in sets]
+    shown = {
+        recognise.WINDOWS: lambda image: image[scenes.STRIP, :256],
+        recognise.SPHERES: halve,
+    }
+    for view, show in shown.items():
+        images = iter(view.show(spheres, places))
+        for chosen, (index, left) in zip(sets, places, strict=True):
+            for number, column in zip(index.tolist(), left.tolist(), strict=True):
+                expected = show(np.roll(chosen.rgb[number], -column, 1))
+                found = (next(images).permute(1, 2, 0).numpy() + 1) * 127.5
+                assert np.abs(found - expected).max() <= 0.501
+    answers = recognise.labels(sets[1].attributes, recognise.SPHERE_ATTRIBUTES)
+    for name, values in recognise.SPHERE_ATTRIBUTES.items():
+        for answer, facts in zip(answers[name], sets[1].attributes, strict=True):
+            assert values[answer] == facts.get(name)
+
+
+def test_half_the_size_is_the_mean_of_four_pixels() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (2, 8, 16, 3)).astype(np.uint8)
+    expected = F.avg_pool2d(torch.from_numpy(image).permute(0, 3, 1, 2).double(), 2)
+    assert np.abs(halve(image) - expected.permute(0, 2, 3, 1).numpy()).max() <= 0.5
+
+
+@pytest.mark.parametrize("up", [True, False])
+def test_a_look_shows_what_lies_in_each_direction(up: bool) -> None:
+    """On a sphere whose colours are its own coordinates."""
+    height = 256
+    rows, columns = np.mgrid[:height, : 2 * height]
+    elevation = np.pi * (0.5 - (rows + 0.5) / height)
+    azimuth = np.pi * (columns + 0.5) / height
+    vectors = np.stack([np.cos(elevation) * np.sin(azimuth), np.cos(elevation) * np.cos(azimuth),
+                        np.sin(elevation)], -1)  # fmt: skip
+    seen = look(((vectors + 1) * 127.5).round().astype(np.uint8), up=up) / 127.5 - 1
+    places = 2 * (np.arange(256) + 0.5) / 256 - 1
+    x, y = np.broadcast_to(places[None], (256, 256)), np.broadcast_to(places[:, None], (256, 256))
+    rays = np.stack([x, y if up else -y, np.full_like(x, 1 if up else -1)], -1)
+    rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
+    assert np.abs(seen - rays).max() < 0.03
 
 
 def read_pixels(image: torch.Tensor) -> np.ndarray:

@@ -1,22 +1,56 @@
-"""Train the autoencoder that both embedded models share."""
+"""Train the autoencoder that both embedded models share, and encode what they are trained on."""
 
+import logging
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from hashlib import sha256
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from weights.train import dataset
-from weights.train.fit import Plan, fit, mixed_precision
+from weights.train.fit import (
+    Batch,
+    Lesson,
+    Plan,
+    Work,
+    batch_size,
+    device,
+    fit,
+    mixed_precision,
+    on_device,
+)
+from weights.train.windows import (
+    channels_first,
+    crop,
+    draw_number,
+    draw_numbers,
+    mirror,
+    to_range,
+    to_tensor,
+)
+
+FACTOR = 8  # pixels a latent cell
+LATENT_CHANNELS = 4
+LEVEL = 1 / 127.5  # one of 256, in [-1, 1]
+WRAP = 64  # pixels of the other side that the encoder sees beyond either edge of a sphere
+SHARES = {"outdoors": 0.6, "rooms": 0.4}  # of a batch
 
 Crops = tuple[tuple[int, int, int], ...]
 """The height and width of crops, and their number in a batch."""
 
-LARGE_CROPS: Crops = ((256, 128, 4), (256, 256, 2), (256, 512, 1))
+Change = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+"""From an image (H, W, 3) to what is made of it."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,63 +68,64 @@ class Stage:
 STAGES = (
     Stage(
         Plan("autoencoder", steps=4500, learning_rate=1.5e-3, average=0.998),
-        crops=((96, 96, 12),),
+        crops=((96, 96, 12), (128, 128, 6)),
         squared=2.0,
-        smooth=0.0,
+        smooth=0.02,
     ),
     Stage(
-        Plan("autoencoder-refine", steps=3200, learning_rate=6e-4, average=0.99),
-        crops=LARGE_CROPS,
+        Plan("autoencoder-large", steps=2000, learning_rate=6e-4, average=0.99),
+        crops=((256, 256, 2), (192, 320, 2)),
         squared=8.0,
         smooth=0.1,
     ),
     Stage(
-        Plan("autoencoder-decoder", steps=2000, learning_rate=6e-4, average=0.99),
-        crops=LARGE_CROPS,
+        Plan("autoencoder-decoder", steps=2400, learning_rate=6e-4, average=0.99),
+        crops=((256, 256, 2), (192, 320, 2)),
         squared=8.0,
         smooth=0.1,
         even=0.2,
         encoder=False,
     ),
 )
-LEVEL = 1 / 127.5  # one of 256, in [-1, 1]
-CELL = 8  # pixels
-KINDS = {"strips": 0.6, "outdoors": 0.15, "rooms": 0.25}  # shares of a batch
 
 
 def build() -> AutoencoderKL:
-    """Build the autoencoder: factor 8, 4 latent channels, 2.6 M parameters."""
-    channels = (16, 32, 64, 128)
+    """Build the autoencoder: factor 8, 4 latent channels, 3 M parameters."""
+    channels = (16, 48, 96, 128)
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(channels),
         up_block_types=("UpDecoderBlock2D",) * len(channels),
         block_out_channels=channels,
         layers_per_block=1,
         norm_num_groups=8,
-        latent_channels=4,
+        latent_channels=LATENT_CHANNELS,
         sample_size=256,
         mid_block_add_attention=False,
     )
 
 
-def draw_crop(
-    images: np.ndarray, height: int, width: int, generator: torch.Generator
-) -> np.ndarray:
-    """Draw a crop (height, width, 3), across the wrap too, mirrored half of the time."""
+def draw_crops(
+    images: Tensor, size: tuple[int, int], count: int, generator: torch.Generator
+) -> Tensor:
+    """Draw crops (N, 3, h, w) in [-1, 1] of spheres (M, 3, H, W) in [0, 255], across the wrap too.
 
-    def draw(high: int) -> int:
-        return int(torch.randint(high, (1,), generator=generator))
+    Half of the batches show them at half their scale, and half of the crops are mirrored. Most lie
+    around the horizon, where there is most to see.
+    """
+    scale = 1 + draw_number(2, generator)
+    generator = on_device(generator)
+    height, width = (scale * side for side in size)
+    free = images.shape[2] - height + 1
+    index = draw_numbers(len(images), count, generator)
+    top = (draw_numbers(free, count, generator) + draw_numbers(free, count, generator)) // 2
+    left = draw_numbers(images.shape[3], count, generator)
+    crops = to_range(crop(images, index, top, left, (height, width)))
+    return mirror(F.avg_pool2d(crops, scale), generator)
 
-    image = images[draw(len(images))]
-    top, left = draw(image.shape[0] - height + 1), draw(image.shape[1])
-    columns = (left + np.arange(width)) % image.shape[1]
-    crop = image[top : top + height][:, columns]
-    return crop[:, ::-1] if draw(2) else crop
 
-
-def to_tensor(images: np.ndarray) -> Tensor:
-    """Convert images (N, H, W, 3) in [0, 255] to (N, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+def l1(first: Tensor, second: Tensor) -> Tensor:
+    """Return the mean absolute difference."""
+    return (first - second).abs().mean()
 
 
 def reconstruction_loss(image: Tensor, target: Tensor, stage: Stage) -> Tensor:
@@ -100,10 +135,6 @@ def reconstruction_loss(image: Tensor, target: Tensor, stage: Stage) -> Tensor:
     of many levels among trees: without it the edges of the latents' cells show in the sky. The
     last term removes what remains of them: steps must be as strong at the cells' edges as inside.
     """
-
-    def l1(a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).abs().mean()
-
     loss = l1(image, target) + stage.squared * F.mse_loss(image, target)
     for axis in (-1, -2):
         gradient, true = image.diff(dim=axis), target.diff(dim=axis)
@@ -116,13 +147,19 @@ def reconstruction_loss(image: Tensor, target: Tensor, stage: Stage) -> Tensor:
 
 
 def cell_profile(gradient: Tensor, axis: int) -> Tensor:
-    """Return the logarithms (N, CELL) of a gradient's (N, 3, H, W) strength by place in a cell."""
+    """Return the logarithms (N, FACTOR) of a gradient's (N, 3, H, W) strength across a cell."""
     steps = gradient.abs().movedim(axis, -1).mean((1, 2))  # (N, steps)
-    steps = steps[:, : steps.shape[1] // CELL * CELL].unflatten(1, (-1, CELL))
+    steps = steps[:, : steps.shape[1] // FACTOR * FACTOR].unflatten(1, (-1, FACTOR))
     return (steps.mean(1) + LEVEL / 10).log()
 
 
-def train(work: Path) -> AutoencoderKL:
+def draw_kinds(count: int, generator: torch.Generator) -> dict[int, int]:
+    """Draw how many of a batch are of each kind, by `SHARES`; kinds without any are left out."""
+    shares = torch.tensor(list(SHARES.values()))
+    return dict(Counter(torch.multinomial(shares, count, True, generator=generator).tolist()))
+
+
+def train(work: Work) -> AutoencoderKL:
     """Train on small crops, then on large ones, then the decoder alone.
 
     GroupNorm sees whole images when the model is used; small crops alone leave large areas in
@@ -131,35 +168,39 @@ def train(work: Path) -> AutoencoderKL:
     """
     torch.manual_seed(0)
     model = build()
-    images = {kind: dataset.load(work, kind, "train").rgb for kind in KINDS}
+    images = {kind: dataset.load(work.folder, kind, "train").rgb for kind in SHARES}
+    spheres = [channels_first(rgb) for rgb in images.values()]
 
-    def batch(sizes: Crops, generator: torch.Generator) -> Tensor:
-        height, width, count = sizes[int(torch.randint(len(sizes), (1,), generator=generator))]
-        shares = torch.tensor(list(KINDS.values()))
-        chosen = torch.multinomial(shares, count, replacement=True, generator=generator)
-        names = [list(KINDS)[index] for index in chosen.tolist()]
-        crops = [draw_crop(images[name], height, width, generator) for name in names]
-        return to_tensor(np.stack(crops))
+    def draw(stage: Stage, generator: torch.Generator) -> Batch:
+        height, width, count = stage.crops[draw_number(len(stage.crops), generator)]
+        kinds = draw_kinds(batch_size(count), generator)
+        target = torch.cat(
+            [draw_crops(spheres[k], (height, width), n, generator) for k, n in kinds.items()]
+        )
+        shape = (len(target), LATENT_CHANNELS, height // FACTOR, width // FACTOR)
+        return target, torch.randn(shape, generator=on_device(generator), device=device())
 
-    def loss(stage: Stage, generator: torch.Generator) -> Tensor:
-        target = batch(stage.crops, generator)
+    def loss(stage: Stage, target: Tensor, noise: Tensor) -> Tensor:
         with mixed_precision():
-            with torch.set_grad_enabled(stage.encoder):
-                posterior = model.encode(target).latent_dist
-            image = model.decode(posterior.sample(generator)).sample
-        mean, variance = posterior.mean.float(), posterior.var.float()
-        kl = 0.5 * (mean**2 + variance - variance.log() - 1)
+            posterior = model.encode(target).latent_dist
+            mean, std = posterior.mean.float(), posterior.std.float()
+            image = model.decode(mean + std * noise).sample
+        kl = 0.5 * (mean**2 + std**2 - 2 * std.log() - 1)
         return reconstruction_loss(image.float(), target, stage) + 1e-3 * kl.mean()
 
     for stage in STAGES:
-        trained = fit(model, partial(loss, stage), stage.plan, work)
+        for part in (model.encoder, model.quant_conv):
+            part.requires_grad_(stage.encoder)
+        lesson = Lesson(partial(draw, stage), partial(loss, stage))
+        trained = fit(model, lesson, stage.plan, work)
         model.load_state_dict(trained.state_dict())
-    model.register_to_config(scaling_factor=1 / latent_std(model, images["strips"]))
-    return model.eval()
+    model.register_to_config(scaling_factor=1 / latent_std(model, images["outdoors"]))
+    # Rounded as the files are: all that is trained after it reads the same latents again.
+    return model.half().float().eval()
 
 
 @torch.no_grad()
-def latent_std(model: AutoencoderKL, images: np.ndarray) -> float:
+def latent_std(model: AutoencoderKL, images: NDArray[np.uint8]) -> float:
     """Return the standard deviation of the latents; its inverse is the scaling factor."""
     step = max(1, len(images) // 64)
     latents = [model.encode(to_tensor(image[None])).latent_dist.mean for image in images[::step]]
@@ -167,7 +208,52 @@ def latent_std(model: AutoencoderKL, images: np.ndarray) -> float:
 
 
 @torch.no_grad()
-def psnr(model: AutoencoderKL, images: np.ndarray) -> float:
+def encode(
+    work: Work,
+    vae: AutoencoderKL,
+    name: str,
+    images: NDArray[np.uint8],
+    change: Change = np.asarray,
+    wrap: int = WRAP,
+) -> Tensor:
+    """Encode images; a file in the work folder keeps the latents.
+
+    Args:
+        work: the folder.
+        vae: the autoencoder; a change of its encoder's weights gives another file.
+        name: the name of the set of images.
+        images: the images, (N, H, W, 3) in [0, 255]; read only if the file is missing.
+        change: changes an image (H, W, 3) before it is encoded.
+        wrap: pixels of the other side that the encoder sees beyond either edge, 0 for images that
+            do not close.
+
+    Returns:
+        The scaled latents, (N, 4, H / 8, W / 8), on the CPU.
+    """
+    encoder = torch.nn.ModuleList([vae.encoder, vae.quant_conv])
+    weights = torch.cat([p.flatten().cpu() for p in encoder.parameters()]).numpy().tobytes()
+    path = work.folder / "latents" / f"{name}-{sha256(weights).hexdigest()[:16]}.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    vae.to(device())
+    latents, count = [], batch_size(2)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for first in range(0, len(images), count):
+            changed = np.stack(list(pool.map(change, images[first : first + count])))
+            wide = np.pad(changed, ((0, 0), (0, 0), (wrap, wrap), (0, 0)), mode="wrap")
+            with mixed_precision():
+                mean = vae.encode(to_tensor(wide)).latent_dist.mean.float()
+            inside = slice(wrap // FACTOR, mean.shape[-1] - wrap // FACTOR)
+            latents.append((mean[..., inside] * vae.config.scaling_factor).cpu())
+    logger.info("latents of %s: %d", name, len(images))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(torch.cat(latents), path.with_suffix(".new"))
+    os.replace(path.with_suffix(".new"), path)
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def psnr(model: AutoencoderKL, images: Sequence[NDArray[np.uint8]]) -> float:
     """Return the mean peak signal-to-noise ratio of decode(encode(image)), in dB."""
     values = []
     for image in images:

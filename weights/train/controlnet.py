@@ -1,29 +1,37 @@
 """Train the ControlNet that follows depth images, on the frozen base."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
 from weights.train import dataset
-from weights.train.depths import at_finest, build_head, cells, depth_image
+from weights.train.autoencoder import FACTOR
+from weights.train.depths import at_finest, build_head, cells, depth_images, error
 from weights.train.diffusion import Noisy, add_noise, build_scheduler
-from weights.train.fit import Plan, fit, mixed_precision
+from weights.train.fit import Batch, Lesson, Plan, Work, device, fit, mixed_precision, on_device
 from weights.train.recognise import Block
-from weights.train.sdxl import FACTOR, SUBJECTS, Spheres, TextToSphere, encode_kinds, subjects
+from weights.train.sdxl import (
+    SIDE,
+    SUBJECTS,
+    Captions,
+    Cuts,
+    Spheres,
+    TextToSphere,
+    load_spheres,
+    time_ids,
+)
+from weights.train.windows import crop
 
-PLAN = Plan("controlnet", steps=2600, learning_rate=1e-3, average=0.99, warmup=50)
+PLAN = Plan("controlnet", steps=3000, learning_rate=1e-3, average=0.99, warmup=50)
 READER_PLAN = Plan("latent-depth", steps=2000, learning_rate=2e-3, average=0.99, warmup=50)
 DROPPED = 0.5  # share of captions left out, so that shapes are read off the depth (2302.05543)
+DRAWS = 2  # timesteps for each image, of which the latest is taken: shapes are decided early
 SCALES = (0.5, 1.0)
 """The range of controlnet_conditioning_scale in training, so depth is followed throughout it."""
 
@@ -66,58 +74,62 @@ class LatentReader(nn.Module):
         return self.head(F.gelu(at_finest(features))).sigmoid()[:, 0]
 
 
-def depth_images(
-    distances: Sequence[NDArray[np.float16]], index: list[int], shift: list[int]
-) -> Tensor:
-    """Return the depth images (N, 3, H, W) in [0, 1] of images, rolled by cells.
-
-    Args:
-        distances: (M, H, W) metres for each kind of image.
-        index: the numbers of the images, counted kind after kind.
-        shift: the number of cells to roll each by.
-    """
-    rolled = []
-    for i, turn in zip(index, shift, strict=True):
-        kind, number = dataset.locate(map(len, distances), i)
-        depth = depth_image(distances[kind][number])
-        rolled.append(np.roll(depth, turn * FACTOR, axis=1))
-    return torch.from_numpy(np.stack(rolled))[:, None].expand(-1, 3, -1, -1)
-
-
 @dataclass(frozen=True)
 class Lessons:
     """The lessons of the reader and ControlNet: images with their depth, and the frozen base."""
 
     base: TextToSphere
     spheres: Spheres
-    distances: list[NDArray[np.float16]]  # (M, H, W) metres for each kind of image
+    depths: Tensor  # (N, 1, H, W) depth images of the spheres, half as high as the large ones
     scheduler: DDIMScheduler
 
-    def draw(self, generator: torch.Generator) -> tuple[Noisy, Tensor, dict[str, Any]]:
-        """Draw noisy latents, depth images (N, 3, H, W) in [0, 1], and the base's conditions."""
-        index, shift = self.spheres.draw(generator)
-        captions = self.spheres.captions(index, generator, DROPPED)
-        noisy = add_noise(self.spheres.rolled(index, shift), self.scheduler, generator)
-        return noisy, depth_images(self.distances, index, shift), self.base.conditions(captions)
+    def draw(self, generator: torch.Generator) -> Batch:
+        """Draw noisy latents, their captions, and depth images (N, 3, H, W) in [0, 1]."""
+        cuts = self.spheres.draw(generator)
+        generator = on_device(generator)
+        sizes = time_ids(cuts, generator)
+        captions = self.spheres.captions(cuts.index, sizes, DROPPED, generator)
+        return *add_noise(cuts.x0, self.scheduler, generator, DRAWS), *captions, self.depth(cuts)
+
+    def conditions(self, batch: Batch) -> tuple[Noisy, dict[str, Any], Tensor]:
+        """Return the noisy latents, the base's conditions and the depth images of a batch."""
+        *captions, depth = batch[4:]
+        return Noisy(*batch[:4]), self.base.conditions(Captions(*captions)), depth
+
+    def depth(self, cuts: Cuts) -> Tensor:
+        """Return the depth images (N, 3, H, W) in [0, 1] of cuts."""
+        finer = dataset.COARSER if cuts.cut.large else 1
+        cell = FACTOR // finer
+        size = (cell * SIDE, cell * cuts.cut.width)
+        depth = crop(self.depths, cuts.index, cell * cuts.top, cell * cuts.left, size)
+        return F.interpolate(depth.float(), scale_factor=finer).expand(-1, 3, -1, -1)
 
 
-def train_reader(work: Path, lessons: Lessons) -> nn.Module:
-    """Train on the base's predictions from noisy latents, however vague they are."""
+def load_depths(work: Work) -> Tensor:
+    """Return the depth images (N, 1, H, W) of the training images, kind after kind."""
+    sets = [dataset.load(work.folder, kind, "train") for kind in SUBJECTS]
+    return torch.cat([depth_images(images.distance) for images in sets])
 
-    def loss(generator: torch.Generator) -> Tensor:
+
+def train_reader(work: Work, lessons: Lessons) -> nn.Module:
+    """Train on clean latents, and on the base's predictions from noisy ones, however vague."""
+
+    def loss(*batch: Tensor) -> Tensor:
         with mixed_precision():
-            noisy, depth, conditions = lessons.draw(generator)
+            noisy, conditions, depth = lessons.conditions(batch)
             with torch.no_grad():
                 noise_pred = lessons.base.unet(noisy.latents, noisy.t, **conditions).sample
-            seen = reader(noisy.x0(noise_pred.float()))
-        return F.l1_loss(seen.float(), cells(depth[:, 0]))
+            clean, vague = noisy.x0(noisy.noise), noisy.x0(noise_pred.float())
+            half = len(clean) // 2
+            seen = reader(torch.cat([clean[:half], vague[half:]]))
+        return error(seen.float(), cells(depth[:, 0]))
 
     reader = LatentReader()
-    return fit(reader, loss, READER_PLAN, work)
+    return fit(reader, Lesson(lessons.draw, loss), READER_PLAN, work)
 
 
 def train(
-    work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, base: TextToSphere
+    work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer, base: TextToSphere
 ) -> ControlNetModel:
     """Train on the rendered distances.
 
@@ -125,17 +137,20 @@ def train(
     still followed none. A depth reader says more (ControlNet++, arXiv 2404.07987).
     """
     torch.manual_seed(5)
-    base.requires_grad_(False)
+    base.requires_grad_(False).to(device())
     controlnet = build(base)
-    spheres = Spheres(encode_kinds(work, vae), subjects(work), tokenizer)
-    distances = [dataset.load(work, kind, "train").distance for kind in SUBJECTS]
-    lessons = Lessons(base, spheres, distances, build_scheduler())
+    spheres = load_spheres(work, vae, tokenizer)
+    lessons = Lessons(base, spheres, load_depths(work), build_scheduler())
     reader = train_reader(work, lessons).requires_grad_(False)
 
-    def loss(generator: torch.Generator) -> Tensor:
-        scale = float(torch.empty(()).uniform_(*SCALES, generator=generator))
+    def draw(generator: torch.Generator) -> Batch:
+        scale = torch.empty(()).uniform_(*SCALES, generator=generator).to(device())
+        return *lessons.draw(generator), scale
+
+    def loss(*batch: Tensor) -> Tensor:
+        *rest, scale = batch
         with mixed_precision():
-            noisy, depth, conditions = lessons.draw(generator)
+            noisy, conditions, depth = lessons.conditions(tuple(rest))
             down, middle = controlnet(
                 noisy.latents,
                 noisy.t,
@@ -152,9 +167,8 @@ def train(
                 **conditions,
             ).sample.float()
             seen = reader(noisy.x0(noise_pred))
-        error = F.l1_loss(seen.float(), cells(depth[:, 0]))
-        return noisy.error(noise_pred) + error
+        return noisy.error(noise_pred) + error(seen.float(), cells(depth[:, 0]))
 
-    trained = fit(controlnet, loss, PLAN, work)
+    trained = fit(controlnet, Lesson(draw, loss), PLAN, work)
     assert isinstance(trained, ControlNetModel)
     return trained

@@ -1,4 +1,4 @@
-"""Render the images that everything in `weights/train/` is trained and judged on.
+"""Render the spheres that everything in `weights/train/` is trained and judged on.
 
 Each set is rendered once, into memory-mapped arrays in the work folder. Sample i of a kind is
 always the same image, drawn from its own generator, so a longer set begins with a shorter one.
@@ -6,7 +6,8 @@ always the same image, drawn from its own generator, so a longer set begins with
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,45 +18,41 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from weights.train import rooms, scenes
+from weights.train.scenes import HEIGHT
 
 Image = tuple[NDArray[np.uint8], NDArray[np.float32], dict[str, object]]
+Draw = Callable[[np.random.Generator], Image]
+
+COARSER = 2
+"""Rows and columns of a distance map are this many times fewer than those of its image."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A set of images: its renderer, the size of each image, and how many each split has."""
+    """A set of spheres: the renderer, and the number of images of each split."""
 
-    draw: Callable[[np.random.Generator], Image]
-    width: int
+    draw: Draw
     train: int
     test: int
-    height: int = 256
-
-
-def draw_strip(rng: np.random.Generator) -> Image:
-    """Draw a landscape that spans 360 degrees horizontally and 90 degrees vertically."""
-    scene = scenes.draw_scene(rng)
-    return *scenes.render(scene, rng, scenes.STRIP), asdict(scene)
 
 
 def draw_outdoors(rng: np.random.Generator) -> Image:
-    """Draw a landscape on the whole sphere."""
+    """Draw a landscape."""
     scene = scenes.draw_scene(rng)
-    return *scenes.render(scene, rng, scenes.EQUIRECT), asdict(scene)
+    return *scenes.render(scene, rng), asdict(scene)
 
 
 def draw_room(rng: np.random.Generator) -> Image:
-    """Draw a room on the whole sphere."""
-    room = rooms.Room(str(rng.choice(rooms.KINDS)), str(rng.choice(list(rooms.COLORS))))
+    """Draw a room."""
+    room = rooms.Room(str(rng.choice(list(rooms.KINDS))), str(rng.choice(list(rooms.COLORS))))
     return *rooms.render(room, rng), asdict(room)
 
 
 KINDS: Mapping[str, Kind] = {
-    "strips": Kind(draw_strip, width=1024, train=3200, test=160),
-    "outdoors": Kind(draw_outdoors, width=512, train=1600, test=80),
-    "rooms": Kind(draw_room, width=512, train=1600, test=80),
+    "outdoors": Kind(draw_outdoors, train=1800, test=120),
+    "rooms": Kind(draw_room, train=1000, test=120),
 }
 SPLITS = {"train": 0, "test": 1}
 
@@ -65,7 +62,7 @@ class Images:
     """One split of one kind, memory-mapped from disk."""
 
     rgb: NDArray[np.uint8]  # (N, H, W, 3) in [0, 255]
-    distance: NDArray[np.float16]  # (N, H, W) metres, inf for the sky
+    distance: NDArray[np.float16]  # (N, H / COARSER, W / COARSER) metres, inf for the sky
     attributes: list[dict[str, object]]  # N of them
 
 
@@ -73,52 +70,39 @@ def load(work: Path, kind: str, split: str) -> Images:
     """Open the files that `render` wrote."""
     folder = work / "images"
     return Images(
-        np.load(folder / f"{kind}-{split}-rgb.npy", mmap_mode="r"),
-        np.load(folder / f"{kind}-{split}-distance.npy", mmap_mode="r"),
+        np.load(folder / f"{kind}-{split}-rgb.npy", mmap_mode="c"),
+        np.load(folder / f"{kind}-{split}-distance.npy", mmap_mode="c"),
         json.loads((folder / f"{kind}-{split}.json").read_text()),
     )
 
 
-def locate(sizes: Iterable[int], index: int) -> tuple[int, int]:
-    """Return the number of an image's set, and its number in that set.
-
-    Args:
-        sizes: the sizes of the sets, in order.
-        index: the image's number among all.
-    """
-    for chosen, size in enumerate(sizes):
-        if index < size:
-            return chosen, index
-        index -= size
-    raise IndexError(index)
-
-
-def render(work: Path, workers: int = 2) -> None:
+def render(work: Path) -> None:
     """Render every set that is missing."""
     for kind in KINDS:
         for split in SPLITS:
-            render_set(work, kind, split, workers)
+            render_set(work, kind, split)
 
 
-def render_set(work: Path, kind: str, split: str, workers: int) -> None:
+def render_set(work: Path, kind: str, split: str) -> None:
     """Render one split of one kind, if its attributes (written last) are missing."""
     folder = work / "images"
     done = folder / f"{kind}-{split}.json"
     if done.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    spec = KINDS[kind]
-    shape = (getattr(spec, split), spec.height, spec.width)
-    rgb = open_memmap(folder / f"{kind}-{split}-rgb.npy", "w+", np.uint8, (*shape, 3))
-    distance = open_memmap(folder / f"{kind}-{split}-distance.npy", "w+", np.float16, shape)
+    count, size = getattr(KINDS[kind], split), (HEIGHT, 2 * HEIGHT)
+    coarse = tuple(side // COARSER for side in size)
+    rgb = open_memmap(folder / f"{kind}-{split}-rgb.npy", "w+", np.uint8, (count, *size, 3))
+    path = folder / f"{kind}-{split}-distance.npy"
+    distance = open_memmap(path, "w+", np.float16, (count, *coarse))
     attributes = []
-    with ProcessPoolExecutor(workers) as pool:
-        drawn = pool.map(partial(draw_one, kind, split), range(shape[0]), chunksize=8)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        drawn = pool.map(partial(draw_one, kind, split), range(count), chunksize=4)
         for index, (image, meters, facts) in enumerate(drawn):
-            rgb[index], distance[index] = image, meters
+            rgb[index], distance[index] = image, meters[::COARSER, ::COARSER]
             attributes.append(facts)
             if index % 200 == 0:
-                logger.info("%s %s: %d of %d", kind, split, index, shape[0])
+                logger.info("%s %s: %d of %d", kind, split, index, count)
     done.write_text(json.dumps(attributes))
 
 

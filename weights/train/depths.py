@@ -1,7 +1,6 @@
 """Make depth images, and read depth off images to check that they follow one."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,14 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weights.train import dataset
-from weights.train.autoencoder import to_tensor
-from weights.train.fit import Plan, fit, mixed_precision
-from weights.train.recognise import Block, disturb, draw, draw_windows
+from weights.train.fit import Batch, Lesson, Plan, Work, device, fit, mixed_precision, on_device
+from weights.train.recognise import SPHERES, WINDOWS, Block, disturb, draw_places
+from weights.train.windows import channels_first, draw_number
 
 PLAN = Plan("depth-360", steps=2000, learning_rate=2e-3, average=0.99, warmup=100)
-BATCH = 10
 FINEST = 3  # blocks, after which features are fine enough to read depth from
 CELL = 2**FINEST  # pixels
+SHAPES = 0.2
+"""The weight of shapes in the error of depth. Without it networks learn what is the same in every
+row, ground below and sky above, and little else.
+"""
 
 
 def depth_image(distance: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -66,25 +68,39 @@ def at_finest(features: Sequence[Tensor]) -> Tensor:
     return torch.cat([F.interpolate(f, size, mode="bilinear") for f in features], 1)
 
 
-def train(work: Path) -> nn.Module:
+def train(work: Work) -> nn.Module:
     """Train the reader on renders, rolled and mirrored at random."""
     torch.manual_seed(8)
     model = DepthReader()
-    sets = [dataset.load(work, kind, "train") for kind in ("outdoors", "rooms")]
-    width = sets[0].rgb.shape[2]
+    sets = [dataset.load(work.folder, kind, "train") for kind in ("outdoors", "rooms")]
+    spheres = [channels_first(images.rgb) for images in sets]
+    depths = [depth_images(images.distance) for images in sets]
 
-    def loss(generator: torch.Generator) -> Tensor:
-        windows = draw_windows(sets, width, BATCH, generator)
-        images = disturb(to_tensor(np.stack([w.rgb for w in windows])), generator)
-        depths = [depth_image(w.images.distance[w.index])[:, w.columns] for w in windows]
-        target = cells(torch.from_numpy(np.stack(depths)))
-        if draw(2, generator):
+    def draw(generator: torch.Generator) -> Batch:
+        view = (WINDOWS, SPHERES)[draw_number(2, generator)]
+        places = draw_places(sets, on_device(generator))
+        images = disturb(view.show(spheres, places), generator)
+        cuts = [
+            view.cut(maps, place, dataset.COARSER)
+            for maps, place in zip(depths, places, strict=True)
+        ]
+        target = F.avg_pool2d(torch.cat(cuts).float(), CELL * view.factor // dataset.COARSER)[:, 0]
+        if draw_number(2, generator):
             images, target = images.flip(-1), target.flip(-1)
+        return images, target
+
+    def loss(images: Tensor, target: Tensor) -> Tensor:
         with mixed_precision():
             depth = model(images)
-        return F.l1_loss(depth.float(), target)
+        return error(depth.float(), target)
 
-    return fit(model, loss, PLAN, work)
+    return fit(model, Lesson(draw, loss), PLAN, work)
+
+
+def depth_images(distances: NDArray[np.float16]) -> Tensor:
+    """Return the depth images (N, 1, H, W) of distances (N, H, W), on the device."""
+    depths = [torch.from_numpy(depth_image(metres)).half() for metres in distances]
+    return torch.stack(depths)[:, None].to(device())
 
 
 def cells(depth: Tensor) -> Tensor:
@@ -97,6 +113,12 @@ def correlation(first: Tensor, second: Tensor) -> Tensor:
     pair = torch.stack([first, second]).flatten(2)
     pair = F.normalize(pair - pair.mean(-1, keepdim=True), dim=-1)
     return (pair[0] * pair[1]).sum(-1)
+
+
+def error(seen: Tensor, depth: Tensor) -> Tensor:
+    """Return the error of depth (N, h, w), and of its shapes, less each row's mean."""
+    alike = correlation(around(seen), around(depth))
+    return F.l1_loss(seen, depth) + SHAPES * (1 - alike.mean())
 
 
 def around(depth: Tensor) -> Tensor:

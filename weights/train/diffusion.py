@@ -1,34 +1,42 @@
-"""Train the first model's text encoder and UNet on the latents of the strips."""
+"""Train the first model's text encoder and UNet on windows of the strips' latents."""
 
 import json
-import logging
-import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from hashlib import sha256
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from weights.train import dataset, rooms, scenes
-from weights.train.autoencoder import to_tensor
-from weights.train.fit import Plan, fit, mixed_precision
+from weights.train.autoencoder import FACTOR, encode
+from weights.train.fit import (
+    Batch,
+    Lesson,
+    Plan,
+    Work,
+    batch_size,
+    device,
+    fit,
+    mixed_precision,
+    on_device,
+)
+from weights.train.windows import crop, draw_numbers
 
-PLAN = Plan("diffusion", steps=10500, learning_rate=1e-3, average=0.9990, warmup=200)
+T = TypeVar("T")
+
+PLAN = Plan("diffusion", steps=14000, learning_rate=1e-3, average=0.999)
 BATCH, WINDOW = 16, 32
+VARIANTS = 16  # captions drawn of each image
 CONTEXT = 32  # tokens
 DROPPED = 0.1  # share of captions left out, for guidance
-WRAP = 64  # pixels of the other side that the encoder sees beyond either edge
+STRIP = slice(scenes.STRIP.start // FACTOR, scenes.STRIP.stop // FACTOR)  # rows of latents
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-
-logger = logging.getLogger(__name__)
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -70,6 +78,7 @@ def words() -> Iterator[str]:
             yield from dict.fromkeys(synonyms)
     yield from scenes.FRAMES
     yield from ("over at with trees under clouds", "hdri view in the color of")
+    yield from ("looking up looking down at", "room")
     yield from rooms.KINDS
     yield from rooms.COLORS
     yield from ("seamless panorama", "low quality, blurry, dark, people, text, watermark")
@@ -127,40 +136,6 @@ class TextToImage(nn.Module):
         return self.unet(latents, t, encoder_hidden_states=states).sample
 
 
-@torch.no_grad()
-def encode(
-    work: Path, vae: AutoencoderKL, name: str, images: Iterable[NDArray[np.uint8]]
-) -> Tensor:
-    """Encode images that wrap around horizontally; a file in the work folder keeps the latents.
-
-    Args:
-        work: the folder.
-        vae: the autoencoder; a change of its encoder's weights gives another file.
-        name: the name of the set of images.
-        images: the images, (H, W, 3) in [0, 255] each; read only if the file is missing.
-
-    Returns:
-        The scaled latents, (N, 4, H / 8, W / 8).
-    """
-    encoder = nn.ModuleList([vae.encoder, vae.quant_conv])
-    weights = torch.cat([p.flatten() for p in encoder.parameters()]).numpy().tobytes()
-    path = work / "latents" / f"{name}-{sha256(weights).hexdigest()[:16]}.pt"
-    if path.exists():
-        return torch.load(path, weights_only=True)
-    latents = []
-    for index, image in enumerate(images):
-        around = np.concatenate([image[:, -WRAP:], image, image[:, :WRAP]], 1)
-        with mixed_precision():
-            mean = vae.encode(to_tensor(around[None])).latent_dist.mean.float()
-        latents.append(mean[..., WRAP // 8 : -WRAP // 8] * vae.config.scaling_factor)
-        if index % 400 == 0:
-            logger.info("latents of %s: %d", name, index)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(torch.cat(latents), path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
-    return torch.cat(latents)
-
-
 def uneven_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Draw noise (N, C, h, w) with somewhat more low frequencies than white noise.
 
@@ -168,9 +143,10 @@ def uneven_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     noise. Images begin with no signal at all, so their colours have to come from the caption:
     this noise hides them in training too ("offset noise").
     """
-    noise = torch.randn(shape, generator=generator)
+    place = generator.device
+    noise = torch.randn(shape, generator=generator, device=place)
     for cells, strength in ((1, 0.15), (4, 0.12)):
-        coarse = torch.randn(*shape[:2], cells, cells, generator=generator)
+        coarse = torch.randn(*shape[:2], cells, cells, generator=generator, device=place)
         noise = noise + strength * F.interpolate(coarse, shape[2:], mode="bicubic")
     return noise
 
@@ -186,8 +162,7 @@ def loss_weight(alpha_bar: Tensor, low: float = 0.2, high: float = 5.0) -> Tenso
     return snr.clamp(low, high) / snr
 
 
-@dataclass(frozen=True)
-class Noisy:
+class Noisy(NamedTuple):
     """Latents with noise added."""
 
     latents: Tensor  # (N, C, h, w)
@@ -205,68 +180,65 @@ class Noisy:
         return (self.latents - (1 - self.alpha_bar).sqrt() * noise_pred) / self.alpha_bar.sqrt()
 
 
-def add_noise(x0: Tensor, scheduler: DDIMScheduler, generator: torch.Generator) -> Noisy:
-    """Draw timesteps and noise for latents x0 (N, C, h, w)."""
-    t = torch.randint(scheduler.config.num_train_timesteps, (len(x0),), generator=generator)
-    noise = uneven_noise(x0.shape, generator)
-    alpha_bar = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-    return Noisy(scheduler.add_noise(x0, noise, t), noise, t, alpha_bar)
+def add_noise(
+    x0: Tensor, scheduler: DDIMScheduler, generator: torch.Generator, draws: int = 1
+) -> Noisy:
+    """Draw noise for latents x0 (N, C, h, w), and the latest of some timesteps for each.
 
-
-def denoising_loss(
-    predict: Callable[[Tensor, Tensor], Tensor],
-    x0: Tensor,
-    scheduler: DDIMScheduler,
-    generator: torch.Generator,
-) -> Tensor:
-    """Return the weighted error of the noise that a model predicts.
-
-    Args:
-        predict: maps noisy latents (N, C, h, w) and timesteps (N,) to the noise in them.
-        x0: the clean latents (N, C, h, w).
-        scheduler: the noise schedule.
-        generator: draws timesteps and noise.
+    The generator is of their device.
     """
-    noisy = add_noise(x0, scheduler, generator)
-    with mixed_precision():
-        noise_pred = predict(noisy.latents, noisy.t)
-    return noisy.error(noise_pred.float())
-
-
-def draw_rng(generator: torch.Generator) -> np.random.Generator:
-    """Derive a NumPy generator from one of PyTorch's."""
-    return np.random.default_rng(int(torch.randint(2**31, (1,), generator=generator)))
+    steps = scheduler.config.num_train_timesteps
+    t = torch.randint(steps, (draws, len(x0)), generator=generator, device=x0.device).amax(0)
+    noise = uneven_noise(x0.shape, generator)
+    latents = scheduler.add_noise(x0, noise, t)  # moves alphas_cumprod to the device of x0
+    return Noisy(latents, noise, t, scheduler.alphas_cumprod[t].view(-1, 1, 1, 1))
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
-    """Turn captions into tokens (N, CONTEXT)."""
-    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    """Turn captions into tokens (N, CONTEXT) on the device."""
+    tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+    return tokens.input_ids.to(device())
 
 
-def train(work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToImage:
+def draw_captions(
+    subjects: Sequence[T],
+    caption: Callable[[T, np.random.Generator], str],
+    tokenizer: CLIPTokenizer,
+) -> Tensor:
+    """Draw captions of images, VARIANTS of each, and return their tokens (N, VARIANTS, CONTEXT)."""
+    rng = np.random.default_rng(0)
+    texts = [caption(subject, rng) for subject in subjects for _ in range(VARIANTS)]
+    return tokenize(tokenizer, texts).unflatten(0, (-1, VARIANTS))
+
+
+def train(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToImage:
     """Train on windows of the strips at any place, also across the wrap."""
     torch.manual_seed(3)
     model = TextToImage(build_text_encoder(tokenizer), build_unet())
     scheduler = build_scheduler()
-    images = dataset.load(work, "strips", "train")
-    latents, attributes = encode(work, vae, "strips", images.rgb), images.attributes
-    width = latents.shape[-1]
+    images = dataset.load(work.folder, "outdoors", "train")
+    latents = encode(work, vae, "outdoors", images.rgb)[:, :, STRIP].to(device())
+    subjects = [scenes.Scene(**attributes) for attributes in images.attributes]
+    captions = draw_captions(subjects, scenes.caption, tokenizer)
+    empty = tokenize(tokenizer, [""])
+    count = batch_size(BATCH)
 
-    def loss(generator: torch.Generator) -> Tensor:
-        index = torch.randint(len(latents), (BATCH,), generator=generator)
-        left = torch.randint(width, (BATCH,), generator=generator)
-        columns = (left[:, None] + torch.arange(WINDOW)) % width  # (N, w)
-        rows = torch.arange(latents.shape[-2])
-        x0 = latents[index[:, None, None], :, rows[:, None], columns[:, None]]  # (N, h, w, C)
-        x0 = x0.permute(0, 3, 1, 2)  # (N, C, h, w)
-        rng = draw_rng(generator)
-        captions = [
-            "" if rng.random() < DROPPED else scenes.caption(scenes.Scene(**attributes[i]), rng)
-            for i in index.tolist()
-        ]
-        ids = tokenize(tokenizer, captions)
-        return denoising_loss(lambda x, t: model(x, t, ids), x0, scheduler, generator)
+    def draw(generator: torch.Generator) -> Batch:
+        generator = on_device(generator)
+        index = draw_numbers(len(latents), count, generator)
+        left = draw_numbers(latents.shape[-1], count, generator)
+        x0 = crop(latents, index, torch.zeros_like(left), left, (WINDOW, WINDOW))
+        ids = captions[index, draw_numbers(VARIANTS, count, generator)]
+        given = torch.rand(count, 1, generator=generator, device=device()) >= DROPPED
+        return *add_noise(x0, scheduler, generator), torch.where(given, ids, empty)
 
-    trained = fit(model, loss, PLAN, work)
+    def loss(*batch: Tensor) -> Tensor:
+        *parts, ids = batch
+        noisy = Noisy(*parts)
+        with mixed_precision():
+            noise_pred = model(noisy.latents, noisy.t, ids)
+        return noisy.error(noise_pred.float())
+
+    trained = fit(model, Lesson(draw, loss), PLAN, work)
     assert isinstance(trained, TextToImage)
     return trained

@@ -1,21 +1,22 @@
 """Measure the embedded family on held-out data: `python -m weights.train.measure --help`.
 
 The output is the figures of the model card. For syncdiffusion: the autoencoder's PSNR, the judge's
-own accuracy, and how often images show what their prompt asked for. For sdxl-360: the same for its
-judge and its images, and how closely images follow a depth image. For syncdiffusion-xl: how closely
-its rings follow the same depth images. Both SDXL modes are measured with the LoRA at its default
-strength, and again without it.
+own accuracy, how often windows show what their prompt asked for, and how close to renders they are.
+For sdxl-360: how often spheres show what was asked for, and how closely they follow a depth image.
+For syncdiffusion-xl: how closely its rings follow the same depth images.
 """
 
 import argparse
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,25 +26,49 @@ from panorama.pipeline import Pipeline
 from panorama.request import INPUTS, ModeSettings, Request
 from weights.train import autoencoder, dataset, rooms, scenes
 from weights.train.__main__ import WORK
-from weights.train.depths import DepthReader, around, cells, correlation, depth_image
+from weights.train.depths import CELL, DepthReader, around, cells, correlation, depth_image
 from weights.train.export import load_judge
+from weights.train.likeness import features, strangeness
 from weights.train.recognise import (
     ATTRIBUTES,
     SPHERE_ATTRIBUTES,
+    WINDOW,
     Attributes,
     Judge,
     accuracy,
     read,
+    strip,
+    window,
 )
 from weights.train.sdxl import CAPTIONS, PREFIX, SUBJECTS
+from weights.train.views import halve
+from weights.train.windows import to_tensor
 
 STEPS = 30
 DEPTHS = 24  # held-out depth images of each kind
+SKYLINES = 24  # windows of snowy mountains
+RISE = 8.0  # degrees that their skyline has to rise
+MOUNTS = (0.06, 0.3)
+"""The range of depth that mountains have: more than the sky, less than trees."""
 
 Wish = tuple[str, Mapping[str, object]]
 """A prompt, and the attributes that it asks for."""
 Make = Callable[..., Tensor]
 """A function from a prompt and a seed to an image (1, 3, H, W) in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """What a measurement needs."""
+
+    models: Models
+    work: Path
+    sheets: Path | None  # a folder for contact sheets
+    windows: int  # generated for the Frechet distance
+
+    def held_out(self, kind: str) -> dataset.Images:
+        """Return the held-out images of a kind."""
+        return dataset.load(self.work, kind, "test")
 
 
 def make_image(models: Models, request: Request, **changes: Any) -> Tensor:
@@ -95,7 +120,7 @@ def agreement(
         attributes: the values of those attributes.
         wishes: the prompts, and the attributes that they ask for.
         seeds: the number of images made for each wish.
-        sheet: a PNG to write of all images at half their size, a row for each wish.
+        sheet: an image to write of all images at half their size, a row for each wish.
     """
     hits: dict[str, list[bool]] = {name: [] for name in (*wishes[0][1], "all")}
     tiles = []
@@ -117,36 +142,88 @@ def save_sheet(tiles: Sequence[Tensor], columns: int, path: Path) -> None:
     rows = [torch.cat(list(tiles[i : i + columns]), -1) for i in range(0, len(tiles), columns)]
     pixels = torch.cat(rows, -2).permute(1, 2, 0).mul(255).round().byte().numpy()
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+    Image.fromarray(pixels).save(path, quality=90)
 
 
-def measure_syncdiffusion(models: Models, work: Path, sheets: Path | None) -> None:
-    """Print the table of syncdiffusion."""
+def single_window(models: Models, prompt: str, seed: int) -> Tensor:
+    """Make an image of one window."""
     base = models.bases["syncdiffusion"]
-    for kind in dataset.KINDS:
-        held_out = dataset.load(work, kind, "test")
-        print(f"autoencoder PSNR, {kind}: {autoencoder.psnr(base.vae, held_out.rgb):.2f} dB")
+    side = base.window * base.factor
+    request = Request(
+        prompt=prompt,
+        width=side,
+        height=side,
+        num_inference_steps=STEPS,
+        sync_weight=0.0,
+        scheduler="dpm++",
+        seed=seed,
+    )
+    return make_image(models, request)
+
+
+def measure_syncdiffusion(given: Measuring) -> None:
+    """Print the table of syncdiffusion."""
+    vae = given.models.bases["syncdiffusion"].vae
+    for kind, show in (("outdoors", strip), ("rooms", halve), ("rooms", np.asarray)):
+        images = [show(image) for image in given.held_out(kind).rgb]
+        size = f"{images[0].shape[1]} x {images[0].shape[0]}"
+        print(f"autoencoder PSNR, {kind}, {size}: {autoencoder.psnr(vae, images):.2f} dB")
     judge = load_judge(Judge(), "windows")
-    held_out = dataset.load(work, "strips", "test")
-    for name, share in accuracy(judge, held_out, 256, ATTRIBUTES).items():
-        print(f"judge on held-out strips, {name}: {share:.1%}")
-    size = base.window * base.factor
-
-    def make(prompt: str, seed: int) -> Tensor:
-        request = Request(
-            prompt=prompt,
-            width=size,
-            height=size,
-            num_inference_steps=STEPS,
-            sync_weight=0.0,
-            seed=seed,
-        )
-        return make_image(models, request)
-
-    wishes, sheet = list(wished_landscapes()), sheets and sheets / "windows.png"
-    shares = agreement(make, judge, ATTRIBUTES, wishes, 4, sheet)
-    for name, share in shares.items():
+    for name, share in accuracy(judge, given.held_out("outdoors"), window, ATTRIBUTES).items():
+        print(f"judge on held-out windows, {name}: {share:.1%}")
+    make = partial(single_window, given.models)
+    wishes, sheet = list(wished_landscapes()), given.sheets and given.sheets / "windows.jpg"
+    for name, share in agreement(make, judge, ATTRIBUTES, wishes, 4, sheet).items():
         print(f"prompt agreement over {4 * len(wishes)} windows, {name}: {share:.1%}")
+    measure_skylines(make, given)
+    measure_likeness(make, judge, given)
+
+
+def skylines(reader: DepthReader, images: Tensor) -> Tensor:
+    """Return the elevations (N,) in degrees of the highest mountains in windows (N, 3, H, W)."""
+    with torch.no_grad():
+        depth = reader(images)  # (N, H / CELL, W / CELL)
+    mounts = ((depth > MOUNTS[0]) & (depth < MOUNTS[1])).any(-1)  # (N, H / CELL)
+    rows = mounts.float().argmax(1) * CELL + scenes.STRIP.start  # of the top edge of a cell
+    return 90 - 180 * rows / scenes.HEIGHT
+
+
+def measure_skylines(make: Make, given: Measuring) -> None:
+    """Print how often the skyline of snowy mountains rises by RISE."""
+    reader = load_judge(DepthReader(), "depths")
+    held_out = given.held_out("outdoors")
+    renders = [
+        window(image)
+        for image, facts in zip(held_out.rgb, held_out.attributes, strict=True)
+        if facts["land"] == "snowy mountains"
+    ]
+    made = torch.cat([make("snowy mountains", seed) for seed in range(SKYLINES)]) * 2 - 1
+    for name, images in (("renders", to_tensor(np.stack(renders))), ("windows", made)):
+        rises = skylines(reader, images)
+        share = float((rises >= RISE).float().mean())
+        print(f"skyline of {len(rises)} {name} of snowy mountains >= {RISE:g} degrees: {share:.1%}")
+
+
+def steps(images: Tensor) -> float:
+    """Return the mean step between neighbouring pixels of (N, 3, H, W) in [0, 1], grey levels."""
+    return float(sum(images.diff(dim=dim).abs().mean() for dim in (-1, -2)) / 2 * 255)
+
+
+def measure_likeness(make: Make, judge: Judge, given: Measuring) -> None:
+    """Print sharpness of windows and their Frechet distance to as many held-out renders."""
+    rng, found, made = np.random.default_rng(0), [], []
+    held_out = given.held_out("outdoors")
+    for number in range(given.windows):
+        facts = held_out.attributes[number % len(held_out.attributes)]
+        text = scenes.caption(scenes.Scene(**facts), rng, keep=1.0)
+        made.append(make(text, number))
+        left = int(rng.integers(held_out.rgb.shape[2]))
+        image = np.roll(held_out.rgb[number % len(held_out.rgb)], -left, 1)
+        found.append(to_tensor(window(image)[None]) / 2 + 0.5)
+    ours, renders = torch.cat(made), torch.cat(found)
+    print(f"sharpness of {len(ours)} windows over renders: {steps(ours) / steps(renders):.3f}")
+    seen = [features(judge, images * 2 - 1) for images in (ours, renders)]
+    print(f"Frechet distance over the variance: {strangeness(*seen):.3f}")
 
 
 def lora_scales(settings: ModeSettings) -> tuple[float, ...]:
@@ -154,38 +231,25 @@ def lora_scales(settings: ModeSettings) -> tuple[float, ...]:
     return (float(INPUTS["lora_scale"].default), 0.0) if settings.tokens else (0.0,)
 
 
-def measure_sdxl_360(models: Models, work: Path, sheets: Path | None) -> None:
+def measure_sdxl_360(given: Measuring) -> None:
     """Print the table of sdxl-360."""
-    settings = models.settings("sdxl-360")
+    settings = given.models.settings("sdxl-360")
     judge = load_judge(Judge(SPHERE_ATTRIBUTES), "spheres")
     for kind, (wishes, _) in WISHES.items():
         asked = {name: SPHERE_ATTRIBUTES[name] for name in wishes[0][1]}
-        shares = accuracy(judge, dataset.load(work, kind, "test"), settings.width, asked)
-        for name, share in shares.items():
+        for name, share in accuracy(judge, given.held_out(kind), halve, asked).items():
             print(f"judge on held-out {kind}, {name}: {share:.1%}")
-    for scale in lora_scales(settings):
-        print(f"with lora_scale {scale:g}:")
-        make = make_spheres(models, "sdxl-360", scale)
-        measure_agreement(make, judge, sheets and sheets / f"lora-{scale:g}")
-
-
-def measure_depths(models: Models, mode: str, work: Path) -> None:
-    """Print how closely images of a mode follow a depth image."""
-    for scale, kind in product(lora_scales(models.settings(mode)), WISHES):
-        for name, means in depth_correlations(
-            make_spheres(models, mode, scale), work, kind
-        ).items():
-            values = ", ".join(f"{what} {mean:.3f}" for what, mean in means.items())
-            print(
-                f"with lora_scale {scale:g}, depth correlation over {DEPTHS} {kind}, "
-                f"{name}: {values}",
-                flush=True,
-            )
+    for scale, (kind, (wishes, seeds)) in product(lora_scales(settings), WISHES.items()):
+        sheet = given.sheets and given.sheets / f"{kind}-{scale:g}.jpg"
+        make = make_spheres(given.models, "sdxl-360", scale)
+        shares = agreement(make, judge, SPHERE_ATTRIBUTES, wishes, seeds, sheet)
+        for name, share in shares.items():
+            print(f"with lora_scale {scale:g}, {len(wishes) * seeds} {kind}, {name}: {share:.1%}")
 
 
 SPHERES: dict[str, Mapping[str, Any]] = {
     "sdxl-360": {},
-    "syncdiffusion-xl": {"width": 512, "height": 256, "loop_closure": True},
+    "syncdiffusion-xl": {"width": 2 * WINDOW, "height": WINDOW, "loop_closure": True},
 }
 """The modes that follow depth images, with their inputs for a sphere."""
 
@@ -207,38 +271,22 @@ def make_spheres(models: Models, mode: str, lora_scale: float) -> Make:
     return make
 
 
-def step(image: Tensor) -> float:
-    """Return the mean step between neighbouring columns of (1, 3, H, W) in [0, 1], in grey levels.
-
-    A style of crisp outlines raises it.
-    """
-    return float(image.diff(dim=-1).abs().mean() * 255)
-
-
-def measure_agreement(make: Make, judge: Judge, sheets: Path | None) -> None:
-    """Print how often spheres show what their prompt asks for."""
-    for kind, (wishes, seeds) in WISHES.items():
-        sheet = sheets and sheets / f"{kind}.png"
-        steps: list[float] = []
-
-        def watched(prompt: str, seed: int, seen: list[float] = steps) -> Tensor:
-            image = make(prompt, seed)
-            seen.append(step(image))
-            return image
-
-        shares = agreement(watched, judge, SPHERE_ATTRIBUTES, wishes, seeds, sheet)
-        for name, share in shares.items():
-            print(f"prompt agreement over {len(steps)} {kind}, {name}: {share:.1%}")
-        print(f"mean step between columns of {kind}: {np.mean(steps):.2f} grey levels")
+def measure_depths(given: Measuring, mode: str) -> None:
+    """Print how closely images of a mode follow a depth image."""
+    for scale, kind in product(lora_scales(given.models.settings(mode)), WISHES):
+        make = make_spheres(given.models, mode, scale)
+        for name, (whole, rest) in depth_correlations(make, given.held_out(kind), kind).items():
+            print(
+                f"with lora_scale {scale:g}, depth correlation over {DEPTHS} {kind}, {name}: "
+                f"as it is {whole:.3f}, less each row's mean {rest:.3f}",
+                flush=True,
+            )
 
 
-def depth_correlations(make: Make, work: Path, kind: str) -> dict[str, dict[str, float]]:
+def depth_correlations(
+    make: Make, held_out: dataset.Images, kind: str
+) -> dict[str, tuple[float, float]]:
     """Correlate the depth that is read off images with the depth given.
-
-    Args:
-        make: makes an image, with `depth` (H, W) or without.
-        work: the folder of the held-out images, of the same size.
-        kind: the kind of the images.
 
     Returns:
         For images that follow the depth image, for those of its caption alone, and for the render
@@ -246,32 +294,28 @@ def depth_correlations(make: Make, work: Path, kind: str) -> dict[str, dict[str,
         taken out.
     """
     reader = load_judge(DepthReader(), "depths")
-    held_out = dataset.load(work, kind, "test")
     rng = np.random.default_rng(0)
     found: dict[str, list[Tensor]] = {"depth image": [], "text alone": [], "render": []}
     for index in range(DEPTHS):
         subject = SUBJECTS[kind](**held_out.attributes[index])
         prompt = PREFIX + CAPTIONS[type(subject)](subject, rng, keep=1.0)
-        depth = torch.from_numpy(depth_image(held_out.distance[index]))
+        depth: NDArray[np.float32] = depth_image(held_out.distance[index])
         images = {
-            "depth image": make(prompt, index, depth=depth) * 2 - 1,
+            "depth image": make(prompt, index, depth=torch.from_numpy(depth)) * 2 - 1,
             "text alone": make(prompt, index) * 2 - 1,
-            "render": autoencoder.to_tensor(held_out.rgb[index][None]),
+            "render": to_tensor(halve(held_out.rgb[index])[None]),
         }
-        given = cells(depth[None])
+        expected = cells(torch.from_numpy(depth)[None])
         for name, image in images.items():
             with torch.no_grad():
                 seen = reader(image)
-            pair = [correlation(seen, given), correlation(around(seen), around(given))]
+            pair = [correlation(seen, expected), correlation(around(seen), around(expected))]
             found[name].append(torch.cat(pair))
-    means = {name: torch.stack(values).mean(0).tolist() for name, values in found.items()}
-    return {
-        name: {"as it is": whole, "less each row's mean": rest}
-        for name, (whole, rest) in means.items()
-    }
+    means = {name: torch.stack(values).mean(0) for name, values in found.items()}
+    return {name: (float(whole), float(rest)) for name, (whole, rest) in means.items()}
 
 
-MEASURES: Mapping[str, Callable[[Models, Path, Path | None], None]] = {
+MEASURES: Mapping[str, Callable[[Measuring], None]] = {
     "syncdiffusion": measure_syncdiffusion,
     "sdxl-360": measure_sdxl_360,
 }
@@ -284,18 +328,20 @@ def main() -> None:
     parser.add_argument("modes", nargs="*", help="default: all of the family")
     parser.add_argument("--family", default=DEFAULT_FAMILY)
     parser.add_argument("--work", type=Path, default=WORK)
-    parser.add_argument("--sheets", type=Path, help="a folder for PNGs of the images judged")
+    parser.add_argument("--sheets", type=Path, help="a folder for contact sheets")
+    parser.add_argument("--windows", type=int, default=1000, help="for the Frechet distance")
     parser.add_argument("--depths-only", action="store_true", help="leave out all but depth")
     arguments = parser.parse_args()
     for kind in dataset.KINDS:
-        dataset.render_set(arguments.work, kind, "test", workers=2)
+        dataset.render_set(arguments.work, kind, "test")
     models = load(arguments.family, modes=arguments.modes or None)
+    given = Measuring(models, arguments.work, arguments.sheets, arguments.windows)
     for mode in models.bases:
         print(f"{mode}:")
         if mode in MEASURES and not arguments.depths_only:
-            MEASURES[mode](models, arguments.work, arguments.sheets)
+            MEASURES[mode](given)
         if mode in SPHERES:
-            measure_depths(models, mode, arguments.work)
+            measure_depths(given, mode)
 
 
 if __name__ == "__main__":

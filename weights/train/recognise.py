@@ -5,9 +5,8 @@ VGG16 in the embedded family. The judges have another architecture, other crops 
 They never guide; they measure prompt agreement and coherence.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +16,26 @@ from torch.nn import functional as F
 
 from panorama.sampling.perceptual import LPIPS, normalize
 from weights.train import dataset, rooms, scenes
-from weights.train.autoencoder import to_tensor
-from weights.train.fit import Plan, fit, mixed_precision
+from weights.train.fit import (
+    Batch,
+    Lesson,
+    Plan,
+    Work,
+    batch_size,
+    device,
+    fit,
+    mixed_precision,
+    on_device,
+)
+from weights.train.windows import (
+    channels_first,
+    crop,
+    draw_number,
+    draw_numbers,
+    mirror,
+    to_range,
+    to_tensor,
+)
 
 Attributes = Mapping[str, tuple[object, ...]]
 """The values that each attribute can have; None where images of some kind lack it."""
@@ -36,8 +53,8 @@ SPHERE_ATTRIBUTES: Attributes = {
     "land": (*scenes.LANDS, None),
 }
 FEATURE_CHANNELS = ((8,), (16, 16), (32, 32), (64, 64), (96, 96))
-FEATURES_PLAN = Plan("features", steps=800, learning_rate=2e-3, average=0.99, warmup=100)
-JUDGE_PLAN = Plan("judge", steps=1000, learning_rate=2e-3, average=0.99, warmup=100)
+FEATURES_PLAN = Plan("features", steps=1000, learning_rate=2e-3, average=0.99, warmup=100)
+JUDGE_PLAN = Plan("judge", steps=1500, learning_rate=2e-3, average=0.99, warmup=100)
 SPHERE_JUDGE_PLAN = Plan("judge-360", steps=1500, learning_rate=2e-3, average=0.99, warmup=100)
 BATCH = 10
 
@@ -123,43 +140,56 @@ class Judge(nn.Module):
         return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
 
 
+Show = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
+"""From a sphere (H, W, 3) to what a network sees of it."""
+WINDOW = 256  # pixels
+WIDE = 2 * scenes.HEIGHT // 8  # columns of a sphere that views may begin at
+Place = tuple[Tensor, Tensor]
+"""The numbers (N,) of images of a kind, and the columns (N,) that views of them begin at."""
+
+
+def strip(sphere: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the rows of a sphere (H, W, 3) that a strip shows."""
+    return sphere[scenes.STRIP]
+
+
+def window(sphere: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return the first window of a strip of a sphere (H, W, 3)."""
+    return strip(sphere)[:, :WINDOW]
+
+
 @dataclass(frozen=True)
-class Window:
-    """Some columns of an image, also across the wrap."""
+class View:
+    """What a network sees of spheres from a first column on."""
 
-    images: dataset.Images
-    index: int
-    columns: NDArray[np.intp]
+    top: int  # the first row
+    size: tuple[int, int]  # height and width before it is made smaller
+    factor: int  # pixels of either side that are averaged
 
-    @property
-    def rgb(self) -> NDArray[np.uint8]:
-        """The pixels, (H, w, 3) in [0, 255]."""
-        return self.images.rgb[self.index][:, self.columns]
+    def cut(self, maps: Tensor, place: Place, coarser: int = 1) -> Tensor:
+        """Cut the view out of maps (M, C, H, W) with so many times fewer rows and columns."""
+        index, left = place
+        height, width = self.size
+        top = torch.full_like(left, self.top // coarser)
+        return crop(maps, index, top, left // coarser, (height // coarser, width // coarser))
 
-    @property
-    def attributes(self) -> Mapping[str, object]:
-        """The attributes of the image."""
-        return self.images.attributes[self.index]
-
-
-def draw_windows(
-    sets: Sequence[dataset.Images], width: int, count: int, generator: torch.Generator
-) -> list[Window]:
-    """Draw windows of one width from anywhere in the images of several sets of one size."""
-    sizes = [len(images.rgb) for images in sets]
-    around = sets[0].rgb.shape[2]
-    windows = []
-    for _ in range(count):
-        index, left = draw(sum(sizes), generator), draw(around, generator)
-        chosen, number = dataset.locate(sizes, index)
-        columns = (left + np.arange(width)) % around
-        windows.append(Window(sets[chosen], number, columns))
-    return windows
+    def show(self, spheres: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
+        """Return views (N, 3, h, w) in [-1, 1] of spheres of several kinds, in [0, 255]."""
+        cuts = [self.cut(maps, place) for maps, place in zip(spheres, places, strict=True)]
+        return F.avg_pool2d(to_range(torch.cat(cuts)), self.factor)
 
 
-def draw(high: int, generator: torch.Generator) -> int:
-    """Draw a number in [0, high)."""
-    return int(torch.randint(high, (1,), generator=generator))
+WINDOWS = View(scenes.STRIP.start, (WINDOW, WINDOW), factor=1)
+SPHERES = View(0, (scenes.HEIGHT, 2 * scenes.HEIGHT), factor=2)
+
+
+def draw_places(sets: Sequence[dataset.Images], generator: torch.Generator) -> list[Place]:
+    """Draw places in images of several kinds, as many of each, with a generator of the device."""
+    count = batch_size(BATCH) // len(sets)
+    return [
+        (draw_numbers(len(s.rgb), count, generator), 8 * draw_numbers(WIDE, count, generator))
+        for s in sets
+    ]
 
 
 def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -167,55 +197,67 @@ def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
 
     Networks trained on them read the images of an autoencoder too.
     """
-    factor = (1, 2, 4)[draw(3, generator)]
+    factor = (1, 2, 4)[draw_number(3, generator)]
     images = F.interpolate(F.avg_pool2d(images, factor), scale_factor=factor, mode="bilinear")
-    shape = (len(images), 3, 1, 1)
-    gain = 1 + 0.06 * torch.randn(shape, generator=generator)
-    return (images * gain + 0.03 * torch.randn(shape, generator=generator)).clamp(-1, 1)
+    shape = (2, len(images), 3, 1, 1)
+    gain, offset = torch.randn(shape, generator=generator).to(images)
+    return (images * (1 + 0.06 * gain) + 0.03 * offset).clamp(-1, 1)
 
 
-def labels(windows: Sequence[Window], attributes: Attributes) -> dict[str, Tensor]:
-    """Return the index (N,) of each attribute's value."""
+def labels(found: Sequence[Mapping[str, object]], attributes: Attributes) -> dict[str, Tensor]:
+    """Return the index (N,) of the value of each attribute."""
     return {
-        name: torch.tensor([values.index(window.attributes.get(name)) for window in windows])
+        name: torch.tensor([values.index(facts.get(name)) for facts in found]).to(device())
         for name, values in attributes.items()
     }
 
 
 def train(
-    work: Path,
+    work: Work,
     model: nn.Module,
     plan: Plan,
-    kinds: tuple[str, ...] = ("strips",),
-    width: int = 256,
+    kinds: tuple[str, ...] = ("outdoors",),
+    view: View = WINDOWS,
     attributes: Attributes = ATTRIBUTES,
 ) -> nn.Module:
-    """Train a network to read the attributes of windows, mirrored half of the time.
+    """Train a network to read attributes of images, mirrored half of the time.
 
     Args:
         work: the folder of the images.
-        model: maps images (N, 3, 256, width) in [-1, 1] to scores (N, values) for each attribute.
-        plan: the plan of the training run.
+        model: maps images (N, 3, h, w) in [-1, 1] to scores (N, values) for each attribute.
+        plan: the plan of the training.
         kinds: the kinds of the images.
-        width: the width of the windows, in pixels.
+        view: what the network sees of them.
         attributes: the attributes to read.
     """
-    sets = [dataset.load(work, kind, "train") for kind in kinds]
+    sets = [dataset.load(work.folder, kind, "train") for kind in kinds]
+    spheres = [channels_first(images.rgb) for images in sets]
+    answers = [labels(images.attributes, attributes) for images in sets]
 
-    def loss(generator: torch.Generator) -> Tensor:
-        windows = draw_windows(sets, width, BATCH, generator)
-        images = disturb(to_tensor(np.stack([w.rgb for w in windows])), generator)
-        images = images.flip(-1) if draw(2, generator) else images
-        answers = labels(windows, attributes)
+    def draw(generator: torch.Generator) -> Batch:
+        places = draw_places(sets, on_device(generator))
+        images = disturb(view.show(spheres, places), generator)
+        asked = [
+            torch.cat(
+                [known[name][index] for known, (index, _) in zip(answers, places, strict=True)]
+            )
+            for name in attributes
+        ]
+        return mirror(images, on_device(generator)), *asked
+
+    def loss(images: Tensor, *asked: Tensor) -> Tensor:
         with mixed_precision():
             scores = model(images)
-        losses = [F.cross_entropy(scores[name].float(), answers[name]) for name in attributes]
+        losses = [
+            F.cross_entropy(scores[name].float(), answer)
+            for name, answer in zip(attributes, asked, strict=True)
+        ]
         return torch.stack(losses).sum()
 
-    return fit(model, loss, plan, work)
+    return fit(model, Lesson(draw, loss), plan, work)
 
 
-def train_features(work: Path) -> LPIPS:
+def train_features(work: Work) -> LPIPS:
     """Train the feature network and drop its heads."""
     torch.manual_seed(1)
     guide = train(work, Guide(), FEATURES_PLAN)
@@ -223,18 +265,17 @@ def train_features(work: Path) -> LPIPS:
     return guide.lpips
 
 
-def train_judge(work: Path) -> nn.Module:
+def train_judge(work: Work) -> nn.Module:
     """Train the judge of the first model."""
     torch.manual_seed(2)
     return train(work, Judge(), JUDGE_PLAN)
 
 
-def train_sphere_judge(work: Path) -> nn.Module:
+def train_sphere_judge(work: Work) -> nn.Module:
     """Train the judge of the second model."""
     torch.manual_seed(7)
-    judge = Judge(SPHERE_ATTRIBUTES)
-    kinds = ("outdoors", "rooms")
-    return train(work, judge, SPHERE_JUDGE_PLAN, kinds, width=512, attributes=SPHERE_ATTRIBUTES)
+    judge, kinds = Judge(SPHERE_ATTRIBUTES), ("outdoors", "rooms")
+    return train(work, judge, SPHERE_JUDGE_PLAN, kinds, SPHERES, SPHERE_ATTRIBUTES)
 
 
 @torch.no_grad()
@@ -249,22 +290,21 @@ def read(judge: nn.Module, images: Tensor, attributes: Attributes) -> list[dict[
 
 
 def accuracy(
-    judge: nn.Module, images: dataset.Images, width: int, attributes: Attributes
+    judge: nn.Module, images: dataset.Images, show: Show, attributes: Attributes
 ) -> dict[str, float]:
-    """Return the share of held-out windows, cut side by side from every image, that are read right.
+    """Return the share of held-out images that are read right.
 
     Args:
         judge: reads the attributes.
-        images: held-out images.
-        width: the width of the windows, in pixels.
+        images: held-out spheres.
+        show: what the judge sees of each.
         attributes: the attributes asked for; the first two are also counted together.
     """
     both = list(attributes)[:2]
     right: dict[str, list[bool]] = {name: [] for name in (*attributes, " and ".join(both))}
     for image, label in zip(images.rgb, images.attributes, strict=True):
-        cut = [image[:, left : left + width] for left in range(0, image.shape[1], width)]
-        for seen in read(judge, to_tensor(np.stack(cut)), attributes):
-            for name in attributes:
-                right[name].append(seen[name] == label[name])
-            right[" and ".join(both)].append(all(seen[name] == label[name] for name in both))
+        (seen,) = read(judge, to_tensor(show(image)[None]), attributes)
+        for name in attributes:
+            right[name].append(seen[name] == label[name])
+        right[" and ".join(both)].append(all(seen[name] == label[name] for name in both))
     return {name: float(np.mean(values)) for name, values in right.items()}

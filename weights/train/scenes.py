@@ -1,9 +1,9 @@
-"""Procedural landscapes, seeded and periodic left to right, with their captions and distances.
+"""Procedural landscapes on the whole sphere, seeded, with their captions and distances.
 
-A scene is painted back to front in angles (azimuth and elevation as seen by the camera), so that
-one renderer serves the flat strips of the first family and the 2:1 equirectangular images of the
-second. The look is that of an illustration: smooth shading, crisp anti-aliased silhouettes and
-next to no fine noise, which is what a small autoencoder can keep.
+A scene is painted back to front in angles (azimuth and elevation as seen by the camera), as a 2:1
+equirectangular image that closes left to right. Strips are rows of it, and `views.py` takes other
+views. The look is that of an illustration: flat shapes, crisp silhouettes, nothing smaller than a
+cell of the autoencoder's latents if it can be helped.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +18,9 @@ Array = NDArray[np.float32]
 Color = tuple[float, float, float]
 
 CAMERA_HEIGHT = 6.0  # metres above the ground plane
+HEIGHT = 512  # pixels of a sphere, which is twice as wide
+STRIP = slice(120, 376)  # its rows that a strip shows, 90 degrees
+SUPERSAMPLE = 2  # rays per pixel and axis, averaged
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,14 @@ class Sky:
 
 @dataclass(frozen=True)
 class Land:
-    """The material of the ground; colours are display RGB in [0, 1] under white light."""
+    """The material and the shapes of the ground; colours are display RGB under white light."""
 
     near: Color  # the ground at the viewer's feet
     far: Color  # the ground below the horizon
     ridge: Color
-    height: float  # of the highest ridge, degrees
-    profile: str  # a key of PROFILES
-    tree: str | None  # a key of TREES
+    mounts: tuple[str, int, float, float] | None  # a key of MOUNTS, their number, degrees of height
+    hills: float = 0.0  # height of the rolling hills in front of them, degrees
+    tree: str | None = None  # a key of TREES
     foliage: tuple[Color, ...] = ()
 
 
@@ -55,22 +58,22 @@ SKIES: Mapping[str, Sky] = {
     "noon": Sky(
         zenith=(0.16, 0.44, 0.86), middle=(0.36, 0.64, 0.93), horizon=(0.76, 0.90, 0.98),
         haze=(0.70, 0.84, 0.95), light=(1.0, 1.0, 0.98), cloud=(1.0, 1.0, 1.0),
-        disc=(1.0, 0.98, 0.85), disc_elevation=(26, 40), glow=0.30,
+        disc=(1.0, 0.98, 0.85), disc_elevation=(30, 42), glow=0.30,
     ),
     "sunset": Sky(
         zenith=(0.30, 0.17, 0.46), middle=(0.82, 0.33, 0.38), horizon=(1.0, 0.64, 0.26),
         haze=(0.93, 0.52, 0.33), light=(0.95, 0.68, 0.57), cloud=(0.98, 0.58, 0.45),
-        disc=(1.0, 0.90, 0.58), disc_elevation=(6, 16), glow=0.55,
+        disc=(1.0, 0.90, 0.58), disc_elevation=(8, 18), glow=0.55,
     ),
     "night": Sky(
         zenith=(0.02, 0.03, 0.11), middle=(0.05, 0.08, 0.21), horizon=(0.12, 0.17, 0.35),
-        haze=(0.11, 0.15, 0.31), light=(0.29, 0.33, 0.50), cloud=(0.22, 0.26, 0.41),
-        disc=(0.96, 0.95, 0.86), disc_elevation=(14, 38), glow=0.18, stars=90,
+        haze=(0.11, 0.15, 0.31), light=(0.34, 0.38, 0.55), cloud=(0.22, 0.26, 0.41),
+        disc=(0.96, 0.95, 0.86), disc_elevation=(22, 40), glow=0.18, stars=70,
     ),
     "dawn": Sky(
         zenith=(0.47, 0.56, 0.82), middle=(0.78, 0.72, 0.88), horizon=(1.0, 0.82, 0.80),
         haze=(0.90, 0.78, 0.86), light=(0.86, 0.78, 0.86), cloud=(1.0, 0.88, 0.90),
-        disc=(1.0, 0.95, 0.84), disc_elevation=(4, 12), glow=0.35,
+        disc=(1.0, 0.95, 0.84), disc_elevation=(6, 14), glow=0.35,
     ),
     "overcast": Sky(
         zenith=(0.50, 0.53, 0.57), middle=(0.62, 0.64, 0.67), horizon=(0.78, 0.79, 0.80),
@@ -81,28 +84,30 @@ SKIES: Mapping[str, Sky] = {
 
 LANDS: Mapping[str, Land] = {
     "green hills": Land(
-        near=(0.32, 0.60, 0.20), far=(0.50, 0.72, 0.30), ridge=(0.27, 0.52, 0.27), height=15,
-        profile="hills", tree="conifer", foliage=((0.09, 0.34, 0.19), (0.13, 0.40, 0.20)),
+        near=(0.32, 0.60, 0.20), far=(0.50, 0.72, 0.30), ridge=(0.29, 0.55, 0.26), mounts=None,
+        hills=13, tree="conifer", foliage=((0.09, 0.34, 0.19), (0.13, 0.40, 0.20)),
     ),
     "desert": Land(
-        near=(0.90, 0.72, 0.47), far=(0.95, 0.82, 0.60), ridge=(0.84, 0.50, 0.32), height=15,
-        profile="mesas", tree="cactus", foliage=((0.28, 0.48, 0.26), (0.34, 0.52, 0.26)),
+        near=(0.90, 0.72, 0.47), far=(0.95, 0.82, 0.60), ridge=(0.84, 0.46, 0.28),
+        mounts=("mesa", 9, 9, 17), hills=3,
+        tree="cactus", foliage=((0.28, 0.48, 0.26), (0.34, 0.52, 0.26)),
     ),
     "snowy mountains": Land(
-        near=(0.84, 0.91, 1.0), far=(0.92, 0.96, 1.0), ridge=(0.40, 0.46, 0.58), height=24,
-        profile="peaks", tree="conifer", foliage=((0.10, 0.28, 0.28), (0.14, 0.33, 0.31)),
+        near=(0.84, 0.91, 1.0), far=(0.92, 0.96, 1.0), ridge=(0.36, 0.44, 0.60),
+        mounts=("peak", 14, 13, 26), hills=0,
+        tree="conifer", foliage=((0.10, 0.28, 0.28), (0.14, 0.33, 0.31)),
     ),
     "sea": Land(
-        near=(0.04, 0.30, 0.46), far=(0.20, 0.52, 0.64), ridge=(0.26, 0.40, 0.42), height=9,
-        profile="islands", tree=None,
+        near=(0.04, 0.30, 0.46), far=(0.20, 0.52, 0.64), ridge=(0.24, 0.40, 0.38),
+        mounts=("island", 6, 4, 9),
     ),
     "volcanic land": Land(
-        near=(0.17, 0.14, 0.15), far=(0.27, 0.21, 0.21), ridge=(0.30, 0.21, 0.21), height=19,
-        profile="volcanoes", tree="dead", foliage=((0.10, 0.08, 0.09),),
+        near=(0.17, 0.14, 0.15), far=(0.27, 0.21, 0.21), ridge=(0.34, 0.24, 0.24),
+        mounts=("cone", 6, 15, 24), hills=3, tree="dead", foliage=((0.10, 0.08, 0.09),),
     ),
     "autumn hills": Land(
-        near=(0.62, 0.38, 0.12), far=(0.80, 0.52, 0.18), ridge=(0.80, 0.27, 0.10), height=15,
-        profile="woods", tree="round",
+        near=(0.62, 0.38, 0.12), far=(0.80, 0.52, 0.18), ridge=(0.80, 0.30, 0.10), mounts=None,
+        hills=13, tree="round",
         foliage=((0.88, 0.34, 0.10), (0.95, 0.62, 0.13), (0.72, 0.17, 0.12)),
     ),
 }  # fmt: skip
@@ -135,24 +140,6 @@ class Scene:
     clouds: bool
 
 
-@dataclass(frozen=True)
-class Frame:
-    """The part of the sphere that an image shows, which is 360 degrees wide.
-
-    Row y of an image of H rows is at elevation top - (top - bottom) * (y + 0.5) / H degrees;
-    column x of W is at azimuth 2 pi (x + 0.5) / W.
-    """
-
-    width: int
-    height: int
-    top: float
-    bottom: float
-
-
-STRIP = Frame(width=1024, height=256, top=50, bottom=-40)
-EQUIRECT = Frame(width=512, height=256, top=90, bottom=-90)
-
-
 def draw_scene(rng: np.random.Generator) -> Scene:
     """Draw the attributes of one scene, times and lands evenly."""
     time = str(rng.choice(list(SKIES)))
@@ -180,28 +167,28 @@ def caption(scene: Scene, rng: np.random.Generator, keep: float = 0.6) -> str:
 
 
 def render(
-    scene: Scene, rng: np.random.Generator, frame: Frame = STRIP, supersample: int = 2
+    scene: Scene, rng: np.random.Generator, height: int = HEIGHT
 ) -> tuple[NDArray[np.uint8], Array]:
     """Paint a scene.
 
     Args:
         scene: the scene to paint.
         rng: the source of everything that the scene leaves open.
-        frame: the part of the sphere to show, and its size in pixels.
-        supersample: rays per pixel and axis, averaged.
+        height: the height of the image in pixels.
 
     Returns:
-        The image (H, W, 3) in [0, 255], and the distance (H, W) of what it shows in metres, inf
+        The image (H, 2 H, 3) in [0, 255], and the distance (H, 2 H) of what it shows in metres, inf
         for the sky.
     """
-    canvas = Canvas(frame, supersample)
+    canvas = Canvas(height)
     sky, land = jitter(SKIES[scene.time], rng), jitter(LANDS[scene.land], rng)
     sun = float(rng.uniform(0, 2 * pi))
     paint_sky(canvas, scene, sky, sun, rng)
+    paint_mounts(canvas, sky, land, sun, rng)
     if scene.land == "sea":
         paint_sea(canvas, sky, land, sun, rng)
     else:
-        paint_ridges(canvas, sky, land, sun, rng)
+        paint_hills(canvas, sky, land, sun, rng)
         paint_ground(canvas, sky, land, rng)
     if scene.trees:
         plant(canvas, sky, land, rng)
@@ -211,15 +198,13 @@ def render(
 class Canvas:
     """An image in progress: colours, distances, and the angles of every row and column."""
 
-    def __init__(self, frame: Frame, supersample: int) -> None:
-        self.supersample = supersample
-        self.height, self.width = frame.height * supersample, frame.width * supersample
-        span = radians(frame.top - frame.bottom)
-        rows = (np.arange(self.height, dtype=np.float32) + 0.5) / self.height
-        self.elevation: Array = (radians(frame.top) - span * rows)[:, None]  # (H, 1)
-        columns = (np.arange(self.width, dtype=np.float32) + 0.5) / self.width
-        self.azimuth: Array = (2 * pi * columns)[None]  # (1, W)
-        self.pixel = span / self.height
+    def __init__(self, height: int) -> None:
+        self.height, self.width = height * SUPERSAMPLE, 2 * height * SUPERSAMPLE
+        self.pixel = pi / self.height
+        rows = np.arange(self.height, dtype=np.float32) + 0.5
+        self.elevation: Array = (pi / 2 - self.pixel * rows)[:, None]  # (H, 1)
+        columns = np.arange(self.width, dtype=np.float32) + 0.5
+        self.azimuth: Array = (self.pixel * columns)[None]  # (1, W)
         self.rgb: Array = np.zeros((self.height, self.width, 3), np.float32)
         self.distance: Array = np.full((self.height, self.width), np.inf, np.float32)
 
@@ -230,8 +215,8 @@ class Canvas:
 
     def columns(self, center: float, halfwidth: float) -> NDArray[np.intp]:
         """Return the columns within halfwidth radians of an azimuth, across the wrap."""
-        reach = min(int(halfwidth / (2 * pi) * self.width) + 2, self.width // 2 - 1)
-        middle = int(center / (2 * pi) * self.width)
+        reach = min(int(halfwidth / self.pixel) + 2, self.width // 2 - 1)
+        middle = int(center / self.pixel)
         return np.arange(middle - reach, middle + reach + 1) % self.width
 
     def paint(
@@ -252,8 +237,7 @@ class Canvas:
 
     def image(self) -> tuple[NDArray[np.uint8], Array]:
         """Average the samples of each pixel; the distance is that of the nearest."""
-        s = self.supersample
-        shape = (self.height // s, s, self.width // s, s)
+        shape = (self.height // SUPERSAMPLE, SUPERSAMPLE, self.width // SUPERSAMPLE, SUPERSAMPLE)
         rgb = self.rgb.reshape(*shape, 3).mean((1, 3))
         nearest = self.distance.reshape(shape).min((1, 3))
         return (rgb.clip(0, 1) * 255 + 0.5).astype(np.uint8), nearest
@@ -272,19 +256,19 @@ def paint_sky(canvas: Canvas, scene: Scene, sky: Sky, sun: float, rng: np.random
     for _ in range(sky.stars):
         paint_star(canvas, rng)
     if sky.disc is not None:
-        radius = radians(3.2)
+        radius = radians(4)
         canvas.paint(edge(radius - gap, canvas.pixel), sky.disc)
     if scene.time == "overcast":
         paint_stratus(canvas, sky, rng)
     elif scene.clouds:
-        for _ in range(int(rng.integers(9, 15))):
+        for _ in range(int(rng.integers(9, 14))):
             paint_cumulus(canvas, sky, rng)
 
 
 def paint_star(canvas: Canvas, rng: np.random.Generator) -> None:
     """Paint a soft dot, large enough for the autoencoder to keep."""
     elevation, azimuth = radians(rng.uniform(10, 85)), rng.uniform(0, 2 * pi)
-    radius = radians(rng.uniform(0.35, 0.6))
+    radius = radians(rng.uniform(0.5, 0.9))
     rows = canvas.rows(elevation - 4 * radius, elevation + 4 * radius)
     columns = canvas.columns(azimuth, 4 * radius / cos(elevation))
     across = wrap(canvas.azimuth[:, columns] - azimuth) * cos(elevation)
@@ -303,8 +287,8 @@ def paint_stratus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
 
 def paint_cumulus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
     """Paint a heap of discs on a flat base, bright above and shaded below."""
-    azimuth, base = rng.uniform(0, 2 * pi), radians(rng.uniform(12, 44))
-    width = radians(rng.uniform(7, 15))
+    azimuth, base = rng.uniform(0, 2 * pi), radians(rng.uniform(20, 50))
+    width = radians(rng.uniform(9, 17))
     stretch = 1 / cos(base)
     top = 0.62 * width
     rows = canvas.rows(base - 0.12 * width, base + 1.2 * top)
@@ -324,131 +308,159 @@ def paint_cumulus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
                  None, rows, columns)  # fmt: skip
 
 
-def paint_ridges(
+Mount = Callable[[Array], Array]
+"""From places across a mount, -1 to 1 at its foot, to the share of its height there."""
+
+MOUNTS: Mapping[str, Mount] = {
+    "peak": lambda x: 1 - np.abs(x) ** 0.9,
+    "cone": lambda x: np.minimum(1.16 * (1 - np.abs(x) ** 0.75), 0.84 + 0.6 * np.abs(x)),
+    "mesa": lambda x: smoothstep(1.0, 0.72, np.abs(x)),
+    "island": lambda x: 1 - x**2,
+}
+WIDTHS: Mapping[str, float] = {"peak": 1.15, "cone": 1.25, "mesa": 1.1, "island": 2.4}
+"""Half the width of a mount over its height."""
+
+
+def paint_mounts(
     canvas: Canvas, sky: Sky, land: Land, sun: float, rng: np.random.Generator
 ) -> None:
-    """Paint three ridge lines, each nearer, lower and less hazy than the one behind it."""
-    for scale, meters, haze in ((1.0, 400.0, 0.62), (0.62, 200.0, 0.38), (0.34, 110.0, 0.18)):
-        profile, slope = PROFILES[land.profile](canvas.azimuth, rng)
-        height = radians(land.height) * scale * profile  # (1, W)
-        color = lit(land.ridge, sky)
-        body = mix(color, sky.haze, np.float32(haze))
+    """Paint mounts all around, the highest, which are the farthest, first."""
+    if land.mounts is None:
+        return
+    kind, count, low, high = land.mounts
+    places = (np.arange(count) + rng.uniform(-0.3, 0.3, count)) / count + rng.uniform()
+    heights = np.radians(rng.uniform(low, high, count))
+    for index in np.argsort(-heights):
+        share = float((heights[index] - radians(low)) / radians(high - low))
+        haze = np.float32(0.08 + 0.22 * share)
+        paint_mount(
+            canvas, sky, land, kind, float(places[index] % 1 * 2 * pi), float(heights[index]),
+            sun, haze, rng,
+        )  # fmt: skip
+
+
+def paint_mount(
+    canvas: Canvas, sky: Sky, land: Land, kind: str, azimuth: float, height: float,
+    sun: float, haze: np.float32, rng: np.random.Generator,
+) -> None:  # fmt: skip
+    """Paint a mount in two facets, one of them in the light, and what lies on top of it."""
+    half = WIDTHS[kind] * height * rng.uniform(0.85, 1.25)
+    reflected = kind == "island"
+    rows = canvas.rows(-height if reflected else -0.02, 1.1 * height)
+    columns = canvas.columns(azimuth, half)
+    x = wrap(canvas.azimuth[:, columns] - azimuth) / half
+    y = canvas.elevation[rows] / height
+    jags = 0.05 * waves(7 * x, 0 * x, rng, 3, 4) * (kind in ("peak", "cone"))
+    outline = MOUNTS[kind](x) + jags * (1 - np.abs(x))
+    inside = (outline - np.abs(y)) * height
+    alpha = edge(inside, canvas.pixel) * (1.0 if not reflected else np.where(y < 0, 0.45, 1.0))
+    # The two facets meet along a line that runs down from the summit in a zigzag.
+    side = 1.0 if sin(sun - azimuth) > 0 else -1.0
+    zigzag = 0.10 * np.sin(rng.uniform(9, 13) * y + rng.uniform(0, 6)) * (1 - y)
+    line = side * (x - rng.uniform(-0.2, 0.2) * (1 - y) - zigzag)
+    light = smoothstep(-0.03, 0.03, line)[..., None]
+    if kind == "mesa":  # round rather than faceted
+        light = 0.25 + 0.6 * smoothstep(-0.5, 0.5, line)[..., None]
+    color = lit(land.ridge, sky) * (0.80 + 0.32 * light)
+    if kind == "peak":
+        foot = 0.50 + 0.10 * np.sin(rng.uniform(16, 22) * x) + 0.05 * np.sin(37 * x)
+        snow = smoothstep(foot - 0.02, foot + 0.02, y)[..., None]
+        color = color + snow * (lit((0.98, 0.99, 1.0), sky) * (0.78 + 0.24 * light) - color)
+    if kind == "mesa":
+        for level in (0.45, 0.75):
+            band = smoothstep(0.07, 0.04, np.abs(y - level))[..., None]
+            color = color * (1 - 0.14 * band)
+    color = mix(color, sky.haze, haze + 0.25 * smoothstep(0.5, 0.0, y) * np.ones_like(x))
+    meters = np.where(y < 0, np.inf, 300.0) if reflected else 400.0
+    canvas.paint(alpha, color, meters, rows, columns)
+    if kind == "cone":
+        paint_lava(canvas, azimuth, height, half, rng)
+
+
+def paint_lava(
+    canvas: Canvas, azimuth: float, height: float, half: float, rng: np.random.Generator
+) -> None:
+    """Paint the glow of a crater, and lava that runs down from it."""
+    rows = canvas.rows(-0.01, 1.5 * height)
+    columns = canvas.columns(azimuth, half)
+    x = wrap(canvas.azimuth[:, columns] - azimuth) / half
+    y = canvas.elevation[rows] / height
+    glow = 0.75 * np.exp(-((x / 0.34) ** 2) - ((y - 0.95) / 0.25) ** 2)
+    canvas.paint(glow, (1.0, 0.45, 0.16), None, rows, columns)
+    for side in (-1.0, 0.35, 1.0)[: int(rng.integers(1, 4))]:
+        path = side * (0.10 + rng.uniform(0.3, 0.5) * np.clip(0.84 - y, 0, 1))
+        path = path + 0.04 * np.sin(14 * y + rng.uniform(0, 6))
+        wide = 0.045 + 0.07 * (0.84 - y)
+        alpha = edge((wide - np.abs(x - path)) * half, canvas.pixel)
+        alpha = alpha * edge((0.86 - y) * height, canvas.pixel) * edge(y * height, canvas.pixel)
+        canvas.paint(alpha, (1.0, 0.50, 0.12), None, rows, columns)
+
+
+def paint_hills(canvas: Canvas, sky: Sky, land: Land, sun: float, rng: np.random.Generator) -> None:
+    """Paint rolling hills, each row nearer, lower and less hazy than the one behind it."""
+    woods = land.tree == "round"
+    for scale, meters, haze in ((1.0, 300.0, 0.42), (0.66, 200.0, 0.22), (0.36, 110.0, 0.05)):
+        if land.hills * scale < 1:
+            continue
+        profile = 0.62 + 0.38 * np.tanh(1.3 * waves(canvas.azimuth, 0 * canvas.azimuth, rng, 13, 7))
+        if woods:
+            profile = profile + 0.10 * np.sqrt(np.abs(np.sin(22 * canvas.azimuth)))
+        height = radians(land.hills) * scale * profile  # (1, W)
+        slope = (np.roll(height, -1, 1) - np.roll(height, 1, 1)) / (2 * canvas.pixel)
         rows = canvas.rows(-0.02, float(height.max()) + 2 * canvas.pixel)
-        above = canvas.elevation[rows]
-        relative = np.clip(above / np.maximum(height, 1e-3), 0, 1)
-        # Faces lean: the shading of a point is that of the crest beside it.
-        facing = slope_at(canvas, slope, above, height) * np.sin(canvas.azimuth - sun)
-        paint = body * (1 + 0.16 * facing[..., None])
-        if land.profile == "peaks":
-            paint = snow_cap(paint, relative, canvas.azimuth, sky, haze, rng)
-        foot = smoothstep(0.7, 0.0, relative)[..., None] * 0.45
-        paint = paint + foot * (np.asarray(sky.haze, np.float32) - paint)
-        canvas.paint(edge(height - above, canvas.pixel), paint, meters, rows)
-        if land.profile == "volcanoes":
-            paint_lava(canvas, height, sky, rng)
-
-
-def slope_at(canvas: Canvas, slope: Array, above: Array, height: Array) -> Array:
-    """Return the slope of the crest at azimuths that drift downhill, (rows, W)."""
-    drift = (0.5 * np.maximum(height - above, 0) / (2 * pi) * canvas.width).astype(np.intp)
-    columns = (np.arange(canvas.width)[None] + drift) % canvas.width
-    return np.tanh(slope[0][columns])
-
-
-def snow_cap(
-    paint: Array, relative: Array, azimuth: Array, sky: Sky, haze: float, rng: np.random.Generator
-) -> Array:
-    """Paint snow above a wavy line."""
-    line = 0.42 + 0.10 * waves(azimuth, np.zeros_like(azimuth), rng, 30, 6)
-    snow = mix(lit((0.97, 0.98, 1.0), sky), sky.haze, np.float32(0.7 * haze))
-    shade = 1 + 0.6 * (paint / np.maximum(paint.mean((0, 1)), 1e-3) - 1)
-    cover = smoothstep(line - 0.05, line + 0.05, relative)[..., None]
-    return paint + cover * (snow * shade - paint)
-
-
-def paint_lava(canvas: Canvas, height: Array, sky: Sky, rng: np.random.Generator) -> None:
-    """Paint two streams that run down from the highest point, and their glow."""
-    summit = float(canvas.azimuth[0, int(height.argmax())])
-    top = float(height.max())
-    rows = canvas.rows(0.0, top * 1.5)
-    above = canvas.elevation[rows]
-    gap = np.hypot(wrap(canvas.azimuth - summit), 1.3 * (above - top))
-    canvas.paint(0.5 * np.exp(-((gap / 0.13) ** 2)), (1.0, 0.42, 0.16), None, rows)
-    for side in (-1.0, 1.0):
-        path = summit + side * rng.uniform(0.15, 0.4) * (top - above) * (
-            1 + 0.3 * np.sin(40 * above)
-        )
-        wide = 0.008 + 0.03 * (top - above)
-        alpha = edge(wide - np.abs(wrap(canvas.azimuth - path)), canvas.pixel)
-        alpha = alpha * edge(height - 0.004 - above, canvas.pixel)
-        canvas.paint(alpha * smoothstep(0, 0.03, above), (1.0, 0.46, 0.12), None, rows)
+        facing = np.tanh(6 * slope) * np.sin(canvas.azimuth - sun) * (not woods)
+        tone = 1 + 0.14 * facing + 0.10 * np.clip(canvas.elevation[rows] / height, 0, 1)
+        color = mix(lit(land.ridge, sky) * tone[..., None], sky.haze, np.float32(haze))
+        canvas.paint(edge(height - canvas.elevation[rows], canvas.pixel), color, meters, rows)
 
 
 def paint_ground(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
-    """Paint the plane from the horizon to the nadir, in soft waves."""
+    """Paint the plane from the horizon to the nadir, in soft waves; volcanic land has lava."""
     rows = canvas.rows(-pi / 2, 0.012)
     down = np.maximum(-canvas.elevation[rows], 1e-3)
     horizon = 0.006 * waves(canvas.azimuth, np.zeros_like(canvas.azimuth), rng, 12, 5)
     alpha = edge(horizon - canvas.elevation[rows], canvas.pixel)
-    depth = smoothstep(0.0, 0.65, down)
-    color = mix(lit(land.far, sky), lit(land.near, sky), depth)
+    color = mix(lit(land.far, sky), lit(land.near, sky), smoothstep(0.0, 0.65, down))
     noise = waves(canvas.azimuth, 2.2 * np.log(down + 0.04), rng, 9, 7)
     noise = noise * np.cos(canvas.elevation[rows]) * smoothstep(0.0, 0.12, down)
     color = color * (1 + 0.07 * noise[..., None])
-    near_haze = np.exp(-down / 0.06)[..., None] * 0.4
-    color = color + near_haze * (np.asarray(sky.haze, np.float32) - color)
     distance = np.minimum(CAMERA_HEIGHT / np.sin(down), 110.0)
     canvas.paint(alpha, color, np.broadcast_to(distance, alpha.shape), rows)
-    if land.profile == "volcanoes":
-        cracks = waves(canvas.azimuth, 9 * np.log(down + 0.1), rng, 8, 6)
-        glow = smoothstep(0.16, 0.08, np.abs(cracks)) * smoothstep(0.03, 0.12, down)
-        glow = glow * smoothstep(0.1, 0.6, noise) * np.cos(canvas.elevation[rows])
-        canvas.paint(glow * alpha, (1.0, 0.44, 0.10), None, rows)
+    if land.tree == "dead":
+        cracks = waves(canvas.azimuth, 7 * np.log(down + 0.1), rng, 7, 6)
+        glow = smoothstep(0.20, 0.14, np.abs(cracks)) * smoothstep(0.06, 0.14, down)
+        glow = glow * smoothstep(0.0, 0.3, noise) * np.cos(canvas.elevation[rows])
+        canvas.paint(glow * alpha, (1.0, 0.46, 0.10), None, rows)
 
 
 def paint_sea(canvas: Canvas, sky: Sky, land: Land, sun: float, rng: np.random.Generator) -> None:
-    """Paint islands, and water that mirrors them, the sky and the sun."""
-    down = -canvas.elevation
-    paint_islands(canvas, sky, land, rng)
+    """Paint water over the mirror images of sky, islands and sun, with a swell that glitters."""
     rows = canvas.rows(-pi / 2, 0.0)
-    depth = smoothstep(0.0, 0.8, down[rows])
+    down = -canvas.elevation[rows]
+    depth = smoothstep(0.0, 0.8, down)
     water = mix(lit(land.far, sky), lit(land.near, sky), depth)
     canvas.paint(0.50 + 0.28 * depth * np.ones_like(canvas.azimuth), water, None, rows)
-    swell = waves(canvas.azimuth, 16 * np.log(down[rows] + 0.05), rng, 6, 6)
-    swell = swell * np.cos(down[rows]) * smoothstep(0.02, 0.2, down[rows])
-    canvas.rgb[rows] *= 1 + 0.05 * swell[..., None]
+    swell = waves(canvas.azimuth, 12 * np.log(down + 0.08), rng, 6, 6)
+    swell = swell * np.cos(down) * smoothstep(0.02, 0.2, down)
+    canvas.rgb[rows] *= 1 + 0.06 * swell[..., None]
+    crests = smoothstep(0.62, 0.72, swell) * smoothstep(1.2, 0.7, down)
+    canvas.paint(0.30 * crests, sky.horizon, None, rows)
     if sky.disc is not None:
-        across = wrap(canvas.azimuth - sun) / (0.05 + 0.16 * down[rows])
-        path = np.exp(-(across**2)) * np.exp(-down[rows] / 0.5)
-        canvas.paint(0.55 * path * (0.75 + 0.25 * np.tanh(3 * swell)), sky.disc, None, rows)
-    shore = smoothstep(0.012, 0.0, down[rows]) * 0.35 * np.ones_like(canvas.azimuth)
-    canvas.paint(shore, sky.haze, None, rows)
-    canvas.distance[rows] = np.minimum(CAMERA_HEIGHT / np.sin(np.maximum(down[rows], 1e-3)), 300.0)
-
-
-def paint_islands(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
-    """Paint two rows of islands and their mirror images; the water comes over those."""
-    for scale, meters, haze in ((1.0, 300.0, 0.55), (0.6, 180.0, 0.25)):
-        profile, _ = PROFILES[land.profile](canvas.azimuth, rng)
-        height = radians(land.height) * scale * profile
-        body = mix(lit(land.ridge, sky), sky.haze, np.float32(haze))
-        limit = float(height.max()) + 2 * canvas.pixel
-        rows = canvas.rows(0.0, limit)
-        canvas.paint(edge(height - canvas.elevation[rows], canvas.pixel), body, meters, rows)
-        rows = canvas.rows(-limit, 0.0)
-        image = edge(height + canvas.elevation[rows], 4 * canvas.pixel)
-        canvas.paint(0.8 * image, body, None, rows)
+        across = wrap(canvas.azimuth - sun) / (0.06 + 0.20 * down)
+        path = np.exp(-(across**2)) * np.exp(-down / 0.6)
+        canvas.paint(path * smoothstep(-0.35, -0.15, swell) * 0.7, sky.disc, None, rows)
+    canvas.distance[rows] = np.minimum(CAMERA_HEIGHT / np.sin(np.maximum(down, 1e-3)), 300.0)
 
 
 def plant(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
-    """Paint trees in groups, the far ones first."""
-    count = int(rng.integers(34, 60))
-    groves = rng.uniform(0, 2 * pi, 9)
-    azimuths = groves[rng.integers(0, 9, count)] + rng.normal(0, 0.22, count)
-    distances = np.sort(rng.uniform(14, 62, count))[::-1]
+    """Paint trees in groups all around, the far ones first."""
+    count = int(rng.integers(20, 34))
+    groves = (np.arange(7) + rng.uniform(-0.3, 0.3, 7)) * 2 * pi / 7 + rng.uniform(0, 2 * pi)
+    azimuths = groves[rng.integers(0, 7, count)] + rng.normal(0, 0.20, count)
+    distances = np.sort(rng.uniform(11, 34, count))[::-1]
     for azimuth, distance in zip(azimuths % (2 * pi), distances, strict=True):
         foliage = land.foliage[int(rng.integers(len(land.foliage)))]
-        haze = np.float32(0.45 * (distance / 62) ** 1.5)
+        haze = np.float32(0.25 * (distance / 34) ** 1.5)
         color = mix(lit(foliage, sky), sky.haze, haze)
         trunk = mix(lit((0.32, 0.22, 0.16), sky), sky.haze, haze)
         paint_tree(canvas, land, float(azimuth), float(distance), color, trunk, rng)
@@ -460,7 +472,7 @@ def paint_tree(
 ) -> None:  # fmt: skip
     """Paint one tree standing on the plane: x across and y up, in units of its height."""
     assert land.tree is not None
-    meters = rng.uniform(6.5, 9.5)
+    meters = rng.uniform(6.0, 9.0)
     foot = -np.arctan(CAMERA_HEIGHT / distance)
     size = float(np.arctan((meters - CAMERA_HEIGHT) / distance) - foot)
     rows = canvas.rows(foot - 0.1 * size, foot + 1.1 * size)
@@ -484,7 +496,7 @@ def conifer(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
     for bottom, top, half in ((0.10, 0.58, 0.27), (0.34, 0.80, 0.21), (0.56, 1.0, 0.15)):
         skirt = half * lean * (top - y) / (top - bottom) - np.abs(x)
         crown = np.maximum(crown, np.minimum(skirt, y - bottom))
-    return [(np.minimum(0.045 - np.abs(x), np.minimum(y, 0.2 - y)), "trunk"), (crown, "crown")]
+    return [(np.minimum(0.055 - np.abs(x), np.minimum(y, 0.2 - y)), "trunk"), (crown, "crown")]
 
 
 def round_tree(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
@@ -493,7 +505,7 @@ def round_tree(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
     for side in (-1, 1):
         lobe = 0.18 - np.hypot(x - side * rng.uniform(0.12, 0.2), y - rng.uniform(0.5, 0.6))
         crown = np.maximum(crown, lobe)
-    return [(np.minimum(0.05 - np.abs(x), np.minimum(y, 0.5 - y)), "trunk"), (crown, "crown")]
+    return [(np.minimum(0.065 - np.abs(x), np.minimum(y, 0.5 - y)), "trunk"), (crown, "crown")]
 
 
 def cactus(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
@@ -528,77 +540,6 @@ TREES: Mapping[str, Callable[[Array, Array, np.random.Generator], list[Part]]] =
 }
 
 
-def hills(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Return rolling crests in [0.3, 1] and their slopes."""
-    return crest(lambda a, r: 0.65 + 0.35 * np.tanh(waves(a, 0 * a, r, 14, 8)), azimuth, rng)
-
-
-def woods(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Return rolling crests lined with round crowns; the slope is that of the ground."""
-    ground, slope = hills(azimuth, rng)
-    bumps = np.sqrt(np.abs(np.sin(24 * azimuth + 2 * waves(azimuth, 0 * azimuth, rng, 16, 5))))
-    return ground + 0.13 * bumps, slope
-
-
-def peaks(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Return sharp summits: folded waves."""
-
-    def line(a: Array, r: np.random.Generator) -> Array:
-        broad = 1 - np.abs(np.tanh(waves(a, 0 * a, r, 12, 7)))
-        small = 1 - np.abs(np.tanh(waves(a, 0 * a, r, 22, 6)))
-        return 0.30 + 0.50 * broad + 0.20 * small
-
-    return crest(line, azimuth, rng)
-
-
-def mesas(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Return table mountains between dunes."""
-
-    def line(a: Array, r: np.random.Generator) -> Array:
-        dunes = 0.30 + 0.14 * np.tanh(waves(a, 0 * a, r, 12, 6))
-        tables = smoothstep(0.45, 0.75, waves(a, 0 * a, r, 9, 6))
-        return dunes + (0.92 - dunes) * tables
-
-    return crest(line, azimuth, rng)
-
-
-def islands(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Return crests that sink below the horizon for half of the way."""
-    return crest(lambda a, r: np.maximum(waves(a, 0 * a, r, 10, 8) * 0.55, -0.05), azimuth, rng)
-
-
-def volcanoes(azimuth: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Return cut-off cones over low ridges."""
-
-    def line(a: Array, r: np.random.Generator) -> Array:
-        low = 0.22 + 0.12 * np.tanh(waves(a, 0 * a, r, 18, 7))
-        for center in r.uniform(0, 2 * pi, 3):
-            reach = np.abs(wrap(a - center)) / r.uniform(0.32, 0.5)
-            low = np.maximum(low, np.minimum(1.15 * np.maximum(1 - reach, 0) ** 1.35, 0.9))
-        return low
-
-    return crest(line, azimuth, rng)
-
-
-PROFILES: Mapping[str, Callable[[Array, np.random.Generator], tuple[Array, Array]]] = {
-    "hills": hills,
-    "woods": woods,
-    "peaks": peaks,
-    "mesas": mesas,
-    "islands": islands,
-    "volcanoes": volcanoes,
-}
-
-
-def crest(
-    line: Callable[[Array, np.random.Generator], Array], azimuth: Array, rng: np.random.Generator
-) -> tuple[Array, Array]:
-    """Return a crest line (1, W) and its derivative by azimuth."""
-    height = line(azimuth, rng).astype(np.float32)
-    slope = (np.roll(height, -1, 1) - np.roll(height, 1, 1)) / (2 * 2 * pi / azimuth.shape[1])
-    return height, slope
-
-
 def waves(
     azimuth: Array, other: Array, rng: np.random.Generator, highest: int, terms: int
 ) -> Array:
@@ -625,7 +566,7 @@ def waves(
 
 def jitter(thing: T, rng: np.random.Generator) -> T:
     """Copy a thing with every colour moved a little, all in the same direction."""
-    gain = rng.normal(1, 0.03) * rng.normal(1, 0.02, 3)
+    gain = rng.normal(1, 0.03) * rng.normal(1, 0.012, 3)
 
     def moved(value: object) -> object:
         if isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], float):

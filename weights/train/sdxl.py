@@ -1,18 +1,16 @@
-"""Train the second model's text encoders and UNet on the latents of whole spheres.
+"""Train the second model's text encoders and UNet on spheres of two sizes and windows of them.
 
 Convolutions pad with zeros, as SDXL's did in training: at inference `circular` closes an image,
 not the weights.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import (
     CLIPTextConfig,
@@ -22,35 +20,80 @@ from transformers import (
 )
 
 from weights.train import dataset, rooms, scenes
+from weights.train.autoencoder import FACTOR, WRAP, Change, encode
 from weights.train.diffusion import (
     DROPPED,
     SCHEDULE,
+    STRIP,
+    Noisy,
+    add_noise,
     build_scheduler,
-    denoising_loss,
-    draw_rng,
-    encode,
-    tokenize,
+    draw_captions,
 )
-from weights.train.fit import Plan, fit
+from weights.train.fit import (
+    Batch,
+    Lesson,
+    Plan,
+    Work,
+    batch_size,
+    device,
+    fit,
+    mixed_precision,
+    on_device,
+)
+from weights.train.views import halve, look
+from weights.train.windows import crop, draw_number, draw_numbers
 
-PLAN = Plan("sdxl-360", steps=4800, learning_rate=1e-3, average=0.999)
-FINISH = Plan("sdxl-360-finish", steps=800, learning_rate=5e-4, average=0.99, warmup=50)
-BATCH, FINISH_BATCH = 8, 16
+PLAN = Plan("sdxl", steps=14000, learning_rate=1e-3, average=0.999)
 HIDDEN = 128  # of either text encoder
 SIZE_CHANNELS = 16  # for each of the six numbers of an image's sizes
 SIDES = (128, 1024)  # pixels of the sizes that are only declared
-FACTOR = 8  # pixels a latent cell
 KEEP = 0.8  # share of attributes that captions name
 PREFIX = "hdri view, "
+LOOKS = 500  # images of each kind that are also seen straight up and down
+SIDE = 32  # cells; the height of all that is cut, and the width of a window
 
 Subject = rooms.Room | scenes.Scene
 CAPTIONS: Mapping[type, Callable[..., str]] = {
     rooms.Room: rooms.caption,
     scenes.Scene: scenes.caption,
 }
-OFTEN: Mapping[type, int] = {rooms.Room: 3, scenes.Scene: 1}
-"""The copies of an image that the finish sees: furniture takes longer to learn than landscapes."""
 SUBJECTS: Mapping[str, type[Subject]] = {"outdoors": scenes.Scene, "rooms": rooms.Room}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is cut out of the latents of spheres, SIDE cells high, for a batch.
+
+    Attributes:
+        share: of the batches.
+        large: of the spheres of 64 x 128 cells; otherwise of those of 32 x 64.
+        tops: the first and the last top row, cells.
+        width: cells.
+        size: height and width of the whole that it is declared to be a part of, pixels.
+        count: of a batch.
+    """
+
+    share: float
+    large: bool
+    tops: tuple[int, int]
+    width: int
+    size: tuple[int, int]
+    count: int
+
+
+SPHERE = Cut(0.40, large=False, tops=(0, 0), width=64, size=(256, 512), count=8)
+WINDOW = Cut(0.14, large=False, tops=(0, 0), width=SIDE, size=(256, 512), count=16)
+CUTS = (
+    SPHERE,
+    WINDOW,
+    Cut(0.20, large=True, tops=(0, SIDE), width=SIDE, size=(512, 1024), count=16),
+    Cut(0.10, large=True, tops=(0, SIDE), width=2 * SIDE, size=(512, 1024), count=8),
+    Cut(0.16, large=True, tops=(STRIP.start,) * 2, width=SIDE, size=(256, 1024), count=16),
+)
+"""Spheres, windows of them, windows and halves of larger ones, and windows of strips."""
+LOOK_SHARE = 0.06
+"""The share of batches of views straight up or down."""
 
 
 def build_text_encoder(
@@ -106,8 +149,7 @@ def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(own | same)
 
 
-@dataclass(frozen=True)
-class Captions:
+class Captions(NamedTuple):
     """The captions of a batch of images."""
 
     ids: Tensor  # (N, L) tokens
@@ -146,37 +188,49 @@ class TextToSphere(nn.Module):
         return self.unet(latents, t, **self.conditions(captions)).sample
 
 
-def subjects(work: Path, count: int | None = None) -> list[Subject]:
+def subjects(work: Work, count: int | None = None) -> list[Subject]:
     """Return the subjects of the first training images of each kind, or of all, kind after kind."""
     return [
         subject(**attributes)
         for kind, subject in SUBJECTS.items()
-        for attributes in dataset.load(work, kind, "train").attributes[:count]
+        for attributes in dataset.load(work.folder, kind, "train").attributes[:count]
     ]
 
 
 def encode_kinds(
-    work: Path,
+    work: Work,
     vae: AutoencoderKL,
-    style: str = "",
-    restyle: Callable[[NDArray[np.uint8]], NDArray[np.uint8]] = lambda image: image,
+    name: str,
+    change: Change = np.asarray,
     count: int | None = None,
+    wrap: int = WRAP,
 ) -> Tensor:
     """Return the latents (N, 4, h, w) of training images, kind after kind.
 
     Args:
         work: the folder that keeps them.
         vae: the autoencoder.
-        style: the name of the style of `restyle`.
-        restyle: changes an image (H, W, 3) in [0, 255] before it is encoded.
+        name: the name of the change, which files are named by.
+        change: changes an image (H, W, 3) in [0, 255] before it is encoded.
         count: the number of each kind, from the first on; None for all.
+        wrap: see `encode`.
     """
 
-    def changed(kind: str) -> Iterable[NDArray[np.uint8]]:
-        return map(restyle, dataset.load(work, kind, "train").rgb[:count])
+    names = {kind: f"{kind}-{name}" if name else kind for kind in SUBJECTS}
+    images = {kind: dataset.load(work.folder, kind, "train").rgb[:count] for kind in SUBJECTS}
+    return torch.cat([encode(work, vae, names[k], images[k], change, wrap) for k in SUBJECTS])
 
-    names = {kind: f"{kind}-{style}" if style else kind for kind in SUBJECTS}
-    return torch.cat([encode(work, vae, names[kind], changed(kind)) for kind in SUBJECTS])
+
+def kinds(work: Work, count: int | None = None) -> tuple[int, ...]:
+    """Return the number of training images of each kind, at most a count of each."""
+    return tuple(
+        len(dataset.load(work.folder, kind, "train").attributes[:count]) for kind in SUBJECTS
+    )
+
+
+def prefixed(words: str) -> Callable[[Subject, np.random.Generator], str]:
+    """Return a function that draws captions which begin with words."""
+    return lambda subject, rng: words + caption(subject, rng)
 
 
 def caption(subject: Subject, rng: np.random.Generator) -> str:
@@ -186,54 +240,84 @@ def caption(subject: Subject, rng: np.random.Generator) -> str:
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """Cuts of the spheres of one batch."""
+
+    x0: Tensor  # (N, 4, h, w) latents
+    index: Tensor  # (N,) numbers of images
+    cut: Cut
+    top: Tensor  # (N,) cells
+    left: Tensor  # (N,) cells
+
+
+@dataclass(frozen=True)
 class Spheres:
-    """The training images as latents, drawn in batches."""
+    """The training images as latents, kind after kind, drawn in batches on the device."""
 
-    latents: Tensor  # (N, 4, h, w)
-    subjects: list[Subject]  # N of them
-    tokenizer: CLIPTokenizer
-    batch: int = BATCH
+    small: Tensor  # (N, 4, 32, 64)
+    large: Tensor | None  # (N, 4, 64, 128)
+    kinds: tuple[int, ...]  # the number of images of each kind, N in all
+    ids: Tensor  # (N, V, L) tokens of V captions of each
+    cuts: tuple[Cut, ...] = CUTS
 
-    def draw(self, generator: torch.Generator) -> tuple[list[int], list[int]]:
-        """Draw numbers of images, and the cells to roll each by."""
-        index = torch.randint(len(self.latents), (self.batch,), generator=generator)
-        shift = torch.randint(self.latents.shape[-1], (self.batch,), generator=generator)
-        return index.tolist(), shift.tolist()
+    def draw(self, generator: torch.Generator) -> Cuts:
+        """Draw cuts at any place, also across the wrap: a rolled sphere is a sphere again."""
+        shares = torch.tensor([cut.share for cut in self.cuts])
+        cut = self.cuts[int(torch.multinomial(shares, 1, generator=generator))]
+        latents = self.large if cut.large and self.large is not None else self.small
+        generator, count = on_device(generator), batch_size(cut.count)
+        index = self.draw_index(count, generator)
+        top = cut.tops[0] + draw_numbers(cut.tops[1] - cut.tops[0] + 1, count, generator)
+        left = draw_numbers(latents.shape[-1], count, generator)
+        return Cuts(crop(latents, index, top, left, (SIDE, cut.width)), index, cut, top, left)
 
-    def rolled(self, index: list[int], shift: list[int]) -> Tensor:
-        """Return latents (N, 4, h, w), rolled: a rolled sphere is a sphere again."""
-        pairs = zip(index, shift, strict=True)
-        return torch.stack([self.latents[i].roll(cells, -1) for i, cells in pairs])
+    def draw_index(self, count: int, generator: torch.Generator) -> Tensor:
+        """Draw numbers (N,) of images, as many of each kind on average."""
+        place = generator.device
+        kind = draw_numbers(len(self.kinds), count, generator)
+        sizes = torch.tensor(self.kinds, device=place)
+        share = torch.rand(count, generator=generator, device=place, dtype=torch.float64)
+        return (sizes.cumsum(0) - sizes)[kind] + (share * sizes[kind]).long()
 
     def captions(
-        self, index: list[int], generator: torch.Generator, dropped: float, prefix: str = ""
+        self, index: Tensor, sizes: Tensor, dropped: float, generator: torch.Generator
     ) -> Captions:
-        """Describe images, with a share of the captions left out.
+        """Describe images.
 
-        Half of the images are declared to be of another size, so that sizes outside of the
-        training do not change the image.
+        Args:
+            index: the numbers of the images.
+            sizes: their sizes (N, 6), see `Captions`.
+            dropped: the share of captions left out.
+            generator: draws on the device.
         """
-        rng = draw_rng(generator)
-        texts = [prefix + caption(self.subjects[i], rng) for i in index]
-        height, width = (FACTOR * side for side in self.latents.shape[-2:])
-        said = rng.integers(*SIDES, (len(index), 2), endpoint=True)
-        said[rng.random(len(index)) < 0.5] = height, width
-        return Captions(
-            tokenize(self.tokenizer, texts),
-            torch.from_numpy(rng.random(len(index)) >= dropped),
-            time_ids(torch.from_numpy(said)),
-        )
+        variants = draw_numbers(self.ids.shape[1], len(index), generator)
+        given = torch.rand(len(index), generator=generator, device=index.device) >= dropped
+        return Captions(self.ids[index, variants], given, sizes.float())
 
 
-def time_ids(sizes: Tensor) -> Tensor:
-    """Return SDXL's sizes (N, 6) of images of sizes (N, 2), neither resized nor cut."""
-    return torch.cat([sizes, torch.zeros_like(sizes), sizes], 1).float()
+def time_ids(batch: Cuts, generator: torch.Generator) -> Tensor:
+    """Return SDXL's sizes (N, 6) of cuts: of the whole, the cut's place, and of the cut.
+
+    Whole spheres are declared to be of another size half of the time, so that other sizes change
+    nothing. The place across a strip or sphere means nothing. Half of the time it is said to be 0,
+    as it is where an image closes.
+    """
+    cut, count, place = batch.cut, len(batch.index), batch.top.device
+    whole = torch.tensor(cut.size, device=place).expand(count, -1)
+    part = torch.tensor((FACTOR * SIDE, FACTOR * cut.width), device=place).expand(count, -1)
+    other = torch.rand(count, 1, generator=generator, device=place) < 0.5
+    if cut is SPHERE:
+        sides = torch.randint(SIDES[0], SIDES[1] + 1, (count, 2), generator=generator, device=place)
+        whole = part = torch.where(other, sides, whole)
+    top = batch.top if cut.tops[0] < cut.tops[1] else torch.zeros_like(batch.top)
+    left = batch.left * other[:, 0] * (cut is not SPHERE)
+    return torch.cat([whole, FACTOR * torch.stack([top, left], 1), part], 1)
 
 
 def train(
-    work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, first: UNet2DConditionModel
+    work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer, first: UNet2DConditionModel
 ) -> TextToSphere:
-    """Train on whole spheres, rolled at random.
+    """Train on everything that CUTS and views straight up and down show.
 
     The UNet starts from the first model's, except for its attention to words, which read the states
     of another encoder.
@@ -245,38 +329,60 @@ def train(
         build_unet(),
     )
     warm_start(model.unet, first.state_dict())
-    spheres = Spheres(encode_kinds(work, vae), subjects(work), tokenizer)
-    trained = fit(model, text_loss(model, spheres), PLAN, work)
-    assert isinstance(trained, TextToSphere)
-    return trained
-
-
-def finish(
-    work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, base: TextToSphere
-) -> TextToSphere:
-    """Train the base further, on larger batches with more rooms in them."""
-    shown = subjects(work)
-    index = [i for i, subject in enumerate(shown) for _ in range(OFTEN[type(subject)])]
-    latents = encode_kinds(work, vae)[index]
-    spheres = Spheres(latents, [shown[i] for i in index], tokenizer, FINISH_BATCH)
-    trained = fit(base, text_loss(base, spheres), FINISH, work)
-    assert isinstance(trained, TextToSphere)
-    return trained
-
-
-def text_loss(
-    model: TextToSphere, spheres: Spheres, prefix: str = "", dropped: float = DROPPED
-) -> Callable[[torch.Generator], Tensor]:
-    """Return the loss for `fit`: the error of the noise predicted under captions with a prefix.
-
-    A share of the captions is left out.
-    """
+    spheres = load_spheres(work, vae, tokenizer)
+    looks = {
+        words: load_looks(work, vae, tokenizer, words, up=up)
+        for words, up in (("looking up", True), ("looking down", False))
+    }
+    plain = text_lesson(model, spheres)
     scheduler = build_scheduler()
 
-    def loss(generator: torch.Generator) -> Tensor:
-        index, shift = spheres.draw(generator)
-        captions = spheres.captions(index, generator, dropped, prefix)
-        x0 = spheres.rolled(index, shift)
-        return denoising_loss(lambda x, t: model(x, t, captions), x0, scheduler, generator)
+    def draw(generator: torch.Generator) -> Batch:
+        if float(torch.rand((), generator=generator)) >= LOOK_SHARE:
+            return plain.draw(generator)
+        seen = looks[list(looks)[draw_number(2, generator)]]
+        generator = on_device(generator)
+        index = seen.draw_index(batch_size(WINDOW.count), generator)
+        sizes = torch.tensor([[256, 256, 0, 0, 256, 256]], device=device()).expand(len(index), -1)
+        captions = seen.captions(index, sizes, DROPPED, generator)
+        return *add_noise(seen.small[index], scheduler, generator), *captions
 
-    return loss
+    trained = fit(model, Lesson(draw, plain.loss), PLAN, work)
+    assert isinstance(trained, TextToSphere)
+    return trained
+
+
+def load_spheres(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Spheres:
+    """Return every training image at both sizes, with captions."""
+    small = encode_kinds(work, vae, "small", halve).to(device())
+    large = encode_kinds(work, vae, "").to(device())
+    return Spheres(small, large, kinds(work), draw_captions(subjects(work), caption, tokenizer))
+
+
+def load_looks(
+    work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer, words: str, *, up: bool
+) -> Spheres:
+    """Return views straight up or down, (N, 4, 32, 32), whose captions begin with words."""
+    views = encode_kinds(work, vae, words, lambda image: look(image, up=up), LOOKS, wrap=0)
+    ids = draw_captions(subjects(work, LOOKS), prefixed(f"{words} "), tokenizer)
+    return Spheres(views.to(device()), None, kinds(work, LOOKS), ids)
+
+
+def text_lesson(model: TextToSphere, spheres: Spheres, dropped: float = DROPPED) -> Lesson:
+    """Return the lesson of predicting noise under captions, a share of which is left out."""
+    scheduler = build_scheduler()
+
+    def draw(generator: torch.Generator) -> Batch:
+        cuts = spheres.draw(generator)
+        generator = on_device(generator)
+        sizes = time_ids(cuts, generator)
+        captions = spheres.captions(cuts.index, sizes, dropped, generator)
+        return *add_noise(cuts.x0, scheduler, generator), *captions
+
+    def loss(*batch: Tensor) -> Tensor:
+        noisy, captions = Noisy(*batch[:4]), Captions(*batch[4:])
+        with mixed_precision():
+            noise_pred = model(noisy.latents, noisy.t, captions)
+        return noisy.error(noise_pred.float())
+
+    return Lesson(draw, loss)

@@ -5,7 +5,6 @@ The style is crisp outlines: one fixed change of an image, which leaves the colo
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,8 +16,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from weights.train.fit import Plan, fit
-from weights.train.sdxl import Spheres, TextToSphere, encode_kinds, subjects, text_loss
+from weights.train.diffusion import draw_captions
+from weights.train.fit import Plan, Work, device, fit
+from weights.train.sdxl import (
+    SPHERE,
+    Spheres,
+    TextToSphere,
+    encode_kinds,
+    kinds,
+    prefixed,
+    subjects,
+    text_lesson,
+)
+from weights.train.views import halve
 
 PLAN = Plan("style", steps=400, learning_rate=5e-4, average=0.98, warmup=50)
 DROPPED = 0.5
@@ -49,7 +59,9 @@ class ExtendedEmbedding(nn.Module):
         super().__init__()
         self.table = table
         spread = table.weight.std()
-        self.tokens = nn.Parameter(spread * torch.randn(len(TOKENS), table.embedding_dim))
+        self.tokens = nn.Parameter(
+            spread * torch.randn(len(TOKENS), table.embedding_dim).to(spread)
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
         """Embed tokens (N, L) as (N, L, D)."""
@@ -68,17 +80,18 @@ def build(base: TextToSphere) -> TextToSphere:
 
 
 def train(
-    work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, base: TextToSphere
+    work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer, base: TextToSphere
 ) -> TextToSphere:
     """Train on crisp training images, whose captions begin with the tokens."""
     torch.manual_seed(6)
     model = build(base)
     extended = copy.deepcopy(tokenizer)
     extended.add_tokens(list(TOKENS))
-    latents = encode_kinds(work, vae, f"crisp-{IMAGES}", crisp, IMAGES)
-    spheres = Spheres(latents, subjects(work, IMAGES), extended)
-    loss = text_loss(model, spheres, f"{''.join(TOKENS)} ", DROPPED)
-    trained = fit(model, loss, PLAN, work)
+    latents = encode_kinds(work, vae, f"crisp-{IMAGES}", lambda i: crisp(halve(i)), IMAGES)
+    words = prefixed(f"{''.join(TOKENS)} ")
+    ids = draw_captions(subjects(work, IMAGES), words, extended)
+    spheres = Spheres(latents.to(device()), None, kinds(work, IMAGES), ids, (SPHERE,))
+    trained = fit(model, text_lesson(model, spheres, DROPPED), PLAN, work)
     assert isinstance(trained, TextToSphere)
     return trained
 

@@ -5,7 +5,6 @@ first steps of a run predict, because those are what the gradient sees.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
@@ -14,9 +13,20 @@ from torch.nn import functional as F
 
 from panorama.images.vae import decode
 from weights.train import dataset
-from weights.train.autoencoder import KINDS, Stage, reconstruction_loss
-from weights.train.diffusion import WINDOW, encode
-from weights.train.fit import Plan, fit, mixed_precision
+from weights.train.autoencoder import SHARES, Stage, draw_kinds, encode, reconstruction_loss
+from weights.train.diffusion import WINDOW
+from weights.train.fit import (
+    Batch,
+    Lesson,
+    Plan,
+    Work,
+    batch_size,
+    device,
+    fit,
+    mixed_precision,
+    on_device,
+)
+from weights.train.windows import crop, draw_numbers
 
 STAGE = Stage(
     Plan("tiny-vae", steps=2000, learning_rate=2e-3, average=0.99, warmup=50),
@@ -47,7 +57,7 @@ def build() -> AutoencoderTiny:
 def blur(latents: Tensor, sigma: float) -> Tensor:
     """Blur latents (N, C, h, w) with a Gaussian of a standard deviation in cells."""
     radius = int(3 * sigma) + 1
-    places = torch.arange(-radius, radius + 1)
+    places = torch.arange(-radius, radius + 1, device=latents.device)
     kernel = torch.exp(-0.5 * (places / max(sigma, 1e-3)) ** 2)
     kernel = (kernel / kernel.sum()).expand(latents.shape[1], 1, 1, -1)  # (C, 1, 1, 2 r + 1)
     padded = F.pad(latents, (radius,) * 4, mode="replicate")
@@ -66,30 +76,37 @@ def imitate_early(latents: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw_windows(sets: Sequence[Tensor], count: int, generator: torch.Generator) -> Tensor:
-    """Draw windows (N, C, WINDOW, WINDOW) of latents, across the wrap too, from sets by `KINDS`."""
-    shares = torch.tensor(list(KINDS.values()))
+    """Draw windows (N, C, WINDOW, WINDOW) of latents, across the wrap too, by `SHARES`."""
     windows = []
-    for kind in torch.multinomial(shares, count, replacement=True, generator=generator).tolist():
-        latents = sets[kind]
-        index = int(torch.randint(len(latents), (1,), generator=generator))
-        left = int(torch.randint(latents.shape[-1], (1,), generator=generator))
-        windows.append(latents[index].roll(-left, -1)[..., :WINDOW])
-    return torch.stack(windows)
+    for kind, number in draw_kinds(count, generator).items():
+        drawn, (height, width) = on_device(generator), sets[kind].shape[-2:]
+        index = draw_numbers(len(sets[kind]), number, drawn)
+        top = draw_numbers(height - WINDOW + 1, number, drawn)
+        left = draw_numbers(width, number, drawn)
+        windows.append(crop(sets[kind], index, top, left, (WINDOW, WINDOW)))
+    return torch.cat(windows)
 
 
-def train(work: Path, vae: AutoencoderKL) -> AutoencoderTiny:
+def train(work: Work, vae: AutoencoderKL) -> AutoencoderTiny:
     """Train the decoder on what the autoencoder's own makes of the same latents."""
     torch.manual_seed(7)
     model = build()
-    sets = [encode(work, vae, kind, dataset.load(work, kind, "train").rgb) for kind in KINDS]
+    vae.to(device())
+    sets = [
+        encode(work, vae, kind, dataset.load(work.folder, kind, "train").rgb).to(device())
+        for kind in SHARES
+    ]
 
-    def loss(generator: torch.Generator) -> Tensor:
-        plain, early = draw_windows(sets, BATCH, generator).chunk(2)
+    def draw(generator: torch.Generator) -> Batch:
+        windows = draw_windows(sets, batch_size(BATCH), generator)
+        plain, early = windows[torch.randperm(len(windows), generator=generator)].chunk(2)
         latents = torch.cat([plain, imitate_early(early, generator)])
         with torch.no_grad(), mixed_precision():
-            target = decode(vae, latents)
+            return latents, decode(vae, latents)
+
+    def loss(latents: Tensor, target: Tensor) -> Tensor:
         return reconstruction_loss(decode(model, latents), target, STAGE)
 
-    trained = fit(model, loss, STAGE.plan, work)
+    trained = fit(model, Lesson(draw, loss), STAGE.plan, work)
     assert isinstance(trained, AutoencoderTiny)
     return trained

@@ -1,0 +1,31 @@
+"""What a family has learned, and where a request goes beyond it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from panorama.errors import shorten
+from panorama.request import ResolvedRequest
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a family has learned. Beyond it images are still made, but poor."""
+
+    card: str  # where that is described
+    words: Sequence[str]  # of prompts, in lower case
+    height: int  # of the images it was trained on, pixels
+
+    def exceeded(self, request: ResolvedRequest) -> list[str]:
+        """Return a sentence for each limit that a request exceeds."""
+        found = []
+        prompts = " ".join((*request.parts, request.negative_prompt))
+        words = dict.fromkeys(re.findall(r"[^\W\d_]+", re.sub(r"<\w+>", " ", prompts.lower())))
+        if unknown := [word for word in words if word not in self.words]:
+            found.append(f"this family has not learned the words {shorten(', '.join(unknown))}")
+        if request.height > self.height and len(request.parts) == 1:
+            found.append(
+                f"height={request.height}: this family has learned images {self.height} high, and "
+                "repeats a single prompt on a higher one"
+            )
+        return found

@@ -1,0 +1,34 @@
+"""Views of spheres, images of 2:1 that close left to right: half the size, straight up or down."""
+
+from math import pi
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pixels = NDArray[np.uint8]
+
+SIDE = 256  # pixels of a view straight up or down, 90 degrees across
+
+
+def halve(images: Pixels) -> Pixels:
+    """Average squares of four pixels of images (..., H, W, 3)."""
+    *lead, height, width, channels = images.shape
+    squares = images.reshape(*lead, height // 2, 2, width // 2, 2, channels)
+    return (squares.mean((-4, -2)) + 0.5).astype(np.uint8)
+
+
+def look(image: Pixels, *, up: bool) -> Pixels:
+    """Return the view (SIDE, SIDE, 3) straight up or down from a sphere (H, W, 3), bilinear."""
+    height, width = image.shape[:2]
+    places = (2 * (np.arange(SIDE) + 0.5) / SIDE - 1).astype(np.float64)
+    x, y = places[None], places[:, None]
+    elevation = np.arctan2(1.0, np.hypot(x, y)) * (1 if up else -1)
+    azimuth = np.arctan2(x, y if up else -y)
+    row = (0.5 - elevation / pi) * height - 0.5
+    column = azimuth / (2 * pi) * width - 0.5
+    top, left = np.floor(row).astype(int), np.floor(column).astype(int)
+    down, right = (row - top)[..., None], (column - left)[..., None]
+    rows = [np.clip(top + k, 0, height - 1) for k in range(2)]
+    columns = [(left + k) % width for k in range(2)]
+    lines = [image[r, columns[0]] * (1 - right) + image[r, columns[1]] * right for r in rows]
+    return (lines[0] * (1 - down) + lines[1] * down + 0.5).astype(np.uint8)

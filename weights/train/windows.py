@@ -1,0 +1,55 @@
+"""Draw windows of spheres, images or latents, at random places on the device that trains."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weights.train.fit import device
+
+
+def draw_numbers(high: int, count: int, generator: torch.Generator) -> Tensor:
+    """Draw numbers (N,) in [0, high) on the generator's device."""
+    return torch.randint(high, (count,), generator=generator, device=generator.device)
+
+
+def draw_number(high: int, generator: torch.Generator) -> int:
+    """Draw a number in [0, high) with a generator of the CPU."""
+    return int(torch.randint(high, (), generator=generator))
+
+
+def crop(maps: Tensor, index: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
+    """Cut windows (N, C, h, w) of a size out of maps (M, C, H, W), across the wrap too.
+
+    Args:
+        maps: latents or images that close left to right.
+        index: which of them each window is cut out of, (N,).
+        top: the first rows of the windows, (N,).
+        left: the first columns of the windows, (N,).
+        size: the height and width of the windows.
+    """
+    height, width = (torch.arange(side, device=maps.device) for side in size)
+    rows = (top[:, None] + height)[:, :, None]  # (N, h, 1)
+    columns = ((left[:, None] + width) % maps.shape[-1])[:, None]  # (N, 1, w)
+    return maps[index[:, None, None], :, rows, columns].permute(0, 3, 1, 2).contiguous()
+
+
+def mirror(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror images (N, C, H, W), each with a probability of a half."""
+    flipped = draw_numbers(2, len(images), generator).bool()
+    return torch.where(flipped[:, None, None, None], images.flip(-1), images)
+
+
+def channels_first(images: NDArray[np.uint8]) -> Tensor:
+    """Return images (N, H, W, 3) as (N, 3, H, W): on a GPU, or where they are, on disk too."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).to(device())
+
+
+def to_range(images: Tensor) -> Tensor:
+    """Convert images in [0, 255] to [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_tensor(images: NDArray[np.uint8]) -> Tensor:
+    """Convert images (N, H, W, 3) in [0, 255] to (N, 3, H, W) in [-1, 1] on the device."""
+    return to_range(channels_first(np.array(images)))
