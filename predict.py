@@ -4,26 +4,26 @@ Cog reads the signature of `predict` without running this file, so every value i
 literal. They repeat the table in panorama/request.py; a test holds the two equal.
 """
 
-import shutil
+import sys
 import time
 import traceback
 import warnings
 import weakref
-from concurrent.futures import CancelledError, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
-from tempfile import mkdtemp
 from threading import Event
 from typing import TYPE_CHECKING, Optional
 from uuid import uuid4
 
-from cog import BasePredictor, Input, Path
+from cog import BasePredictor, CancelationException, Input, Path
 
 from panorama.environment import load_models
 from panorama.request import Request
+from panorama.worker import OwnFolder, Termination, drain_seconds, hide_folders
 
 if TYPE_CHECKING:
     from panorama.images.files import Panorama
-    from panorama.modes import Job
+    from panorama.jobs import Job
 
 # Cog prefers its newer names, BaseRunner and run, and warns while it loads a class with these.
 warnings.filterwarnings("ignore", r"(BasePredictor|Predictor\.predict\(\)) is", DeprecationWarning)
@@ -34,10 +34,17 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
 
     def setup(self) -> None:
         """Fetch missing weights and load the models, once."""
+        self.termination = Termination(drain_seconds())
         self.models = load_models()
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="panorama")
-        self.folder = Path(mkdtemp(prefix="panorama-"))
-        self.cleanup = weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.running: Future[Panorama] | None = None
+        self.open_folder()
+
+    def open_folder(self) -> None:
+        """Create the folder of images, which goes when this object does."""
+        folder = OwnFolder()
+        self.folder = Path(folder.path)
+        self.cleanup = weakref.finalize(self, folder.remove)
 
     def predict(
         self,
@@ -51,13 +58,13 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             choices=["syncdiffusion", "syncdiffusion-xl", "sdxl-360"],
         ),
         width: Optional[int] = Input(
-            description="Width in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. Defaults to the depth image's width, to what keeps its ratio if only the height is given, or without one to the mode's own.",
+            description="Width in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. Defaults to the width of the image or depth image, to what keeps its ratio if only the height is given, or without a file to the mode's own.",
             default=None,
             ge=64,
             le=16384,
         ),
         height: Optional[int] = Input(
-            description="Height in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. Defaults to the depth image's height, to what keeps its ratio if only the width is given, or without one to the mode's own.",
+            description="Height in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. Defaults to the height of the image or depth image, to what keeps its ratio if only the width is given, or without a file to the mode's own.",
             default=None,
             ge=64,
             le=16384,
@@ -142,6 +149,33 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             ge=0.0,
             le=2.0,
         ),
+        image: Optional[Path] = Input(
+            description="Image to start from, of the panorama's own size: redrawn as the prompt says, or with upscale enlarged as it is. The edges that a panorama closes should match.",
+            default=None,
+        ),
+        upscale: int = Input(
+            description="Enlarge the panorama by this factor. Each doubling redraws the details, through windows of the model, and keeps the composition.",
+            default=1,
+            choices=[1, 2, 4, 8],
+        ),
+        strength: Optional[float] = Input(
+            description="How much of the image, or at each doubling, to redraw: 0 keeps it, 1 ignores it. Defaults to 0.35 with upscale, and to 0.6 with an image alone.",
+            default=None,
+            ge=0.0,
+            le=1.0,
+        ),
+        fix_poles: bool = Input(
+            description="Redraw what lies straight up and straight down as views of their own, where a 360 degree image is most distorted.",
+            default=False,
+        ),
+        zenith_prompt: Optional[str] = Input(
+            description="What the view straight up shows. Defaults to the prompt after 'looking up'.",
+            default=None,
+        ),
+        nadir_prompt: Optional[str] = Input(
+            description="What the view straight down shows. Defaults to the prompt after 'looking down'.",
+            default=None,
+        ),
         output_format: str = Input(
             description="Format of the image. webp has at most 16383 pixels a side.",
             default="png",
@@ -161,18 +195,23 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
         """Make one panorama and return the path of its image."""
         inputs = {name: value for name, value in locals().items() if name != "self"}
         try:
-            return self.make(self.models.prepare(Request(**inputs)))
-        except Exception:
-            traceback.print_exc()  # Cog would report only the message
-            raise
+            with self.termination.prediction():
+                return self.make(self.models.prepare(Request(**inputs)))
+        except Exception as error:
+            # Cog would report only the message. One write is one record of its log.
+            sys.stderr.write(hide_folders("".join(traceback.format_exception(error))))
+            shown = hide_folders(str(error))
+            if shown == str(error) or isinstance(error, ValueError):  # it names what a user gave
+                raise
+            raise RuntimeError(f"{type(error).__name__}: {shown}") from None
 
     def make(self, job: "Job") -> Path:
-        """Make a panorama, print its seed and steps, and record metrics.
+        """Make a panorama, print its seed, cost and steps, and record metrics.
 
         Returns:
             The path of an image, which stays until the next prediction.
         """
-        print(f"seed: {job.request.seed}", flush=True)
+        print(f"seed: {job.request.seed}\ncost: {job.cost:.0f}", flush=True)
         panorama = self.run_cancellable(job)
         path = self.new_path(job.request.output_format)
         started = time.perf_counter()
@@ -186,14 +225,17 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
     def new_path(self, suffix: str) -> Path:
         """Return a path that no image had before, and delete the older images.
 
-        Cog reads an image before it starts the next prediction.
+        Cog reads an image before it starts the next prediction. If something else removed the
+        folder, there is a new one.
         """
+        if not self.folder.is_dir():
+            self.open_folder()
         for old in self.folder.iterdir():
             old.unlink()
         return self.folder / f"{uuid4()}.{suffix}"
 
     def run_cancellable(self, job: "Job") -> "Panorama":
-        """Run a job so that a cancellation takes effect between two steps.
+        """Run a job so that a cancellation takes effect between two blocks of the networks.
 
         Cog cancels by raising in the thread that called `predict`, at any line. In the middle of a
         step that could leave the models half changed, so the steps run in a thread of their own,
@@ -201,16 +243,25 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
         """
         cancelled = Event()
 
-        def on_step(step: int, steps: int, preview: object) -> None:
+        def poll() -> None:
             if cancelled.is_set():
                 raise CancelledError
+
+        def on_step(step: int, steps: int, preview: object) -> None:
             print(f"step {step}/{steps}", flush=True)
 
+        if self.running and not self.running.done():
+            print("waiting for a cancelled prediction to stop", flush=True)
         try:
             # The context tells Cog which prediction a printed line belongs to.
-            future = self.thread.submit(copy_context().run, self.models.run, job, on_step)
+            run = self.models.run
+            future = self.running = self.thread.submit(copy_context().run, run, job, on_step, poll)
             while not wait([future], timeout=0.1).done:  # Cog cannot raise in an endless wait
-                pass
+                if self.termination.over.is_set():
+                    print(
+                        f"canceled: the server ends, {self.termination.seconds:g} s after SIGTERM"
+                    )
+                    raise CancelationException
             return future.result()
         finally:
             cancelled.set()  # the next prediction queues for the same thread

@@ -1,12 +1,12 @@
 """Floating-point operations of a panorama on Stable Diffusion 2 base, counted and not estimated.
 
-The calls of a loop are tallied while it runs on a stand-in for the networks. The cost of each call
-is counted by torch on the published configurations, whose weights have a shape and no values.
+The calls of the published loop are tallied while it runs on a stand-in for the networks, those of
+our sampler are counted beforehand. The cost of each call is counted by torch on the published
+configurations, whose weights have a shape and no values.
 """
 
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,24 +14,19 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain_loop import plain_loop
-from panorama.sampling.canvas import Canvas, View
-from panorama.sampling.gradient import frozen
+from panorama.sampling.canvas import Canvas
+from panorama.sampling.operations import count_operations, count_work, guided
 from panorama.sampling.perceptual import LPIPS
 from panorama.sampling.presets import EXACT, Preset
-from panorama.sampling.sampler import sample
-from panorama.sampling.solver import Solver, build_scheduler
-from panorama.sampling.synchronize import PerceptualGradient, Synchronizer
 from panorama.sampling.views import Fixed
 
 PUBLISHED = Path(__file__).parents[1] / "tests" / "data" / "sd2"
 PUBLISHED_LOOP = replace(EXACT, layout=Fixed, means=0)
 WINDOW, STRIDE, FACTOR = 64, 16, 8
-TOKENS = 77
 
 Call = tuple[str, int, bool]
 """A network, the side of the latents or the image that it gets, and True with a gradient."""
@@ -55,7 +50,7 @@ class Tally:
         with_gradient = torch.is_grad_enabled() and x.requires_grad
         self.calls[network, x.shape[-1], with_gradient] += len(x)
 
-    def predict_noise(self, x: Tensor, t: Tensor, views: Sequence[View] = ()) -> Tensor:
+    def predict_noise(self, x: Tensor, t: Tensor) -> Tensor:
         """Predict the noise, with guidance."""
         self.note("guided UNet", x)
         return 0.1 * x
@@ -88,10 +83,7 @@ class Networks:
 
     def guided(self, x: Tensor) -> Tensor:
         """Run both halves of a guided UNet evaluation."""
-        states = torch.empty(2 * len(x), TOKENS, self.unet.config.cross_attention_dim)
-        t = torch.tensor(0)
-        noise: Tensor = self.unet(x.repeat(2, 1, 1, 1), t, encoder_hidden_states=states).sample
-        return noise
+        return guided(self.unet, x)
 
     def decode(self, x: Tensor) -> Tensor:
         """Decode latents to images."""
@@ -121,21 +113,8 @@ class Networks:
             "VGG16": (self.lpips, 3, self.embed),
         }[name]
         with torch.device("meta"):
-            return count(network, run, torch.empty(1, channels, side, side), with_gradient)
-
-
-def count(network: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, gradient: bool) -> int:
-    """Count the operations of a call: two for a multiplication and its addition."""
-    with (
-        FlopCounterMode(display=False) as counter,
-        frozen(network),
-        torch.set_grad_enabled(gradient),
-    ):
-        if gradient:
-            run(x.requires_grad_()).sum().backward()
-        else:
-            run(x)
-    return int(counter.get_total_flops())
+            x = torch.empty(1, channels, side, side)
+            return count_operations(network, run, x, gradient=with_gradient)
 
 
 @dataclass(frozen=True)
@@ -154,24 +133,29 @@ class Setting:
 
 
 def calls_of(setting: Setting, preset: Preset | None) -> Counter[Call]:
-    """Tally the calls of our sampler with a preset; of the published loop without one."""
+    """Count the calls of our sampler with a preset; of the published loop without one."""
     chosen = preset or PUBLISHED_LOOP
-    own = DDIMScheduler.from_config(published("scheduler"))
-    solver = Solver(build_scheduler(chosen.scheduler, own), chosen.num_inference_steps)
     canvas = Canvas(WINDOW, setting.width // FACTOR)
     views = chosen.layout(STRIDE)(canvas, WINDOW, chosen.num_inference_steps)
     settings = chosen.sync(setting.sync_threshold)
+    decoder = "tiny decoder" if setting.tiny_decoder else "decoder"
+    if preset:
+        work, image = count_work(views, settings), WINDOW * FACTOR
+        return +Counter(
+            {
+                ("guided UNet", WINDOW, False): work.windows,
+                ("guided UNet", WINDOW, True): work.gradients,
+                (decoder, WINDOW, False): work.anchors,
+                (decoder, WINDOW, True): work.gradients,
+                ("VGG16", image, False): work.anchors,
+                ("VGG16", image, True): work.gradients,
+            }
+        )
+    scheduler = DDIMScheduler.from_config(published("scheduler"))
+    scheduler.set_timesteps(chosen.num_inference_steps)
+    tally = Tally(decoder)
     noise = torch.ones(1, 4, canvas.height, canvas.width)
-    tally = Tally("tiny decoder" if setting.tiny_decoder else "decoder")
-    if preset is None:
-        own.set_timesteps(chosen.num_inference_steps)
-        plain_loop(noise, views, tally, own, settings)
-        return tally.calls
-    gradient = None
-    if settings.threshold:
-        gradient = PerceptualGradient(tally.predict_noise, tally.decode, tally, solver)
-    sync = Synchronizer(settings, tally.predict_noise, canvas, WINDOW, gradient=gradient)
-    sample(noise, views, tally.predict_noise, solver, sync=sync)
+    plain_loop(noise, views, tally, scheduler, settings)
     return tally.calls
 
 

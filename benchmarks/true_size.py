@@ -12,12 +12,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.activations import Activations, weights_of
-from benchmarks.operations import FACTOR, TOKENS, published
+from benchmarks.operations import FACTOR, published
 from benchmarks.plain_loop import StableDiffusion, plain_loop
 from panorama.base_model import BaseModel
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.denoiser import Conditioning
 from panorama.sampling.gradient import frozen
+from panorama.sampling.operations import TOKENS
 from panorama.sampling.perceptual import LPIPS
 from panorama.sampling.presets import EXACT, FAST, Preset
 from panorama.sampling.views import Fixed

@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, WeightsError) as error:  # the second: no such family
         parser.error(str(error))
 
-    print(f"seed: {job.request.seed}", flush=True)
+    print(f"seed: {job.request.seed}\ncost: {job.cost:.0f}", flush=True)
     try:
         panorama = models.run(job, partial(report, options.previews))
         panorama.save(output, request.output_quality)

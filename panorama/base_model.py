@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from panorama.conditioning.lora import LEGAL, Lora, LoraError, load_tokens, read_lora
 from panorama.conditioning.prompts import TextEncoder
+from panorama.sampling.operations import Prices, count_prices
 from panorama.sampling.perceptual import LPIPS
 
 MODELS: Mapping[str, Any] = {
@@ -60,6 +62,11 @@ class BaseModel:
     def divisor(self) -> int:
         """Divisor of a view's sides in latent cells, so that every level has whole cells."""
         return int(2 ** (len(self.unet.config.block_out_channels) - 1))
+
+    @cached_property
+    def prices(self) -> Prices:
+        """What its networks cost, counted when it is first asked for."""
+        return count_prices(self.unet, self.vae, self.perceptual)
 
     @property
     def text_networks(self) -> Mapping[str, Any]:
@@ -128,6 +135,15 @@ def own_lora(base: BaseModel, path: Path) -> Lora:
         return read_lora(path, base.lora_networks)
     except LoraError as error:
         raise ValueError(f"{path.name}: must be {LEGAL}, not {error}") from error
+
+
+def weight_not_finite(network: Any) -> str:
+    """Return the name of the first weight that holds NaN or infinity, "" for none."""
+    weights = {n: w for n, w in network.state_dict().items() if w.is_floating_point() and w.numel()}
+    # Twenty times as fast as isfinite. All are read from the device at once.
+    extremes = torch.stack([torch.stack(w.aminmax()).float() for w in weights.values()])  # (N, 2)
+    finite = dict(zip(weights, extremes.isfinite().all(1).tolist(), strict=True))
+    return next((name for name in finite if not finite[name]), "")
 
 
 def load_model(kind: Any, folder: Path, dtype: torch.dtype) -> Any:

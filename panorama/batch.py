@@ -4,20 +4,22 @@ Each line of the file is a JSON object of inputs, such as {"prompt": "night over
 variable PROCESSES starts several processes, and so do torchrun and accelerate. Each makes the
 images of other lines; with `--together` all of them share the windows of every image.
 `results.jsonl`, beside the images, records each result. The same command again makes the images
-that are missing.
+that are missing, broken or unrecorded. One command at a time may work on a folder.
 """
 
 import argparse
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
+import platform
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,8 +29,9 @@ import torch
 from torch import distributed
 
 from panorama import weights
-from panorama.environment import family_name, hide_progress_bars
+from panorama.environment import family_name, hide_progress_bars, max_cost
 from panorama.errors import shorten
+from panorama.images.files import is_whole, remove_parts
 from panorama.request import INPUTS, Input, Request
 from panorama.weights import WeightsError
 
@@ -36,6 +39,9 @@ if TYPE_CHECKING:
     from panorama.modes import Models
 
 RESULTS = "results.jsonl"
+LOCK = ".lock"  # holds the name of the process that works on the folder
+NAMES = "[0-9a-f]" * 12 + ".*"  # of images
+FULL = (errno.ENOSPC, errno.EDQUOT)
 PATIENCE = timedelta(days=7)  # for the slowest process, which may have many more lines to go
 
 
@@ -44,7 +50,7 @@ class Line:
     """One line of the file of prompts, which keeps its image and seed wherever it moves."""
 
     number: int  # from 1
-    inputs: Any  # as the line has them, None if it is no JSON
+    inputs: Mapping[str, Any] | None  # as the line has them, None if they cannot be read
     file: str  # name of the image, from a hash of the inputs
     request: Request | ValueError  # with a seed; an error if the line is not legal
 
@@ -71,34 +77,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--family", help="defaults to the one that PANORAMA_FAMILY names")
     parser.add_argument("--together", action="store_true", help="share the windows of each image")
     options = parser.parse_args(arguments)
-    try:
-        lines, family = read_lines(options.prompts), options.family or family_name()
-        offered, processes = weights.describe(family), process_count()
-        options.output.mkdir(parents=True, exist_ok=True)
-        made = read_results(options.output)
-        missing = [line for line in lines if made.get(line.file) != family]
-        modes = [mode for mode in offered if mode in modes_of(missing)]
-        weights.require(family, modes)
-        if missing and processes > 1:
-            return launch(processes, arguments)
-        if len(missing) < len(lines) and rank() == 0:
-            print(f"{len(lines) - len(missing)} already made", flush=True)
-        if not missing:
-            return 0
-        hide_progress_bars()
-        from panorama.modes import load
+    with ExitStack() as stack:
+        try:
+            lines, family = read_lines(options.prompts), options.family or family_name()
+            offered, processes = weights.describe(family), process_count()
+            options.output.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(locked_folder(options.output))
+            done = whole_images(lines, family, options.output)
+            missing = [line for line in lines if line.file not in done]
+            modes = [mode for mode in offered if mode in modes_of(missing)]
+            weights.require(family, modes)
+            if missing and processes > 1:
+                stack.close()  # the first of the processes locks the folder
+                return launch(processes, arguments)
+            if done and rank() == 0:
+                print(f"{len(done)} already made", flush=True)
+            if not missing:
+                return 0
+            hide_progress_bars()
+            from panorama.modes import load
 
-        models = load(family, modes=modes, device=own_device())
-    except (ValueError, OSError, WeightsError) as error:
-        parser.error(str(error))
-    with join_processes(options.together) as process:
+            models = load(family, modes=modes, device=own_device(), max_cost=max_cost())
+        except (ValueError, OSError, WeightsError) as error:
+            parser.error(str(error))
+        process = stack.enter_context(join_processes(options.together))
+        fcntl.flock(lock, fcntl.LOCK_SH)  # each process holds it, should one outlive the first
         if process.together:
             distributed.barrier()  # all have read the results before any adds to them
         else:
             lines = lines[process.rank :: process.ranks]
-        missing = [line for line in lines if made.get(line.file) != family]
-        outcomes = [make(line, models, process, options.output) for line in missing]
-    return 0 if all(outcomes) else 1
+        missing = [line for line in lines if line.file not in done]
+        return 0 if make_all(missing, models, process, options.output) else 1
 
 
 def rank() -> int:
@@ -143,32 +152,44 @@ def read_lines(path: Path) -> list[Line]:
 
 def read_line(number: int, text: bytes, occurrences: Counter[str]) -> Line:
     """Read a line and count it, so that one that is repeated gives another image."""
-    inputs, content, request = None, repr(text), None
+    found: Mapping[str, Any] | ValueError
     try:
-        inputs = json.loads(text.decode("utf-8-sig"))
-        content = json.dumps(inputs, sort_keys=True)
-    except (ValueError, RecursionError) as error:
-        shown = shorten(text.decode(errors="replace"))
-        request = ValueError(f"{shown}: must be JSON in UTF-8 ({error})")
+        found = read_inputs(text)
+        content = json.dumps(found, sort_keys=True)
+    except ValueError as error:
+        found, content = error, repr(text)
     occurrences[content] += 1
     digest = hashlib.sha256(f"{content}#{occurrences[content]}".encode()).hexdigest()
-    found = request or build_request(inputs, seed=int(digest[:8], 16))
-    suffix = found.output_format if isinstance(found, Request) else "png"
-    return Line(number, inputs, f"{digest[:12]}.{suffix}", found)
+    if isinstance(found, ValueError):
+        return Line(number, None, f"{digest[:12]}.png", found)
+    request = build_request(found, seed=int(digest[:8], 16))
+    suffix = request.output_format if isinstance(request, Request) else "png"
+    return Line(number, found, f"{digest[:12]}.{suffix}", request)
 
 
-def build_request(inputs: object, seed: int) -> Request | ValueError:
-    """Return the request of a line, with a seed if it has none, or why it is not legal."""
+def read_inputs(text: bytes) -> Mapping[str, Any]:
+    """Return the inputs of a line as they are; ValueError if it has none."""
+    shown = shorten(text.decode(errors="replace"))
+    try:
+        inputs = json.loads(text.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{shown}: must be JSON in UTF-8 ({error})") from error
     if not isinstance(inputs, dict) or "prompt" not in inputs:
-        return ValueError(
-            f'{shorten(inputs)}: must be an object of inputs; try {{"prompt": "sea"}}'
-        )
+        raise ValueError(f'{shown}: must be an object of inputs; try {{"prompt": "sea"}}')
+    for name, value in inputs.items():
+        if isinstance(value, dict | list):  # nested to any depth
+            raise ValueError(f"{shorten(name)}: must be a text, a number, true, false or null")
+    return inputs
+
+
+def build_request(inputs: Mapping[str, Any], seed: int) -> Request | ValueError:
+    """Return the request of a line, with a seed if it has none, or why it is not legal."""
     if unknown := sorted(set(inputs) - set(INPUTS)):
         return ValueError(f"{shorten(unknown[0])}: must be one of {', '.join(INPUTS)}")
     files = {name: str(inputs[name]) for name, rule in INPUTS.items() if takes_path(rule, inputs)}
     paths = {name: Path(text.removeprefix("@")) for name, text in files.items()}
     try:
-        request = Request(**inputs | paths)
+        request = Request(**{**inputs, **paths})
     except ValueError as error:
         return error
     return request if request.seed is not None else replace(request, seed=seed)
@@ -204,8 +225,36 @@ def join_processes(together: bool) -> Iterator[Process]:
         distributed.destroy_process_group()
 
 
+def make_all(lines: Sequence[Line], models: "Models", process: Process, folder: Path) -> bool:
+    """Make images until the disk is full. Return True if every line has one."""
+    outcomes: list[bool] = []
+    for line in lines:
+        try:
+            outcomes.append(make(line, models, process, folder))
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            left = f"{len(lines) - sum(outcomes)} of {len(lines)} images"
+            if process.ranks > 1 and not process.together:
+                left += f" of process {process.rank + 1}"
+            print(
+                f"line {line.number}: {error.strerror}: {left} are left; make room, and run the "
+                "same command again",
+                file=sys.stderr,
+                flush=True,
+            )
+            if process.together:
+                raise SystemExit(1) from error  # the others wait for the share of this one
+            return False
+    return all(outcomes)
+
+
 def make(line: Line, models: "Models", process: Process, folder: Path) -> bool:
-    """Make an image and add a line to the results. Return True if there is an image."""
+    """Make an image and add a line to the results. Return True if there is an image.
+
+    Raises:
+        OSError: the disk is full.
+    """
     from panorama.images.safety import ImageWithheldError
     from panorama.sampling.ranks import sharing_windows
 
@@ -220,6 +269,8 @@ def make(line: Line, models: "Models", process: Process, folder: Path) -> bool:
         if writes:
             panorama.save(folder / line.file, request.output_quality)
     except Exception as error:
+        if getattr(error, "errno", None) in FULL:
+            raise
         if process.together and not isinstance(error, ValueError | ImageWithheldError):
             raise  # the other processes wait for the share of this one
         result["error"] = f"{type(error).__name__}: {error}"
@@ -243,23 +294,29 @@ def legal_request(line: Line, models: "Models", *, together: bool) -> Request:
     return line.request
 
 
-def read_results(folder: Path) -> dict[str, str]:
-    """Return the family that made each image that is there, by the image's name.
+def whole_images(lines: Sequence[Line], family: str, folder: Path) -> set[str]:
+    """Return the names of the lines' images that this family made and that can be read."""
+    made = read_results(folder)
+    files = (line.file for line in lines)
+    return {file for file in files if made.get(file) == family and is_whole(folder / file)}
 
-    An end without a newline is cut off: there a process was killed while it wrote. A line that is
-    broken otherwise is a ValueError with its number.
+
+def read_results(folder: Path) -> dict[str, str]:
+    """Return the family that made each image, by the image's name.
+
+    Raises:
+        ValueError: a line is broken, and not the end of what a killed process wrote.
     """
     path = folder / RESULTS
     if not path.exists():
         return {}
     with locked(path) as file:
-        whole, newline, _ = file.read().rpartition(b"\n")
-        file.truncate(len(whole + newline))
+        texts = file.read().split(b"\n")[:-1]
     made: dict[str, str] = {}
-    for number, text in enumerate(whole.split(b"\n") if newline else [], start=1):
+    for number, text in enumerate(texts, start=1):
         try:
             result = json.loads(text)
-            if "error" not in result and (folder / result["file"]).exists():
+            if "error" not in result:
                 made[result["file"]] = result["family"]
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path}, line {number}: {error}; delete the line") from error
@@ -267,18 +324,52 @@ def read_results(folder: Path) -> dict[str, str]:
 
 
 def add_result(folder: Path, result: Mapping[str, Any]) -> None:
-    """Add a line to the results."""
+    """Add a line to the results, in ASCII, where nothing else can end a line."""
     with locked(folder / RESULTS) as file:
-        file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(result).encode() + b"\n")
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[BinaryIO]:
-    """Open a file to read it from its start and to append to it, while no other process does."""
+    """Open a file of lines to read it and to append to it, while no other process does.
+
+    An end without a newline is cut off: there a process was killed, or the disk was full.
+    """
     with path.open("a+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
+        whole, newline, torn = file.read().rpartition(b"\n")
+        if torn:
+            file.truncate(len(whole + newline))
+        file.seek(0)
         yield file
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[BinaryIO]:
+    """Let no other command work on a folder, and remove what killed ones left there.
+
+    The first of several processes locks it, and the others open the same lock.
+
+    Raises:
+        ValueError: another command works on it.
+    """
+    with (folder / LOCK).open("a+b") as lock:
+        if rank() == 0:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                lock.seek(0)
+                holder = lock.read().decode(errors="replace")
+                raise ValueError(
+                    f"{folder}: must be a folder that no other command works on, as {holder} does; "
+                    "wait for it to end, or try another folder"
+                ) from error
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}".encode())
+            lock.flush()
+            remove_parts(folder, NAMES)
+        yield lock
 
 
 if __name__ == "__main__":

@@ -34,16 +34,32 @@ def mode_names(family: str) -> tuple[str, ...]:
     return chosen or offered
 
 
+def max_cost() -> float | None:
+    """Return the bound of PANORAMA_MAX_COST on the cost of a request, None for the device's own."""
+    from panorama.cost import LEAST_BOUND, MAX_COST
+
+    text = os.environ.get("PANORAMA_MAX_COST")
+    if not text:
+        return None
+    # Python reads no integer of thousands of digits.
+    if not text.isdecimal() or len(text) > 18 or int(text) < LEAST_BOUND:
+        raise ValueError(
+            f"PANORAMA_MAX_COST={shorten(text)}: must be an integer, at least {LEAST_BOUND}; "
+            f"try {MAX_COST['cuda']}"
+        )
+    return int(text)
+
+
 def load_models() -> "Models":
     """Fetch missing weights, load the chosen modes, and print their safety checker."""
     hide_progress_bars()
     from panorama.modes import load
 
-    family = family_name()
+    family, bound = family_name(), max_cost()
     modes = mode_names(family)
     with _printed_log():
         weights.ensure_weights(family, modes)
-    models = load(family, modes=modes)
+        models = load(family, modes=modes, max_cost=bound)
     print(f"safety checker: {models.checker.name if models.checker else 'none'}", flush=True)
     return models
 

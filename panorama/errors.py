@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LONGEST = 80  # characters of a value that an error repeats
+LONGEST_TEXT = 10_000  # characters of a text that is read at all
 
 
 class NotFiniteError(RuntimeError):
@@ -15,9 +16,14 @@ class NotFiniteError(RuntimeError):
 def require_finite(tensor: "Tensor", what: str) -> None:
     """Raise NotFiniteError, naming what is not finite, if any element is NaN or infinite."""
     if not tensor.isfinite().all():
-        raise NotFiniteError(
-            f"{what} not finite: a weight may hold NaN, or half precision may have overflowed"
-        )
+        raise not_finite(what)
+
+
+def not_finite(what: str) -> NotFiniteError:
+    """Build the error for something, such as "the latents are", that is not finite."""
+    return NotFiniteError(
+        f"{what} not finite: a weight may hold NaN, or half precision may have overflowed"
+    )
 
 
 def check_least(owner: object, **minimums: float) -> None:

@@ -2,13 +2,10 @@
 
 import logging
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,106 +13,31 @@ from PIL import Image
 from torch import Tensor
 
 from panorama import weights
-from panorama.__version__ import __version__
-from panorama.base_model import BaseModel, load_base_model
+from panorama.base_model import BaseModel, load_base_model, weight_not_finite
 from panorama.conditioning import depth as depth_images
+from panorama.conditioning.depth import warn_of_open_edges
 from panorama.conditioning.lora import LEGAL, Lora, LoraError, read_lora
 from panorama.conditioning.prompts import check_lengths
+from panorama.cost import LEAST_BOUND, MAX_COST, check_cost, estimate
+from panorama.errors import check_least
+from panorama.images import source
 from panorama.images.files import Panorama
 from panorama.images.safety import SafetyChecker
 from panorama.images.vae import MAX_CELLS, to_pil
+from panorama.jobs import MODES, Counter, Job, Progress, Run, stages_of, timed
 from panorama.limits import Limits
 from panorama.loras import Fetcher, FetchError
 from panorama.pipeline import Pipeline, Settings
 from panorama.request import INPUTS, ModeSettings, Request, ResolvedRequest, SpeedSettings
-from panorama.sampling.presets import WHOLE, WINDOWED, Preset
+from panorama.sampling.interrupt import interruptible
 
 DEFAULT_FAMILY = "tiny"
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[int, int, Callable[[], Image.Image]], None]
-"""Called after every step with its number, from 1, the number of steps, and a function that returns
-a preview: the image as the step predicts it."""
 
-
-@dataclass(frozen=True)
-class Mode:
-    """A way to make a panorama."""
-
-    base: str  # the base model, a folder of the family
-    presets: Mapping[str, Preset]  # by the value of the input `speed`; one without that input
-    speed: str  # the default among them
-    synchronised: bool  # windows are kept coherent, which needs a perceptual network
-
-
-MODES: Mapping[str, Mode] = {
-    "syncdiffusion": Mode("sd2", WINDOWED, "exact", synchronised=True),
-    "syncdiffusion-xl": Mode("sdxl", WINDOWED, "fast", synchronised=True),
-    "sdxl-360": Mode("sdxl", {"exact": WHOLE}, "exact", synchronised=False),
-}
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request with nothing left open, and the files that it names, already read."""
-
-    request: ResolvedRequest
-    depth: depth_images.DepthImage | None = None
-    lora: Lora | None = None  # in place of the family's own
-
-    def settings(self) -> Settings:
-        """Return the settings of the pipeline."""
-        request, mode = self.request, MODES[self.request.mode]
-        preset = mode.presets[request.speed or mode.speed]
-        sync = preset.sync(
-            request.sync_threshold or 0,
-            weight=request.sync_weight,
-            decay_rate=request.sync_decay_rate,
-            freq=request.sync_freq,
-        )
-        return Settings(
-            prompt=request.parts,
-            height=request.height,
-            width=request.width,
-            closed=request.closed_axis,
-            negative_prompt=request.negative_prompt,
-            guidance_scale=request.guidance_scale,
-            num_inference_steps=request.num_inference_steps,
-            scheduler=request.scheduler,
-            layout=preset.layout(request.stride),
-            sync=sync if mode.synchronised else None,
-            depth=self._depth(),
-            controlnet_conditioning_scale=request.controlnet_conditioning_scale,
-            lora=self.lora,
-            lora_scale=request.lora_scale,
-        )
-
-    def metadata(self, family: str, device: torch.device) -> dict[str, Any]:
-        """Return the metadata to store with the panorama, in the thread that makes it."""
-        inputs = self.request.mode_inputs()
-        if self.depth is not None:
-            inputs["depth_image"] = f"sha256:{self.depth.sha256}"
-        if self.lora is not None:
-            inputs["lora"] = f"sha256:{self.lora.sha256}"
-        versions = {name: version(name) for name in ("torch", "diffusers")}
-        return {
-            "inputs": inputs,
-            "tokens": self.request.tokens,
-            "family": Path(family).name,  # a family given by its path may lie anywhere
-            "versions": {"panorama": __version__, **versions},
-            "device": device_name(device),
-            "threads": torch.get_num_threads(),
-        }
-
-    def _depth(self) -> Tensor | None:
-        """Return the depth image in the panorama's size, if it is followed."""
-        request = self.request
-        if self.depth is None or not request.controlnet_conditioning_scale:
-            return None
-        depth_images.warn_of_open_edges(self.depth.values, request.closed_axis)
-        size = request.height, request.width
-        return torch.from_numpy(depth_images.resize(self.depth.values, *size, request.closed_axis))
+def keep_on() -> None:
+    """Let a run go on."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +55,11 @@ class Models:
     checker: SafetyChecker | None = None  # every image must pass it
     fetcher: Fetcher = field(default_factory=Fetcher)  # of LoRAs that users name
     limits: Limits | None = None  # requests beyond them are logged
+    max_cost: float = inf  # of a request, see `panorama.cost`
     _lock: AbstractContextManager[Any] = field(default_factory=threading.Lock, repr=False)
+
+    def __post_init__(self) -> None:
+        check_least(self, max_cost=LEAST_BOUND)
 
     def settings(self, mode: str) -> ModeSettings:
         """Return the defaults and limits of a mode in this family.
@@ -174,54 +100,67 @@ class Models:
             rule = "not be set with a model family without a ControlNet"
             raise INPUTS["depth_image"].refuse(request.depth_image, rule, None)
         path, kind = request.depth_image, request.depth_kind
-        image = depth_images.read(path, kind) if path else None
-        resolved = request.resolve(settings, image.size if image else None)
+        depth = depth_images.read(path, kind) if path else None
+        image = source.read(request.image) if request.image else None
+        file = image or depth
+        resolved = request.resolve(settings, file.size if file else None)
+        if depth is not None and resolved.controlnet_conditioning_scale:
+            warn_of_open_edges("depth_image", depth.values, resolved.closed_axis)
+        if image is not None:
+            pixels = image.pixels[0].permute(1, 2, 0).numpy()  # (H, W, 3)
+            warn_of_open_edges("image", pixels, resolved.closed_axis)
         texts = {"prompt": resolved.parts, "negative_prompt": (resolved.negative_prompt,)}
         check_lengths(self.bases[request.mode].text_encoders, texts)
+        cost = check_cost(resolved, settings, self.max_cost, self._cost)
         if self.limits:
             for sentence in self.limits.exceeded(resolved):
                 logger.warning("%s; see %s", sentence, self.limits.card)
-        return Job(resolved, image, self._lora(request))
+        return Job(resolved, depth, self._lora(request), image, cost)
 
-    def run(self, job: Job, on_step: Progress | None = None) -> Panorama:
+    def run(
+        self,
+        job: Job,
+        on_step: Progress | None = None,
+        poll: Callable[[], None] = keep_on,
+    ) -> Panorama:
         """Make the panorama of a job.
 
         Args:
             job: from `prepare`.
             on_step: called after every step; an exception that it raises ends the run and leaves
                 the networks as they were. Previews have to pass the safety checker too.
+            poll: called many times within a step; an exception that it raises does the same.
 
         Raises:
             ImageWithheldError: the safety checker flagged the image.
             NotFiniteError: a weight holds NaN, or half precision overflowed.
         """
-        pipeline, settings = Pipeline(self.bases[job.request.mode]), job.settings()
+        pipeline = Pipeline(self.bases[job.request.mode])
         generator = torch.Generator().manual_seed(job.request.seed)
         seconds: dict[str, float] = {}
 
-        def report(step: int, steps: int, x0: Tensor) -> None:
-            def preview() -> Image.Image:
-                image = to_pil(pipeline.preview(settings, x0))
-                self._check(image, job.request)
-                return image
+        def preview(settings: Settings, x0: Tensor) -> Image.Image:
+            return self._check(to_pil(pipeline.preview(settings, x0)), job.request)
 
-            if on_step:
-                on_step(step, steps, preview)
-
-        with self._lock:
-            with timed(seconds, "denoise"):
-                conditioning = pipeline.encode(settings)
-                noise = pipeline.noise(settings, generator)
-                latents = pipeline.denoise(settings, conditioning, noise, report)
-            with timed(seconds, "decode"):
-                image = to_pil(pipeline.decode(settings, latents))
+        with self._lock, interruptible(poll, *pipeline.base.networks()):
+            stages = stages_of(job, pipeline)
+            counter = Counter(stages, on_step, preview)
+            image = to_pil(Run(job, pipeline, generator, counter, seconds).make(stages))
             with timed(seconds, "check"):
                 self._check(image, job.request)
-        return Panorama(image, settings.closed, job.metadata(self.family, self.device), seconds)
+        metadata = job.metadata(self.family, self.device)
+        return Panorama(image, job.request.closed_axis, metadata, seconds)
 
     def generate(self, request: Request, on_step: Progress | None = None) -> Panorama:
         """Make the panorama of a request; see `prepare` and `run`."""
         return self.run(self.prepare(request), on_step)
+
+    def _cost(self, request: ResolvedRequest) -> float:
+        """Return the cost of a request."""
+        pipeline = Pipeline(self.bases[request.mode])
+        stages = stages_of(Job(request), pipeline)
+        whole = sum(estimate(pipeline, stage.settings, stage.steps) for stage in stages)
+        return whole + sum(estimate(pipeline, stage.poles, stage.pole_steps) for stage in stages)
 
     def _lora(self, request: Request) -> Lora | None:
         """Fetch and read the LoRA that a request names, if it names one."""
@@ -240,10 +179,11 @@ class Models:
             reason = "be a file that exists"
         raise rule.refuse(request.lora, reason, rule.example)
 
-    def _check(self, image: Image.Image, request: ResolvedRequest) -> None:
-        """Raise ImageWithheldError if the safety checker flags an image."""
+    def _check(self, image: Image.Image, request: ResolvedRequest) -> Image.Image:
+        """Return an image; raise ImageWithheldError if the safety checker flags it."""
         if self.checker and not request.disable_safety_checker:
             self.checker.check(image, request.closed_axis)
+        return image
 
 
 def load(
@@ -251,6 +191,7 @@ def load(
     *,
     modes: Sequence[str] | None = None,
     device: torch.device | str | None = None,
+    max_cost: float | None = None,
 ) -> Models:
     """Load a family from local files, without a network.
 
@@ -258,17 +199,20 @@ def load(
         family: its name, or the path of its folder.
         modes: those to load; None for all that the family offers.
         device: None for the GPU if there is one.
+        max_cost: of a request, in guided evaluations of the UNet for one window; None for the
+            device's entry in `MAX_COST`, infinity for no bound.
 
     Raises:
         FileNotFoundError: there is no such family.
-        ValueError: the family offers no such mode.
-        WeightsError: a file of its weights is missing.
+        ValueError: the family offers no such mode, its family.toml is not legal, or max_cost is
+            too small.
+        WeightsError: a file of it is missing or wrong.
     """
     offered = weights.describe(family)
     modes = tuple(offered) if modes is None else tuple(modes)
     for mode in modes:
         check_mode(mode, family, offered)
-    weights.require(family, modes)
+    weights.verify(family, modes)
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     # Half precision on a GPU, single precision on a CPU, which is slower in half.
     dtype = torch.float16 if place.type == "cuda" else torch.float32
@@ -278,10 +222,16 @@ def load(
     folder = weights.safety_checker(family)
     checker = SafetyChecker.from_pretrained(folder, dtype) if folder else None
     if checker:
+        require_finite_weights(f"{family}/safety_checker", checker.model)
         checker.model.to(place)
     table = weights.limits(family)
     limits = Limits(**table) if table else None
-    return Models(family, place, bases, offered, checker, limits=limits)
+    if max_cost is None:
+        max_cost = MAX_COST.get(place.type, MAX_COST["cpu"])
+    models = Models(family, place, bases, offered, checker, limits=limits, max_cost=max_cost)
+    for mode in modes:
+        check_defaults(models, mode)
+    return models
 
 
 def load_bases(family: str, modes: Sequence[str], dtype: torch.dtype) -> dict[str, BaseModel]:
@@ -297,7 +247,18 @@ def load_bases(family: str, modes: Sequence[str], dtype: torch.dtype) -> dict[st
         if any(spec.synchronised for spec in specs if spec.base == name):
             components |= weights.components(family, "perceptual")
         loaded[name] = load_base_model(components, dtype)
+        require_finite_weights(f"{family}/{name}", *loaded[name].networks())
     return {mode: loaded[MODES[mode].base] for mode in modes}
+
+
+def require_finite_weights(place: str, *networks: Any) -> None:
+    """Raise WeightsError if a weight of a network holds NaN or infinity."""
+    for network in networks:
+        if name := weight_not_finite(network):
+            raise weights.WeightsError(
+                f"{place}: the weight {name} of its {type(network).__name__} must be finite, and "
+                "holds NaN or infinity; fetch or copy the file again"
+            )
 
 
 def check_mode(mode: str, family: str, offered: Mapping[str, Any]) -> None:
@@ -307,14 +268,9 @@ def check_mode(mode: str, family: str, offered: Mapping[str, Any]) -> None:
         raise INPUTS["mode"].refuse(mode, rule, next(iter(offered)))
 
 
-def device_name(device: torch.device) -> str:
-    """Name a device by the model of its GPU, or else by its type, such as "cpu"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Record the seconds that a block takes."""
-    started = time.perf_counter()
-    yield
-    seconds[stage] = time.perf_counter() - started
+def check_defaults(models: Models, mode: str) -> None:
+    """Raise ValueError if a mode of a family has defaults that its networks cannot do."""
+    try:
+        Request(prompt="night over the sea", mode=mode).resolve(models.settings(mode))
+    except ValueError as error:
+        raise ValueError(f"{models.family}/family.toml: [{mode}] {error}") from error

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,15 +13,24 @@ from panorama.base_model import BaseModel
 from panorama.conditioning.lora import Lora, lora_applied
 from panorama.conditioning.prompts import encode_prompts
 from panorama.errors import check_least, shorten
-from panorama.images.vae import MAX_CELLS, decode, decode_canvas
+from panorama.images.sphere import Face
+from panorama.images.vae import MAX_CELLS, decode, decode_canvas, encode_canvas, resize
 from panorama.sampling.canvas import Axis, Canvas
 from panorama.sampling.circular import circular
 from panorama.sampling.denoiser import Conditioning, DepthControl, UNetDenoiser
 from panorama.sampling.gradient import frozen
+from panorama.sampling.low_band import LowBand
 from panorama.sampling.sampler import BATCH_SIZE, OnStep, sample
 from panorama.sampling.solver import Solver, build_scheduler
 from panorama.sampling.synchronize import PerceptualGradient, Synchronizer, SyncSettings
-from panorama.sampling.views import Layout, Sliding
+from panorama.sampling.views import Layout, Sliding, Spanning
+
+POLE_STRENGTH = 0.5
+"""The share of the schedule by which poles are redrawn."""
+POLE_SIGMA = 1 / 8
+"""The standard deviation of the Gaussian that leaves a pole's colours, sides of a window."""
+HELD_SIGMA = 1.0
+"""The standard deviation of the Gaussian that leaves the low band, latent cells."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +46,7 @@ class Settings:
         negative_prompt: what it does not show; empty without guidance.
         guidance_scale: weight of classifier-free guidance, 1 for none.
         num_inference_steps: denoising steps, at least 1.
+        strength: the last share of these steps that is made from an image, in [0, 1].
         scheduler: a name in `solver.SCHEDULERS`, or any diffusers scheduler that `Solver` takes;
             None for the model's own.
         layout: the arrangement of the windows.
@@ -57,6 +67,7 @@ class Settings:
     negative_prompt: str = ""
     guidance_scale: float = 7.5
     num_inference_steps: int = 50
+    strength: float = 1.0
     scheduler: Any = None
     layout: Layout = field(default_factory=Sliding)
     sync: SyncSettings | None = None
@@ -65,8 +76,17 @@ class Settings:
     lora: Lora | None = None
     lora_scale: float = 0.8
 
+    @property
+    def partial_steps(self) -> int:
+        """The number of steps that are made from an image."""
+        return round(self.strength * self.num_inference_steps)
+
     def __post_init__(self) -> None:
         check_least(self, guidance_scale=0, num_inference_steps=1, controlnet_conditioning_scale=0)
+        if not 0 <= self.strength <= 1:
+            raise ValueError(
+                f"strength={self.strength}: must be at least 0 and at most 1; try 0.35"
+            )
         if self.prompt == ():
             raise ValueError("prompt=(): must have at least one part; try 'night over the sea'")
         if self.negative_prompt and self.guidance_scale == 1:
@@ -83,7 +103,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Make panoramas with the networks of a base model. The options trade memory for time."""
+    """Make panoramas with the networks of a base model. The options trade memory for time.
+
+    The networks are changed while they run, so one thread at a time may use them; `Models` sees to
+    that.
+    """
 
     base: BaseModel
     batch_size: int = BATCH_SIZE  # windows that pass through the networks at once
@@ -162,6 +186,9 @@ class Pipeline:
         conditioning: Conditioning,
         noise: Tensor,
         on_step: OnStep | None = None,
+        *,
+        x0: Tensor | None = None,
+        hold: LowBand | None = None,
     ) -> Tensor:
         """Denoise a canvas.
 
@@ -170,6 +197,8 @@ class Pipeline:
             conditioning: takes the place of the prompts.
             noise: (1, C, H, W) of unit variance.
             on_step: see `sample`.
+            x0: latents of an image to begin from, (1, C, H, W); `settings.strength` says how late.
+            hold: see `sample`.
 
         Returns:
             The latents (1, C, H, W).
@@ -183,9 +212,11 @@ class Pipeline:
         expected = (1, base.unet.config.in_channels, canvas.height, canvas.width)
         if noise.shape != expected:
             raise ValueError(f"noise has shape {tuple(noise.shape)}: must be {expected}")
-        solver = Solver(
-            build_scheduler(settings.scheduler, base.scheduler), settings.num_inference_steps
-        )
+        scheduler = build_scheduler(settings.scheduler, base.scheduler)
+        steps = settings.num_inference_steps
+        solver = Solver(scheduler, steps, None if x0 is None else settings.partial_steps)
+        if x0 is not None and not len(solver.timesteps):
+            return x0
         views = settings.layout(canvas, base.window, len(solver.timesteps))
         denoise = UNetDenoiser(base.unet, conditioning, canvas, solver, base.factor, control)
         controlnets = [control.controlnet] if control else []
@@ -196,15 +227,104 @@ class Pipeline:
             frozen(*base.networks(), checkpointing=self.checkpointing) as save_memory,
         ):
             return sample(
-                solver.initial(noise.to(base.unet.device, torch.float32)),
+                solver.initial(noise.to(base.unet.device, torch.float32), x0),
                 views,
                 denoise,
                 solver,
                 closed=canvas.closed,
                 sync=self._synchronizer(settings.sync, denoise, canvas, solver, save_memory),
+                hold=hold,
                 batch_size=self.batch_size,
                 on_step=on_step,
             )
+
+    def refine(
+        self,
+        settings: Settings,
+        conditioning: Conditioning,
+        image: Tensor,
+        generator: torch.Generator | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Enlarge an image, and draw details that it had no room for.
+
+        Noise is added to the enlarged image, and the last steps remove it again through windows of
+        the UNet's own size. The low band of the image stays, and with it the composition.
+
+        Args:
+            settings: of the enlarged image.
+            conditioning: takes the place of the prompts.
+            image: (1, 3, h, w) in [0, 1].
+            generator: see `__call__`.
+            on_step: see `sample`.
+
+        Returns:
+            The image (1, 3, height, width) in [0, 1], float32.
+        """
+        x0 = self.encode_image(settings, image)
+        hold = LowBand(x0, HELD_SIGMA, settings.closed)
+        noise = self.noise(settings, generator)
+        latents = self.denoise(settings, conditioning, noise, on_step, x0=x0, hold=hold)
+        return self.decode(settings, latents)
+
+    def fix_poles(
+        self,
+        settings: Settings,
+        image: Tensor,
+        prompts: Mapping[bool, str],
+        generator: torch.Generator | None = None,
+        on_step: OnStep | None = None,
+    ) -> Tensor:
+        """Redraw what lies straight up and straight down in an equirectangular image.
+
+        Each pole is seen in perspective, where its image is least distorted, and redrawn as an
+        image of one window. What this changes is added to the image and fades out before the
+        horizon, so that most of it stays as it is.
+
+        Args:
+            settings: of the image.
+            image: (1, 3, height, width) in [0, 1].
+            prompts: what the zenith (True) and the nadir (False) show.
+            generator: see `__call__`.
+            on_step: see `sample`.
+
+        Returns:
+            The image (1, 3, height, width) in [0, 1].
+        """
+        plain, depth = self.face(settings), settings.depth
+        for up, prompt in prompts.items():
+            face = Face(up, plain.height)
+            shown = face.show(image).clamp(0, 1)
+            seen = None if depth is None else face.show(depth[None, None])[0, 0]
+            view = replace(plain, prompt=prompt, depth=seen)
+            noise, x0 = self.noise(view, generator), self.encode_image(view, shown)
+            hold = LowBand(x0, self.base.window * POLE_SIGMA)
+            latents = self.denoise(view, self.encode(view), noise, on_step, x0=x0, hold=hold)
+            image = face.blend(image, self.decode(view, latents) - shown)
+        return image.clamp(0, 1)
+
+    def face(self, settings: Settings) -> Settings:
+        """Return the settings of a pole's view: one window, flat, without depth."""
+        side = self.base.window * self.base.factor
+        return replace(
+            settings,
+            height=side,
+            width=side,
+            closed="",
+            layout=Spanning(),
+            sync=None,
+            strength=POLE_STRENGTH,
+            depth=None,
+        )
+
+    @torch.inference_mode(False)
+    def encode_image(self, settings: Settings, image: Tensor) -> Tensor:
+        """Encode an image (1, 3, h, w) in [0, 1], resized to that of the settings, as latents."""
+        size = settings.height, settings.width
+        resized = resize(image.to(self.base.vae.device), size, settings.closed)
+        return encode_canvas(
+            self.base.vae, resized * 2 - 1, settings.closed, max_cells=self.max_cells
+        )
 
     @torch.inference_mode(False)
     def decode(self, settings: Settings, latents: Tensor) -> Tensor:

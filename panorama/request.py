@@ -14,16 +14,16 @@ from pathlib import Path
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, get_args
 
-from panorama.errors import shorten
+from panorama.errors import LONGEST_TEXT, shorten
 
 SEED_BITS = 32  # torch's CPU generator reads only the low 32 bits of a seed
-LONGEST_TEXT = 10_000  # characters of a prompt
 LONGEST_EXIF = 60_000  # bytes of the prompts as JSON, which have to fit into 64 KiB of EXIF
 LARGEST_WEBP = 16383  # pixels a side
 
 EVERY_MODE = ("syncdiffusion", "syncdiffusion-xl", "sdxl-360")
 WINDOW_MODES = ("syncdiffusion", "syncdiffusion-xl")
 SDXL_MODES = ("syncdiffusion-xl", "sdxl-360")
+UPSCALE_STRENGTH, IMAGE_STRENGTH = 0.35, 0.6  # defaults
 ALWAYS_CLOSED = ("sdxl-360",)  # closes left to right without `loop_closure`
 
 
@@ -67,9 +67,9 @@ class Input:
     description: str  # one or two sentences for users
     minimum: float = -inf  # inclusive
     maximum: float = inf  # inclusive
-    choices: tuple[str, ...] = ()  # every legal text, () for any
+    choices: tuple[Any, ...] = ()  # every legal value, () for any
     modes: tuple[str, ...] = EVERY_MODE  # those that take it
-    needs: str | None = None  # the input without which it means nothing
+    needs: tuple[str, ...] = ()  # inputs of which one at least must be set, or it means nothing
 
     @property
     def required(self) -> bool:
@@ -80,6 +80,13 @@ class Input:
         """Return a legal value in the input's own type, such as 7 for 7.0; refuse any other."""
         if value is None and self.optional:
             return None
+        checked = self._check(value)
+        if self.choices and checked not in self.choices:
+            raise self.refuse(value, f"be one of {', '.join(map(str, self.choices))}", self.example)
+        return checked
+
+    def _check(self, value: object) -> object:
+        """Check a value's type, range and content, and return it in the input's own type."""
         number = self.kind in (int, float)
         # A string is not accepted as a file: it could name any file on this machine.
         fits = isinstance(value, int | float if number else self.kind)
@@ -122,12 +129,10 @@ def _check_number(rule: Input, value: Any) -> float:
 
 def _check_text(rule: Input, value: str) -> None:
     """Check the content of a text input."""
-    if rule.choices and value not in rule.choices:
-        raise rule.refuse(value, f"be one of {', '.join(rule.choices)}", rule.example)
-    if rule.required and not value.strip():
-        raise rule.refuse(value, "not be empty", rule.example)
     if len(value) > LONGEST_TEXT:
         raise rule.refuse(value, f"have at most {LONGEST_TEXT} characters", rule.example)
+    if rule.required and not value.strip():
+        raise rule.refuse(value, "not be empty", rule.example)
     if value != value.encode(errors="ignore").decode():
         raise rule.refuse(value, "be valid Unicode, without lone surrogates", rule.example)
 
@@ -174,16 +179,16 @@ class Request:
     )
     width: int | None = _input(
         "Width in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a "
-        "multiple of 32. Defaults to the depth image's width, to what keeps its ratio if only the "
-        "height is given, or without one to the mode's own.",
+        "multiple of 32. Defaults to the width of the image or depth image, to what keeps its "
+        "ratio if only the height is given, or without a file to the mode's own.",
         default=None,
         example=1024,
         bounds=(64, 16384),
     )
     height: int | None = _input(
         "Height in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a "
-        "multiple of 32. Defaults to the depth image's height, to what keeps its ratio if only the "
-        "width is given, or without one to the mode's own.",
+        "multiple of 32. Defaults to the height of the image or depth image, to what keeps its "
+        "ratio if only the width is given, or without a file to the mode's own.",
         default=None,
         example=512,
         bounds=(64, 16384),
@@ -270,14 +275,14 @@ class Request:
         default="nearness",
         choices=("nearness", "inverted", "distance"),
         modes=SDXL_MODES,
-        needs="depth_image",
+        needs=("depth_image",),
     )
     controlnet_conditioning_scale: float = _input(
         "How closely to follow the depth image; 0 ignores it.",
         default=0.5,
         bounds=(0.0, 2.0),
         modes=SDXL_MODES,
-        needs="depth_image",
+        needs=("depth_image",),
     )
     lora: str | Path | None = _input(
         "LoRA for SDXL to use in place of the model family's own: owner/name or "
@@ -294,6 +299,46 @@ class Request:
         default=0.8,
         bounds=(0.0, 2.0),
         modes=SDXL_MODES,
+    )
+    image: Path | None = _input(
+        "Image to start from, of the panorama's own size: redrawn as the prompt says, or with "
+        "upscale enlarged as it is. The edges that a panorama closes should match.",
+        default=None,
+    )
+    upscale: int = _input(
+        "Enlarge the panorama by this factor. Each doubling redraws the details, through windows "
+        "of the model, and keeps the composition.",
+        default=1,
+        choices=(1, 2, 4, 8),
+        modes=SDXL_MODES,
+    )
+    strength: float | None = _input(
+        "How much of the image, or at each doubling, to redraw: 0 keeps it, 1 ignores it. Defaults "
+        "to 0.35 with upscale, and to 0.6 with an image alone.",
+        default=None,
+        example=0.35,
+        bounds=(0.0, 1.0),
+        needs=("image", "upscale"),
+    )
+    fix_poles: bool = _input(
+        "Redraw what lies straight up and straight down as views of their own, where a 360 degree "
+        "image is most distorted.",
+        default=False,
+        modes=("sdxl-360",),
+    )
+    zenith_prompt: str | None = _input(
+        "What the view straight up shows. Defaults to the prompt after 'looking up'.",
+        default=None,
+        example="a blue sky",
+        modes=("sdxl-360",),
+        needs=("fix_poles",),
+    )
+    nadir_prompt: str | None = _input(
+        "What the view straight down shows. Defaults to the prompt after 'looking down'.",
+        default=None,
+        example="green grass",
+        modes=("sdxl-360",),
+        needs=("fix_poles",),
     )
     output_format: str = _input(
         "Format of the image. webp has at most 16383 pixels a side.",
@@ -324,33 +369,38 @@ class Request:
                 only = ", ".join(rule.modes)
                 reason = f"not be set with mode={self.mode!r}, only with {only}"
                 raise rule.refuse(value, reason, rule.default)
-            if rule.needs and getattr(self, rule.needs) is None:
-                raise rule.refuse(value, f"not be set without {rule.needs}", rule.default)
+            if rule.needs and not any(self.sets(name) for name in rule.needs):
+                reason = f"not be set without {' or '.join(rule.needs)}"
+                raise rule.refuse(value, reason, rule.default)
 
     def resolve(
-        self, settings: ModeSettings, depth_size: tuple[int, int] | None = None
+        self, settings: ModeSettings, file_size: tuple[int, int] | None = None
     ) -> "ResolvedRequest":
         """Fill in what was left open, and check what depends on the family.
 
         Args:
             settings: the settings of the request's mode, in the family that will run it.
-            depth_size: width and height of the depth image, if there is one.
+            file_size: width and height of the image to start from, or else of the depth image,
+                if there is one.
 
         Raises:
             ValueError: a size, the stride, the number of the prompt's parts, the negative prompt
                 or lora_scale is not legal there.
         """
         speed = settings.speeds[self.speed or settings.speed]
-        sides = _sides(self, settings, depth_size)
-        measured = [name for name in sides if depth_size and getattr(self, name) is None]
+        sides = _sides(self, settings, file_size)
+        origin = "image" if self.image else "depth_image"
+        measured = {name: origin for name in sides if file_size and getattr(self, name) is None}
         _check_size(sides, settings, measured)
-        _check_webp(self, sides)
+        _check_upscale(self, sides)
         open_inputs = {
             "guidance_scale": settings.guidance_scale,
             "num_inference_steps": speed.num_inference_steps,
             "scheduler": speed.scheduler,
             "seed": secrets.randbits(SEED_BITS),
         }
+        if self.upscale > 1 or self.image:
+            open_inputs["strength"] = UPSCALE_STRENGTH if self.upscale > 1 else IMAGE_STRENGTH
         if self.mode in WINDOW_MODES:
             open_inputs |= {"speed": settings.speed, "sync_threshold": speed.sync_threshold}
         given = {name: value for name, value in self.inputs().items() if value is not None}
@@ -366,6 +416,10 @@ class Request:
     def inputs(self) -> dict[str, Any]:
         """Return every input by name, so that `Request(**request.inputs()) == request`."""
         return {name: getattr(self, name) for name in INPUTS}
+
+    def sets(self, name: str) -> bool:
+        """Return True if an input has another value than its default."""
+        return bool(getattr(self, name) != INPUTS[name].default)
 
     def mode_inputs(self) -> dict[str, Any]:
         """Return the inputs that the mode takes, by name."""
@@ -456,24 +510,31 @@ def _check_output(request: Request) -> None:
         raise INPUTS["output_format"].refuse("jpg", reason, "png")
 
 
-def _check_webp(request: Request, sides: Mapping[str, int]) -> None:
-    """Check that a WebP can be as large as the panorama."""
-    if request.output_format == "webp" and max(sides.values()) > LARGEST_WEBP:
+def _check_upscale(request: Request, sides: Mapping[str, int]) -> None:
+    """Check that the enlarged panorama is not too large, for its format either."""
+    rule, largest = INPUTS["upscale"], INPUTS["width"].maximum
+    name, longest = max(sides.items(), key=lambda side: side[1])
+    longest *= request.upscale
+    if longest > largest:
+        reason = f"make no side larger than {largest} pixels, with {name}={sides[name]}"
+        fits = max(factor for factor in rule.choices if factor * sides[name] <= largest)
+        raise rule.refuse(request.upscale, reason, fits)
+    if request.output_format == "webp" and longest > LARGEST_WEBP:
         reason = f"be 'png' or 'jpg' with a side of more than {LARGEST_WEBP} pixels"
         raise INPUTS["output_format"].refuse("webp", reason, "png")
 
 
 def _sides(
-    request: Request, settings: ModeSettings, depth_size: tuple[int, int] | None
+    request: Request, settings: ModeSettings, file_size: tuple[int, int] | None
 ) -> dict[str, int]:
-    """Return the width and height: those given, or else the depth image's or the mode's own.
+    """Return the width and height: those given, or else the file's or the mode's own.
 
-    Where only one is given, the other keeps the depth image's ratio, as closely as it can.
+    Where only one is given, the other keeps the file's ratio, as closely as it can.
     """
-    width, height = depth_size or (settings.width, settings.height)
+    width, height = file_size or (settings.width, settings.height)
     own = {"width": width, "height": height}
     given = {name: getattr(request, name) for name in own if getattr(request, name) is not None}
-    if depth_size and len(given) == 1:
+    if file_size and len(given) == 1:
         ((name, side),) = given.items()
         (other,) = own.keys() - given.keys()
         multiple = settings.multiple if side % settings.multiple == 0 else 1
@@ -481,9 +542,17 @@ def _sides(
     return own | given
 
 
-def _check_size(sides: Mapping[str, int], settings: ModeSettings, measured: list[str]) -> None:
-    """Check that `sides`, of which the depth image gave those in `measured`, make a legal size."""
-    legal, bounds = _nearest_size(sides, settings, measured), INPUTS["width"]
+def _check_size(
+    sides: Mapping[str, int], settings: ModeSettings, measured: Mapping[str, str]
+) -> None:
+    """Check that `sides`, some of which were `measured` in a file, make a legal size.
+
+    Args:
+        sides: width and height.
+        settings: of the mode.
+        measured: from a side to the input whose file gave it.
+    """
+    legal, bounds = _nearest_size(sides, settings, tuple(measured)), INPUTS["width"]
     wrong = [name for name in sides if sides[name] != legal[name]]
     if not wrong:
         return
@@ -491,8 +560,14 @@ def _check_size(sides: Mapping[str, int], settings: ModeSettings, measured: list
     rule = f"be a multiple of {settings.multiple}, at least {least} and at most {bounds.maximum}"
     if prod(sides.values()) > settings.largest:
         rule += f", and at most {settings.largest} pixels in all"
-    origin = dict.fromkeys(measured, " (from depth_image)")
+    origin = {name: f" (from {file})" for name, file in measured.items()}
     found = " and ".join(f"{name}={sides[name]}{origin.get(name, '')}" for name in wrong)
+    if len(measured) == len(sides) and len(wrong) == 1:
+        # The other side would follow by the file's ratio, perhaps too far.
+        (other,) = sides.keys() - set(wrong)
+        followed = sides[other] * legal[wrong[0]] / sides[wrong[0]]
+        if not least <= _round(followed, settings.multiple) <= bounds.maximum:
+            wrong = list(sides)
     advice = " and ".join(f"{name}={legal[name]}" for name in wrong)
     raise ValueError(f"{found}: must {rule}; try {advice}")
 

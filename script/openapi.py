@@ -56,7 +56,7 @@ def choices() -> dict[str, Any]:
             "title": name,
             "description": "An enumeration.",
             "enum": field.choices,
-            "type": "string",
+            "type": KINDS[type(field.choices[0])]["type"],
         }
         for name, field in fields().items()
         if field.choices

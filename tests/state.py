@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from panorama.base_model import BaseModel
 
@@ -14,7 +14,7 @@ class State:
     """What the networks are like.
 
     Attributes:
-        attributes: names and modes of every module's own, patches among them.
+        attributes: names and modes of every module's own, patches among them, and its hooks.
         learning: whether each parameter takes a gradient.
         parameters: copies.
     """
@@ -29,7 +29,7 @@ class State:
         modules = [module for network in base.networks() for module in network.modules()]
         parameters = [p for network in base.networks() for p in network.parameters()]
         return cls(
-            [(*sorted(vars(m)), m.training, checkpointing(m)) for m in modules],
+            [(*sorted(vars(m)), m.training, checkpointing(m), hooks(m)) for m in modules],
             [parameter.requires_grad for parameter in parameters],
             [parameter.detach().clone() for parameter in parameters],
         )
@@ -45,3 +45,8 @@ class State:
 def checkpointing(module: Any) -> bool:
     """Return True if diffusers' gradient checkpointing is on."""
     return bool(getattr(module, "gradient_checkpointing", False))
+
+
+def hooks(module: nn.Module) -> int:
+    """Return how many hooks run before a module."""
+    return len(module._forward_pre_hooks)

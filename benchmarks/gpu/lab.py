@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.activations import weights_of
-from benchmarks.operations import TOKENS
 from panorama.base_model import BaseModel
 from panorama.conditioning.prompts import TextEncoder
 from panorama.modes import load_bases
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.denoiser import Conditioning
+from panorama.sampling.operations import TOKENS
 from panorama.sampling.perceptual import LPIPS, VGG16
 from panorama.sampling.presets import Preset
 

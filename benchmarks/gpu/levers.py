@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.lab import Figures, Lab, strip
-from benchmarks.operations import TOKENS
 from panorama.base_model import BaseModel
+from panorama.sampling.operations import TOKENS
 from panorama.sampling.presets import EXACT, FAST
 
 WHOLE = 50  # steps of exact

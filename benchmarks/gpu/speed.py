@@ -22,12 +22,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.gpu.lab import Figures, Lab, Run, strip
-from benchmarks.operations import PUBLISHED_LOOP, TOKENS
+from benchmarks.operations import PUBLISHED_LOOP
 from benchmarks.plain_loop import StableDiffusion, plain_loop
 from benchmarks.stock import panorama_call
 from panorama.base_model import BaseModel
 from panorama.images.vae import decode
 from panorama.pipeline import Pipeline, Settings
+from panorama.sampling.operations import TOKENS
 from panorama.sampling.presets import EXACT, FAST, WHOLE
 from panorama.sampling.synchronize import SyncSettings
 

@@ -118,6 +118,8 @@ def decode(data: bytes) -> Brightness:
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(BytesIO(data), formats=FORMATS) as image:  # reads only the header
             check_pixels(image.width, image.height)
+            image.verify()  # a PNG's checksums and its end, which decoding skips
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
             white = WHITES.get(image.mode, 255)
             ImageOps.exif_transpose(image, in_place=True)
             values = np.asarray(grey(image), np.float32) / np.float32(white)
@@ -278,21 +280,27 @@ def resize(
     return np.array(image.resize((width, height), Image.Resampling.BILINEAR, box))
 
 
-def warn_of_open_edges(depth: NDArray[np.float32], closed: Axis) -> None:
-    """Log a warning if the edges of depth (H, W) do not meet along the axis that closes.
+def warn_of_open_edges(name: str, values: NDArray[np.float32], closed: Axis) -> None:
+    """Log a warning if the edges of an input's image do not meet along the axis that closes.
 
     Edges count as open if they differ on average by more than 2 of 255 grey levels, and by more
     than four times the mean difference of neighbouring pixels.
+
+    Args:
+        name: the input.
+        values: (H, W) or (H, W, 3) in [0, 1].
+        closed: the axis that closes.
     """
     if not closed:
         return
-    rows = depth if closed == "y" else depth.T
+    rows = values if closed == "y" else values.swapaxes(0, 1)
     step = float(np.abs(rows[0] - rows[-1]).mean())
     usual = float(np.abs(np.diff(rows, axis=0)).mean())
     if step > max(2 / 255, 4 * usual):
         logger.warning(
-            "depth_image: its %s edges differ by %.3f of the range from black to white, "
+            "%s: its %s edges differ by %.3f of the range from black to white, "
             "neighbouring pixels by %.3f; the panorama cannot be seamless there",
+            name,
             {"x": "left and right", "y": "top and bottom"}[closed],
             step,
             usual,

@@ -153,6 +153,10 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
             raise LoraError(kind)
     if not any("lora" in key for key in weights):
         raise LoraError(f"a file of {len(weights)} tensors without a LoRA among them")
+    if spoilt := next(
+        (key for key, each in weights.items() if not each.float().isfinite().all()), None
+    ):
+        raise LoraError(f"a LoRA whose tensor {shorten(spoilt)} holds NaN or infinity")
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except ValueError as error:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from panorama.errors import require_finite, shorten
+from panorama.errors import LONGEST_TEXT, require_finite, shorten
 from panorama.sampling.denoiser import Conditioning
 
 MAX_CONTEXTS = 8
@@ -87,7 +87,7 @@ def encode_prompts(
         guidance_scale: 1 leaves the negative prompt out.
 
     Raises:
-        ValueError: a text has too many tokens.
+        ValueError: a text is too long.
         NotFiniteError: an embedding is not finite.
     """
     texts = {"negative_prompt": (negative_prompt,), "prompt": as_parts(prompt)}
@@ -127,22 +127,30 @@ def stack_groups(groups: Sequence[Tensor]) -> Tensor:
 
 
 def check_lengths(encoders: Sequence[TextEncoder], texts: Mapping[str, Sequence[str]]) -> None:
-    """Raise ValueError if a text has too many tokens.
+    """Raise ValueError if a text is too long.
 
     Args:
         encoders: the text encoders of the base model.
         texts: the texts of each input, by its name; a prompt has one for each part.
     """
+    for name, parts in texts.items():
+        for number, text in enumerate(parts, start=1):
+            place = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
+            if excess := find_excess(encoders, text):
+                raise ValueError(
+                    f"{name}={shorten(text)}{place}: must have at most {excess}; try a shorter text"
+                )
+
+
+def find_excess(encoders: Sequence[TextEncoder], text: str) -> str:
+    """Return the bound that the length of a text exceeds, and the length; "" for none."""
+    if len(text) > LONGEST_TEXT:  # of which a tokenizer would take hundreds of bytes a character
+        return f"{LONGEST_TEXT} characters, not {len(text)}"
     for encoder in encoders:
-        for name, parts in texts.items():
-            for number, text in enumerate(parts, start=1):
-                place = f" (part {number} of {len(parts)})" if len(parts) > 1 else ""
-                count = len(tokenize(encoder.tokenizer, text))
-                if count > encoder.max_tokens:
-                    raise ValueError(
-                        f"{name}={shorten(text)}{place}: must have at most {encoder.max_tokens} "
-                        f"tokens, not {count}; try a shorter text"
-                    )
+        count = len(tokenize(encoder.tokenizer, text))
+        if count > encoder.max_tokens:
+            return f"{encoder.max_tokens} tokens, not {count}"
+    return ""
 
 
 def count_contexts(tokenizer: Any, text: str) -> int:

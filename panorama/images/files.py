@@ -92,6 +92,8 @@ FORMATS: Mapping[str, Options] = {
 """How Pillow writes each format, given the metadata, an XMP packet or "", and the quality."""
 SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 """The format of a file, by the ending of its name."""
+READERS = (PngImageFile, JpegImageFile, WebPImageFile)
+"""Read no pixels before `load`. `Image.open` would refuse large images."""
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -106,15 +108,27 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file is not an image with such metadata.
         DecompressionBombError: it is a WebP of more than twice Pillow's `MAX_IMAGE_PIXELS`.
     """
-    # Image.open refuses large images. These read no pixels, and raise SyntaxError for another
-    # format.
-    for reader in (PngImageFile, JpegImageFile, WebPImageFile):
+    for reader in READERS:  # each raises SyntaxError for another format
         with suppress(SyntaxError, KeyError, ValueError), reader(os.fspath(path)) as image:
             exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
             text = image.info.get(METADATA_KEY) or exif[ExifTags.Base.UserComment][len(ASCII) :]
             metadata: dict[str, Any] = json.loads(text)
             return metadata
     raise ValueError(f"{path}: must be an image made by panorama; try one that Panorama.save wrote")
+
+
+def is_whole(path: Path) -> bool:
+    """Return True if a file is a whole image: a PNG by its checksums, others by their pixels."""
+    for reader in READERS:
+        try:
+            with reader(path) as image:
+                image.verify() if isinstance(image, PngImageFile) else image.load()
+                return True
+        except Image.DecompressionBombError:
+            return True  # a WebP too large for Pillow, which was never broken so far as it was read
+        except Exception:  # they raise all kinds of errors on a broken file
+            continue
+    return False
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -124,6 +138,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         part.write_bytes(data)
         part.replace(path)
     finally:
+        part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path, names: str = "*") -> None:
+    """Remove what killed processes left of files whose names match a pattern, in mid-write."""
+    for part in folder.glob(f".{names}.part"):
         part.unlink(missing_ok=True)
 
 

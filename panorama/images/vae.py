@@ -1,8 +1,9 @@
-"""Decode a canvas of latents, whole or in slices, flat or around a ring."""
+"""Decode a canvas of latents and encode images, whole or in slices, flat or around a ring."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from typing import Any
@@ -19,10 +20,33 @@ from panorama.sampling.views import even_starts, flat_starts
 
 MAX_CELLS = 65536
 """The largest canvas, in latent cells, that is decoded whole and so exactly: 8192 x 512 pixels."""
+MARGIN = 16
+"""Pixels from the opposite edge that are resampled with an image that closes."""
 MIN_SLICE = 128
 """The least cells along a slice: a decoder sees about 17 cells beyond what it decodes."""
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Coder:
+    """One half of a VAE, from latents to images or back.
+
+    Attributes:
+        vae: AutoencoderKL, or AutoencoderTiny to decode.
+        network: its decoder or encoder.
+        code: from (N, C, H, W) to (N, C', H', W'), float32.
+        source: numbers along an axis of what is coded for each latent cell.
+        target: numbers along an axis of the result for each latent cell.
+        channels: of the result.
+    """
+
+    vae: Any
+    network: nn.Module
+    code: Callable[[Any, Tensor], Tensor]
+    source: int
+    target: int
+    channels: int
 
 
 @torch.no_grad()
@@ -61,32 +85,76 @@ def decode_canvas(
         NotFiniteError: the image is not finite.
         torch.OutOfMemoryError: there is too little memory for a slice of `MIN_SLICE`.
     """
-    height, width = latents.shape[-2:]
+    coder = Coder(vae, vae.decoder, decode, 1, factor_of(vae), 3)
+    image = code_canvas(coder, latents, closed, extended, max_cells)
+    require_finite(image, "the decoded image is")
+    return image.clamp_(-1, 1)
+
+
+@torch.no_grad()
+def encode_canvas(
+    vae: Any, image: Tensor, closed: Axis = "", *, max_cells: int = MAX_CELLS
+) -> Tensor:
+    """Encode an image, the inverse of `decode_canvas`.
+
+    Args:
+        vae: AutoencoderKL.
+        image: (1, 3, H, W) in [-1, 1], with sides that are multiples of the VAE's factor f.
+        closed: the axis that closes, on which the encoder's convolutions wrap.
+        max_cells: see `decode_canvas`.
+
+    Returns:
+        The latents (1, C, H / f, W / f), float32: the mean of their distribution.
+    """
+    coder = Coder(vae, vae.encoder, encode, factor_of(vae), 1, vae.config.latent_channels)
+    return code_canvas(coder, image, closed, "", max_cells)
+
+
+def code_canvas(
+    coder: Coder, canvas: Tensor, closed: Axis, extended: str, max_cells: int
+) -> Tensor:
+    """Decode or encode a canvas, in slices where that takes too much memory."""
+    height, width = (side // coder.source for side in canvas.shape[-2:])
     length, across = max(height, width), min(height, width)
     size = length
     if height * width > max_cells:
         size = min(length, max(max_cells // across, MIN_SLICE))
     while True:
         try:
-            image = decode_slices(vae, latents, closed, size, extended)
+            return code_slices(coder, canvas, closed, size, extended)
         except torch.OutOfMemoryError:
             if size <= MIN_SLICE:
                 raise
             failed, size = size, max(size // 2, MIN_SLICE)
             logger.warning(
-                "not enough memory to decode %d latent cells at once: continuing with %d",
+                "not enough memory for %d latent cells of the VAE at once: continuing with %d",
                 failed,
                 size,
             )
-        else:
-            require_finite(image, "the decoded image is")
-            return image.clamp_(-1, 1)
 
 
 def to_pil(image: Tensor) -> Image.Image:
     """Convert an image (1, 3, H, W) in [0, 1] to 8 bits, rounded to the nearest level."""
     levels = (image[0] * 255).round_().to(torch.uint8)  # (3, H, W)
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def resize(image: Tensor, size: tuple[int, int], closed: Axis = "") -> Tensor:
+    """Resample an image (N, C, H, W) to (height, width), bicubic and around the closed axis."""
+    if image.shape[-2:] == size:
+        return image
+    pads = [MARGIN if closed == axis else 0 for axis in "xxyy"]
+    padded = F.pad(image, pads, mode="circular")
+    scales = [new / old for new, old in zip(size, image.shape[-2:], strict=True)]
+    whole = [round(scale * old) for scale, old in zip(scales, padded.shape[-2:], strict=True)]
+    resized = F.interpolate(padded, whole, mode="bicubic", antialias=True)
+    top, left = ((new - side) // 2 for new, side in zip(whole, size, strict=True))
+    return resized[..., top : top + size[0], left : left + size[1]].clamp(0, 1)
+
+
+def factor_of(vae: Any) -> int:
+    """Return the pixels per latent cell of a VAE."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
@@ -96,37 +164,47 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     return images.float()
 
 
-def decode_slices(vae: Any, latents: Tensor, closed: Axis, size: int, extended: str = "") -> Tensor:
-    """Decode slices of `size` cells along the longer axis, blended, to (1, 3, H * f, W * f)."""
-    height, width = latents.shape[-2:]
+def encode(vae: Any, images: Tensor) -> Tensor:
+    """Encode images (N, 3, H * f, W * f) in [-1, 1] to latents (N, C, H, W), float32."""
+    means: Tensor = vae.encode(images.to(vae.dtype)).latent_dist.mode()
+    latents: Tensor = means.float() * vae.config.scaling_factor
+    return latents
+
+
+def code_slices(
+    coder: Coder, canvas: Tensor, closed: Axis, size: int, extended: str = ""
+) -> Tensor:
+    """Decode or encode slices of `size` cells along the longer axis of a canvas, blended."""
+    height, width = (side // coder.source for side in canvas.shape[-2:])
     axis, dim = ("x", -1) if width >= height else ("y", -2)
-    length = latents.shape[dim]
+    length = max(height, width)
     if size == length:
-        with circular(vae, axes=closed, extended=extended):
-            return decode(vae, latents)
+        with circular(coder.vae, axes=closed, extended=extended):
+            return coder.code(coder.vae, canvas)
     stride = size - size // 4
     starts = (
         even_starts(length, ceil(length / stride))
         if closed == axis
         else flat_starts(length, size, stride)
     )
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    weight = slice_weight(size * factor, latents.device).view(-1, *([1] * (-1 - dim)))
-    total = latents.new_zeros([1, 3, height * factor, width * factor], dtype=torch.float32)
-    weights = latents.new_zeros([length * factor, *weight.shape[1:]], dtype=torch.float32)
+    weight = slice_weight(size * coder.target, canvas.device).view(-1, *([1] * (-1 - dim)))
+    sides = height * coder.target, width * coder.target
+    total = canvas.new_zeros([1, coder.channels, *sides], dtype=torch.float32)
+    weights = canvas.new_zeros([length * coder.target, *weight.shape[1:]], dtype=torch.float32)
 
-    def cut(start: int) -> Tensor:
-        cells = torch.arange(start, start + size, device=latents.device) % length
-        return latents.index_select(dim, cells)
+    def places(start: int, scale: int) -> Tensor:
+        """Return the rows or columns of a slice, which may lie beyond the end of a ring."""
+        inside = torch.arange(start * scale, (start + size) * scale, device=canvas.device)
+        return inside % (length * scale)
 
     with (
-        circular(vae, axes="" if closed == axis else closed, extended=extended),
-        shared_statistics(vae, torch.cat(blocks(latents, dim, size))),
+        circular(coder.vae, axes="" if closed == axis else closed, extended=extended),
+        shared_statistics(coder, torch.cat(blocks(canvas, dim, size, coder.source))),
     ):
         for start in starts:
-            pixels = torch.arange(start * factor, (start + size) * factor, device=latents.device)
-            place = pixels % (length * factor)
-            total.index_add_(dim, place, decode(vae, cut(start)) * weight)
+            found = coder.code(coder.vae, canvas.index_select(dim, places(start, coder.source)))
+            place = places(start, coder.target)
+            total.index_add_(dim, place, found * weight)
             weights.index_add_(0, place, weight)
     return total.div_(weights)
 
@@ -140,19 +218,20 @@ def slice_weight(size: int, device: torch.device) -> Tensor:
     return ((edge_distance(size, device) - 1 / 16) * 8).clamp(1e-6, 1)
 
 
-def blocks(latents: Tensor, dim: int, size: int) -> list[Tensor]:
+def blocks(canvas: Tensor, dim: int, size: int, scale: int) -> list[Tensor]:
     """Take four blocks spread evenly along a dimension, together `size` cells long."""
-    length, block = latents.shape[dim], size // 4
-    return [latents.narrow(dim, (length - block) * k // 3, block) for k in range(4)]
+    length, block = canvas.shape[dim] // scale, size // 4
+    starts = ((length - block) * k // 3 for k in range(4))
+    return [canvas.narrow(dim, start * scale, block * scale) for start in starts]
 
 
 @contextmanager
-def shared_statistics(vae: Any, latents: Tensor) -> Iterator[None]:
-    """Make every GroupNorm of the decoder use its statistics over latents (N, C, h, w).
+def shared_statistics(coder: Coder, samples: Tensor) -> Iterator[None]:
+    """Make every GroupNorm of a coder use its statistics over samples (N, C, h, w).
 
     Slices that were each normalised by themselves would differ in tint and contrast.
     """
-    norms = [m for m in vae.decoder.modules() if isinstance(m, nn.GroupNorm)]
+    norms = [m for m in coder.network.modules() if isinstance(m, nn.GroupNorm)]
     statistics: dict[nn.GroupNorm, tuple[Tensor, Tensor]] = {}
 
     def measure(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -167,7 +246,7 @@ def shared_statistics(vae: Any, latents: Tensor) -> Iterator[None]:
     with ExitStack() as stack:
         for norm in norms:
             stack.enter_context(replaced(norm, "forward", partial(measure, norm)))
-        decode(vae, latents)
+        coder.code(coder.vae, samples)
     with ExitStack() as stack:
         for norm in norms:
             forward = partial(normalize, norm, *statistics[norm])

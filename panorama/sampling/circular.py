@@ -6,10 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers.models.downsampling import Downsample2D
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 AXES = ("", "x", "y", "xy")
+PADDING = "_reversed_padding_repeated_twice"  # of a Conv2d: left, right, top and bottom
+OUTSIDE = (0, 1, 0, 1)  # how Downsample2D pads outside of its convolution
 _MISSING = object()
 
 
@@ -22,8 +25,8 @@ def circular(*modules: nn.Module, axes: str = "x", extended: str = "") -> Iterat
     wrap with the rest. On exit, also by an exception, every convolution is as it was. Blocks nest,
     the innermost axes apply, and `gradient.frozen` may be entered inside or outside.
 
-    Padding that a model applies outside of its convolutions is not reached: the downsampling of
-    a VAE encoder. Decoders, UNets and ControlNets have none.
+    The downsampling of a VAE encoder pads its right and lower edges outside of its convolutions,
+    and wraps all the same.
 
     Args:
         modules: the convolutions at any depth are wrapped.
@@ -40,6 +43,9 @@ def circular(*modules: nn.Module, axes: str = "x", extended: str = "") -> Iterat
         raise ValueError(f"extended={extended!r}: must not contain {both.pop()!r}, which wraps")
     modes = dict.fromkeys(axes, "circular") | dict.fromkeys(extended, "replicate")
     with ExitStack() as stack:
+        for module in padding_outside(modules):
+            stack.enter_context(replaced(module, "padding", 1))  # so that it pads no more itself
+            stack.enter_context(replaced(module.conv, PADDING, OUTSIDE))
         for conv in padded_convolutions(modules):
             stack.enter_context(patched(conv, axis_modes=modes))
         yield
@@ -67,7 +73,9 @@ def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     if torch.is_grad_enabled():  # otherwise nothing is kept anyway
         conv2d = own.get("conv2d", F.conv2d)
     padding: Any = conv.padding
-    if modes or conv.padding_mode != "zeros" or isinstance(padding, str):
+    left, right, top, bottom = padding_of(conv)
+    uneven = (left, top) != (right, bottom)
+    if modes or uneven or conv.padding_mode != "zeros" or isinstance(padding, str):
         x, padding = pad(conv, x, modes), (0, 0)
     return conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
@@ -84,13 +92,23 @@ def pad(conv: nn.Conv2d, x: Tensor, modes: Mapping[str, str]) -> Tensor:
 
 def padded_convolutions(modules: tuple[nn.Module, ...]) -> list[nn.Conv2d]:
     """Return every Conv2d that pads, once each even if modules share it."""
-    found = dict.fromkeys(m for root in modules for m in root.modules())
-    return [m for m in found if isinstance(m, nn.Conv2d) and any(padding_of(m))]
+    return [m for m in every(modules) if isinstance(m, nn.Conv2d) and any(padding_of(m))]
+
+
+def padding_outside(modules: tuple[nn.Module, ...]) -> list[Any]:
+    """Return every Downsample2D that pads outside of its convolution."""
+    found = [m for m in every(modules) if isinstance(m, Downsample2D)]
+    return [m for m in found if m.use_conv and m.padding == 0]
+
+
+def every(modules: tuple[nn.Module, ...]) -> dict[nn.Module, None]:
+    """Return all modules within some, once each even if they share it."""
+    return dict.fromkeys(m for root in modules for m in root.modules())
 
 
 def padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
     """Return left, right, top and bottom padding in cells, with "same" and "valid" resolved."""
-    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    left, right, top, bottom = getattr(conv, PADDING)
     return left, right, top, bottom
 
 

@@ -7,12 +7,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from panorama.errors import require_finite
+from panorama.errors import not_finite
 from panorama.sampling.canvas import Axis, Fusion, View, crop
 from panorama.sampling.denoiser import Denoiser
+from panorama.sampling.low_band import LowBand
 from panorama.sampling.ranks import split_among_ranks
 from panorama.sampling.solver import Solver
-from panorama.sampling.synchronize import Synchronizer, SyncStep, keep_memory
+from panorama.sampling.synchronize import Synchronizer, SyncSettings, SyncStep, keep_memory
 
 OnStep = Callable[[int, int, Tensor], None]
 """Called with the number of a step, from 1, the number of steps, and the x0 (1, C, H, W) that the
@@ -37,6 +38,7 @@ def sample(
     *,
     closed: Axis = "",
     sync: Synchronizer | None = None,
+    hold: LowBand | None = None,
     batch_size: int = BATCH_SIZE,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -55,6 +57,7 @@ def sample(
         solver: the solver of this run.
         closed: the axis of the canvas that closes.
         sync: moves windows; None, or a weight of 0, costs nothing.
+        hold: keeps the composition of a smaller image.
         batch_size: windows that pass through the networks at once, half as many where gradients
             take memory. Halved again where the device runs out of memory.
         on_step: called after each step; an exception that it raises ends the run.
@@ -70,10 +73,13 @@ def sample(
     synced = plain
     if sync and sync.gradient:
         synced = Batches(max(1, batch_size // 2), sync.gradient.save_memory)
-    synced_steps = sync_steps(sync, views_per_step)
+    settings, parts = (sync.settings, sync.parts) if sync else (None, 1)
+    synced_steps = sync_steps(settings, parts, views_per_step)
     solver.keep_moves(k for k, step in enumerate(synced_steps) if step)
+    finite: list[Tensor] = []  # read after the last step, so that no step waits for the device
     steps = zip(solver.timesteps, views_per_step, synced_steps, strict=True)
     for k, (t, views, step) in enumerate(steps):
+        views = tuple(views)
         fusion = Fusion(torch.cat([latents, latents], 1), views, closed)  # windows and their noise
         cut: Cut = partial(crop, latents, closed=closed)
         update: Update = partial(predict, denoise, t)
@@ -87,21 +93,27 @@ def sample(
         update_all = split_among_ranks(partial(batches.map, update, cut))
         fusion.add(update_all(views), views)  # (N, 2C, h, w) of all that are no anchors
         moved, noise_pred = fusion.mean().chunk(2, 1)  # (1, C, H, W) each
+        if hold is not None:
+            noise_pred = hold(solver, t, moved, noise_pred)
         latents = solver.step(noise_pred, t, moved)
-        require_finite(latents, f"the latents after step {k + 1} of {len(synced_steps)} are")
+        finite.append(latents.isfinite().all())
         if on_step is not None:
             on_step(k + 1, len(synced_steps), solver.x0(moved, noise_pred, t))
+    steps_finite = torch.stack(finite).tolist()
+    if not all(steps_finite):
+        first = steps_finite.index(False) + 1
+        raise not_finite(f"the latents after step {first} of {len(steps_finite)} are")
     return latents
 
 
 def sync_steps(
-    sync: Synchronizer | None, views_per_step: Sequence[Sequence[View]]
+    settings: SyncSettings | None, parts: int, views_per_step: Sequence[Sequence[View]]
 ) -> list[SyncStep | None]:
     """Return what synchronises each step, None where all windows are anchors."""
-    if sync is None:
+    if settings is None:
         return [None] * len(views_per_step)
     counts = enumerate(map(len, views_per_step))
-    return [sync.settings.at(k) if count > sync.parts else None for k, count in counts]
+    return [settings.at(k) if count > parts else None for k, count in counts]
 
 
 def predict(

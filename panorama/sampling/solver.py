@@ -83,8 +83,14 @@ class Solver:
             GPU.
     """
 
-    def __init__(self, scheduler: Any, num_inference_steps: int) -> None:
+    def __init__(self, scheduler: Any, num_inference_steps: int, last: int | None = None) -> None:
         """Prepare a run on a copy of a scheduler.
+
+        Args:
+            scheduler: of diffusers.
+            num_inference_steps: of the whole schedule.
+            last: how many of its last steps are made, from an image (SDEdit, arXiv 2108.01073);
+                None for all.
 
         Raises:
             ValueError: the scheduler does not fit, see `require_affine`.
@@ -92,17 +98,31 @@ class Solver:
         require_affine(scheduler)
         self._scheduler = copy.deepcopy(scheduler)
         self._scheduler.set_timesteps(num_inference_steps)
-        self.timesteps: Tensor = self._scheduler.timesteps
         self._levels = noise_levels(self._scheduler)
+        first = 0 if last is None else num_inference_steps - last
+        self._whole = first == 0
+        self.timesteps: Tensor = self._scheduler.timesteps[first:]
+        if first and hasattr(self._scheduler, "set_begin_index"):
+            self._scheduler.set_begin_index(first)
 
     def level(self, t: Tensor) -> NoiseLevel:
         """Return the noise level of latents at a timestep of the run."""
         return self._levels[float(t)]
 
-    def initial(self, noise: Tensor) -> Tensor:
-        """Scale noise (1, C, H, W) of unit variance to the latents that the run starts from."""
-        latents: Tensor = noise * self._scheduler.init_noise_sigma
-        return latents
+    def initial(self, noise: Tensor, x0: Tensor | None = None) -> Tensor:
+        """Return the latents (1, C, H, W) that the run starts from.
+
+        Args:
+            noise: (1, C, H, W) of unit variance.
+            x0: latents of an image, which a run of less than the whole schedule begins from.
+        """
+        if x0 is None or self._whole:
+            latents: Tensor = noise * self._scheduler.init_noise_sigma
+            return latents
+        if not len(self.timesteps):
+            return x0
+        level = self.level(self.timesteps[0])
+        return level.alpha * x0 + level.sigma * noise
 
     def scale(self, x: Tensor, t: Tensor) -> Tensor:
         """Scale latents (N, C, h, w) to the unit variance that the UNet expects."""
@@ -113,6 +133,11 @@ class Solver:
         """Predict x0 from latents and noise, (N, C, h, w) each (arXiv 2010.02502, equation 9)."""
         level = self.level(t)
         return (x - level.sigma * noise_pred) / level.alpha
+
+    def noise(self, x: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+        """Return the noise (N, C, h, w) in latents that contain x0, the inverse of `x0`."""
+        level = self.level(t)
+        return (x - level.alpha * x0) / level.sigma
 
     def step(self, noise_pred: Tensor, t: Tensor, x: Tensor) -> Tensor:
         """Step latents (1, C, H, W) from t to the next timestep, given the noise in them."""

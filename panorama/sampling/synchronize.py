@@ -10,6 +10,7 @@ from torch import Tensor
 from panorama.errors import check_least
 from panorama.sampling.canvas import Canvas, View
 from panorama.sampling.denoiser import Denoiser
+from panorama.sampling.low_band import smooth
 from panorama.sampling.parts import part_weights, split_anchors
 from panorama.sampling.solver import Solver
 
@@ -221,20 +222,6 @@ class Synchronizer:
 def keep(x: Tensor, *_: object) -> Tensor:
     """Return windows as they are."""
     return x
-
-
-def smooth(x: Tensor, sigma: float) -> Tensor:
-    """Average the rows and the columns of (N, C, h, w), weighted by a Gaussian of their distance.
-
-    The weights of each row and column sum to 1, also at the ends.
-    """
-
-    def weights(length: int) -> Tensor:
-        places = torch.arange(length, device=x.device)
-        return torch.softmax(-0.5 * ((places[:, None] - places) / sigma) ** 2, -1).to(x)
-
-    rows, columns = x.shape[-2:]
-    return weights(rows) @ x @ weights(columns).T
 
 
 def gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, gcd
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, overload
 
 from panorama.sampling.canvas import Canvas, View
 
@@ -76,13 +76,77 @@ class Sliding:
         rows = moving_starts(canvas.height, window, self.stride, steps, canvas.closed == "y")
         columns = moving_starts(canvas.width, window, self.stride, steps, canvas.closed == "x")
         return [
-            tuple(
-                View(top, left, window, window, feathered=step == steps - 1)
-                for top in tops
-                for left in lefts
-            )
+            Grid(tops, lefts, window, feathered=step == steps - 1)
             for step, (tops, lefts) in enumerate(zip(rows, columns, strict=True))
         ]
+
+
+@dataclass(frozen=True)
+class Grid(Sequence[View]):
+    """Square windows in rows and columns, rows first, each made when it is asked for.
+
+    A large canvas has tens of thousands in every step, which are counted before any is needed.
+    """
+
+    tops: Sequence[int]
+    lefts: Sequence[int]
+    window: int
+    feathered: bool
+
+    def __len__(self) -> int:
+        return len(self.tops) * len(self.lefts)
+
+    @overload
+    def __getitem__(self, index: int) -> View: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[View, ...]: ...
+    def __getitem__(self, index: int | slice) -> View | tuple[View, ...]:
+        places = range(len(self))[index]
+        if isinstance(places, range):
+            return tuple(map(self._view, places))
+        return self._view(places)
+
+    def _view(self, place: int) -> View:
+        row, column = divmod(place, len(self.lefts))
+        return View(self.tops[row], self.lefts[column], self.window, self.window, self.feathered)
+
+
+@dataclass(frozen=True)
+class Feathered:
+    """Cover a canvas that shows an image already, to refine it.
+
+    Windows overlap by a quarter at least, count less towards their edges, and move from step to
+    step. On a closed axis they start at even distances, see `ring_starts`.
+    """
+
+    wraps: ClassVar[bool] = False
+
+    def __call__(self, canvas: Canvas, window: int, steps: int) -> Sequence[Sequence[View]]:
+        """Return the views of each step; see `Layout`."""
+        rows = refining_starts(canvas.height, window, steps, canvas.closed == "y")
+        columns = refining_starts(canvas.width, window, steps, canvas.closed == "x")
+        return [
+            Grid(tops, lefts, window, feathered=True)
+            for tops, lefts in zip(rows, columns, strict=True)
+        ]
+
+
+def refining_starts(length: int, window: int, steps: int, ring: bool) -> list[tuple[int, ...]]:
+    """Return the starts of windows along one axis for each step, as many at each."""
+    stride = window * 3 // 4
+    check_fit(length, window, stride)
+    if ring:
+        first = ring_starts(length, window, stride)
+        room = ceil(length / len(first))
+    else:
+        least = window // 8 if length > window else 0  # of room, so that no edge stays
+        count = ceil((length - window + least) / stride) + 1
+        first = tuple(stride * index for index in range(count))
+        room = first[-1] + window - length + 1  # by which they may hang over the first end
+    offsets = golden_offsets(room, room // 2)
+    sign = 1 if ring else -1
+    moved = [tuple(start + sign * offset for start in first) for offset in offsets]
+    return [moved[step % len(moved)] for step in range(steps)]
 
 
 def sliding_views(canvas: Canvas, window: int, stride: int) -> tuple[View, ...]:

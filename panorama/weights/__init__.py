@@ -7,7 +7,6 @@ path. What the manifest names of a family comes from the hub instead, through a 
 import logging
 import os
 import shlex
-import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,10 @@ from typing import Any
 from huggingface_hub import constants
 from tqdm import tqdm
 
+from panorama.weights.family import LIMITS, read_family
 from panorama.weights.hub import Cache
 from panorama.weights.hub import WeightsError as WeightsError
+from panorama.weights.lock import check_lock
 from panorama.weights.manifest import BUNDLED as BUNDLED
 from panorama.weights.manifest import Part, read_manifest
 
@@ -25,9 +26,14 @@ Modes = Sequence[str] | None  # names of modes; None for all that a family offer
 
 def find(name: str) -> Path | None:
     """Return a file or folder in PANORAMA_WEIGHTS, in `BUNDLED`, or at this very path."""
+    return next(iter(find_all(name)), None)
+
+
+def find_all(name: str) -> list[Path]:
+    """Return a file or folder from each of the places of `find` that has it."""
     own = os.environ.get("PANORAMA_WEIGHTS")
     places = (*([Path(own)] if own else []), BUNDLED, Path())
-    return next((place / name for place in places if (place / name).exists()), None)
+    return [place / name for place in places if (place / name).exists()]
 
 
 def manifest() -> Mapping[str, tuple[Part, ...]]:
@@ -35,14 +41,12 @@ def manifest() -> Mapping[str, tuple[Part, ...]]:
     return read_manifest(find("manifest.toml") or BUNDLED / "manifest.toml")
 
 
-LIMITS = "limits"  # the table of a family file that describes no mode
-
-
 def describe(family: str) -> Mapping[str, Mapping[str, Any]]:
     """Return the defaults of every mode that a family offers.
 
     Raises:
         FileNotFoundError: there is no such family.
+        ValueError: its file is not legal, see `read_family`.
     """
     return {name: table for name, table in _family_file(family).items() if name != LIMITS}
 
@@ -58,7 +62,7 @@ def _family_file(family: str) -> Mapping[str, Any]:
     if path is None:
         names = ", ".join(sorted(file.parent.name for file in BUNDLED.glob("*/family.toml")))
         raise FileNotFoundError(f"no model family {family!r}; there are {names}")
-    return tomllib.loads(path.read_text())
+    return read_family(path)
 
 
 def safety_checker(family: str) -> Path | None:
@@ -117,6 +121,21 @@ def require(
             f"{lacking[0][1]}\nscript/fetch-weights {options} fetches them; in a container it is "
             "python -m panorama.weights, with the same options"
         )
+
+
+def verify(family: str, modes: Modes = None) -> None:
+    """Verify every file that loading modes of a family reads, or raise WeightsError.
+
+    Fetched files have the hashes of the manifest and of the hub. Those that were verified and have
+    not changed are not read again, see `Cache.verify`. The folders of the family have a lock.
+    """
+    require(family, modes)
+    cache = Cache()
+    for part in needed(family, modes):
+        if problem := cache.verify(part):
+            raise WeightsError(f"{cache.folder}: {problem}\nscript/fetch-weights fetches it anew")
+    for folder in {folder.resolve(): folder for folder in find_all(family)}.values():
+        check_lock(folder)
 
 
 def ensure_weights(

@@ -1,4 +1,4 @@
-"""Fetch the weights of `full` into a hub cache, and verify them."""
+"""Fetch the weights of `full` into a hub cache, and verify them; or lock a family's folder."""
 
 import argparse
 import logging
@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from panorama.weights import Modes, WeightsError, ensure_weights, manifest, needed, require
 from panorama.weights.hub import Cache
+from panorama.weights.lock import LOCK, write_lock
 
 
 def listing(family: str, modes: Modes, folder: Path | None) -> Iterator[str]:
@@ -37,7 +38,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dir", type=Path, help="defaults to PANORAMA_WEIGHTS or the hub's cache")
     parser.add_argument("--list", action="store_true", help="list the files, without a request")
     parser.add_argument("--offline", action="store_true", help="only verify, without a request")
+    parser.add_argument(
+        "--lock", type=Path, metavar="FOLDER", help=f"only write {LOCK} into a family's folder"
+    )
     options = parser.parse_args(arguments)
+    if options.lock:
+        if not (options.lock / "family.toml").is_file():
+            parser.error(f"--lock {options.lock}: must be a folder with a family.toml")
+        print(write_lock(options.lock))
+        return 0
     logging.basicConfig(format="%(message)s")
     logging.getLogger("panorama").setLevel(logging.INFO)
     try:

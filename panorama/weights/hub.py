@@ -23,6 +23,7 @@ from panorama.weights.manifest import File, Part, Source
 logger = logging.getLogger(__name__)
 
 STALE = 600  # seconds without a write after which a partial file belongs to a killed process
+VERIFIED = "panorama-verified"  # a file in the folder of a repository, see `Cache.verify`
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Variables whose token the hub client takes before that of the stored login."""
 
@@ -68,6 +69,25 @@ class Cache:
             return [(file, problem) for file, problem in read if problem]
         absent = [file for file in part.files if not self.find(part.sources[0], file)]
         return [(file, f"{file.name} of {part}") for file in absent]
+
+    def verify(self, part: Part) -> str:
+        """Describe the first wrong file of a part that the cache has entirely, "" for none.
+
+        To read a file takes about as long as to load it, so the stamps of those that were right are
+        kept in `VERIFIED`, where the cache can be written.
+        """
+        found = self.locate(part)
+        stamps = {stamp(path, file): (path, file) for path, file in found}
+        record = self.folder / found[0][0].relative_to(self.folder).parts[0] / VERIFIED
+        known = set(record.read_text().split("\n")) if record.is_file() else set()
+        fresh = [each for each in stamps if each not in known]
+        for each in fresh:
+            if problem := mismatch(*stamps[each]):
+                return problem
+        if fresh:
+            with suppress(OSError), record.open("a") as lines:
+                lines.writelines(f"{each}\n" for each in fresh)
+        return ""
 
     def fetch(self, part: Part) -> None:
         """Verify a part, and fetch what is missing or wrong from the first source that has it all.
@@ -164,12 +184,23 @@ def mismatch(path: Path, file: File) -> str:
     where git itself keeps the file. That name is lost on a file system without symbolic links, and
     some mirrors have others.
     """
-    blob = path.readlink().name if path.is_symlink() else ""
-    wanted, origin = (file.sha256, "the manifest") if file.sha256 else (blob, "the hub")
+    wanted, origin = wanted_hash(path, file)
     found = git_hash(path.read_bytes()) if len(wanted) == 40 else sha256(path)
     if len(wanted) in (40, 64) and found != wanted:
         return f"{file.name}: has hash {found}, but {origin} says {wanted}"
     return ""
+
+
+def wanted_hash(path: Path, file: File) -> tuple[str, str]:
+    """Return the hash that a cached file should have, perhaps "", and who says so."""
+    blob = path.readlink().name if path.is_symlink() else ""
+    return (file.sha256, "the manifest") if file.sha256 else (blob, "the hub")
+
+
+def stamp(path: Path, file: File) -> str:
+    """Return a text that is another one once a cached file, or what it should be, changes."""
+    found = path.stat()
+    return f"{wanted_hash(path, file)[0]} {found.st_size} {found.st_mtime_ns} {found.st_ino}"
 
 
 def sha256(path: Path) -> str:

@@ -52,11 +52,13 @@ def legal(rule: Input) -> st.SearchStrategy:
     bounds = {"min_value": rule.minimum, "max_value": min(rule.maximum, 10**6)}
     if rule.kind is Path:
         return st.none()
+    if rule.choices:
+        return st.sampled_from(rule.choices)
     strategy = {
         bool: st.booleans,
         int: lambda: st.integers(**bounds),
         float: lambda: st.floats(**bounds),
-        str: lambda: st.sampled_from(rule.choices) if rule.choices else prompts,
+        str: lambda: prompts,
     }[rule.kind]()
     return st.none() | strategy if rule.optional else strategy
 
@@ -141,11 +143,13 @@ def test_given_inputs_are_kept_and_nothing_stays_open(request, settings):
     except ValueError as error:
         assert set(advice(error)) <= {
             *("prompt", "width", "height", "negative_prompt", "stride", "lora_scale"),
-            "output_format",
+            *("output_format", "upscale"),
         }
         return
     still_open = {name for name, value in resolved.inputs().items() if value is None}
-    assert still_open <= {"depth_image", "lora", "scheduler", "speed", "sync_threshold"}
+    unused = {"depth_image", "image", "lora", "zenith_prompt", "nadir_prompt"}
+    assert still_open <= unused | {"scheduler", "speed", "sync_threshold", "strength"}
+    assert ("strength" in still_open) == (request.upscale == 1)
     windowed = request.mode in INPUTS["speed"].modes
     assert not (windowed and still_open & {"speed", "sync_threshold"})
     given_inputs = {name: value for name, value in request.inputs().items() if value is not None}
@@ -169,6 +173,7 @@ def test_given_inputs_are_kept_and_nothing_stays_open(request, settings):
 @example((2929, 1425), {}, SPHERE, 32)
 @example((16384, 65), {}, SPHERE, 32)
 @example((20000, 1), {"width": 64}, SPHERE, 32)
+@example((1, 16384), {}, SPHERE, 8)
 def test_the_size_that_an_error_suggests_is_legal(depth_size, given, settings, multiple):
     smallest = ceil(settings.smallest / multiple) * multiple
     largest = max(settings.largest, smallest**2, 64**2)

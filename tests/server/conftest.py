@@ -106,6 +106,7 @@ def serving(log_path: Path, **environment: str) -> Iterator[Server]:
             env={**os.environ, "PORT": str(port), **environment},
             stdout=log,
             stderr=subprocess.STDOUT,
+            start_new_session=True,  # a group of its own, for signals
         )
         server = Server(process, port, log_path)
         try:

@@ -1,6 +1,8 @@
 """The real server, over HTTP. A failed prediction is 200 with status "failed": Cog's way."""
 
 import json
+import os
+import re
 import signal
 import subprocess
 import threading
@@ -40,7 +42,7 @@ def test_a_prediction_is_an_image_of_the_given_size(server: Server):
 
 def test_a_prediction_logs_its_seed_and_steps_and_records_metrics(server: Server):
     _, prediction = server.predict(QUICK | {"seed": 5})
-    assert prediction["logs"].splitlines() == ["seed: 5", "step 1/2", "step 2/2"]
+    assert re.fullmatch(r"seed: 5\ncost: \d+\nstep 1/2\nstep 2/2\n?", prediction["logs"])
     assert prediction["metrics"]["seed"] == 5
     assert set(prediction["metrics"]["seconds"]) == {"denoise", "decode", "check", "save"}
 
@@ -121,12 +123,17 @@ def test_an_input_that_only_the_model_forbids_fails_and_says_why(server: Server,
     assert "output" not in prediction
 
 
-def test_a_failing_prediction_logs_its_traceback(server: Server, webhook: Webhook):
+def test_a_failing_prediction_logs_its_traceback_as_one_record(server: Server, webhook: Webhook):
     server.start("failing", QUICK | {"width": 258}, webhook.url)
     event = webhook.last()
     assert event["status"] == "failed"
     assert event["logs"].startswith("Traceback (most recent call last):\n")
     assert "ValueError: width=258" in event["logs"]
+    assert str(ROOT) not in event["logs"]
+    lines = [line for line in server.log().splitlines() if '"prediction_id":"failing"' in line]
+    records = [json.loads(line)["fields"]["message"] for line in lines]
+    (record,) = (record for record in records if record.startswith("Traceback"))
+    assert "ValueError: width=258" in record.splitlines()[-1]
 
 
 def test_a_webhook_is_told_of_the_result(server: Server, webhook: Webhook):
@@ -143,6 +150,7 @@ def test_a_second_request_at_once_is_refused(server: Server, webhook: Webhook):
     assert code == 409
     assert "busy" in answer["error"]
     assert server.status() == "BUSY"
+    webhook.event(lambda event: "step 1/200" in event["logs"])  # Cog ignores an earlier cancel
     server.call("POST", "/predictions/busy/cancel")
     webhook.last()
 
@@ -163,20 +171,23 @@ def test_after_a_cancel_in_mid_run_the_next_prediction_is_right(server: Server, 
     assert "step 200/200" not in server.log()  # or the cancelled one went on to its end
 
 
-def test_sigterm_lets_a_running_prediction_finish(tmp_path: Path):
-    with serving(tmp_path / "log") as server:
+@pytest.mark.parametrize(
+    ("seconds", "steps", "status"), [("60", 20, "succeeded"), ("0.5", 200, "canceled")]
+)
+def test_sigterm_leaves_a_running_prediction_its_time(tmp_path: Path, seconds, steps, status):
+    with serving(tmp_path / "log", PANORAMA_DRAIN_SECONDS=seconds) as server:
         answers = []
-        inputs = QUICK | {"num_inference_steps": 20}
+        inputs = LONG | {"num_inference_steps": steps}
         thread = threading.Thread(target=lambda: answers.append(server.predict(inputs)))
         thread.start()
-        while "step 1/20" not in server.log():
+        while f"step 1/{steps}" not in server.log():
             assert thread.is_alive()
-        server.process.send_signal(signal.SIGTERM)
+        os.killpg(server.process.pid, signal.SIGTERM)
         thread.join(60)
         assert server.process.wait(60) == 0
     ((code, prediction),) = answers
-    assert (code, prediction["status"]) == (200, "succeeded")
-    assert decoded(prediction).size == (256, 256)
+    assert (code, prediction["status"]) == (200, status)
+    assert (f"step {steps}/{steps}" in server.log()) == (status == "succeeded")
 
 
 def test_the_same_image_from_the_command_line_from_python_and_over_http(

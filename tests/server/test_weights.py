@@ -5,6 +5,7 @@ import io
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -316,6 +317,46 @@ def test_single_precision_is_taken_where_a_source_has_no_half(hub, folder):
     with pytest.raises(WeightsError):
         weights.require("small", thorough=True)
     weights.require("small")  # which reads nothing
+
+
+@pytest.mark.parametrize("known", ["manifest", "hub"])
+def test_a_verified_file_is_read_again_only_if_it_has_changed(hub, folder, known):
+    """By hashes of the manifest, or of the hub alone."""
+    if known == "hub":
+        write_manifest(folder, FIRST, hashes=False)
+    weights.ensure_weights("small")
+    path = blob(folder, FILES[HALF])
+    weights.verify("small")
+    weights.verify("small")
+    record = folder / "models--first--model" / "panorama-verified"
+    assert len(record.read_text().splitlines()) == len(FILES)
+
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    spoilt = bytes([FILES[HALF][0] ^ 1]) + FILES[HALF][1:]
+    path.write_bytes(spoilt)
+    with pytest.raises(WeightsError, match=rf"(?s){re.escape(HALF)}: has hash.*fetch-weights"):
+        weights.verify("small")
+    os.utime(path, ns=times)  # as if it were the file that was verified: it is not read
+    weights.verify("small")
+    assert len(record.read_text().splitlines()) == len(FILES)
+    record.unlink()
+    with pytest.raises(WeightsError, match=re.escape(HALF)):
+        weights.verify("small")
+    weights.ensure_weights("small", thorough=True)
+    weights.verify("small")
+
+
+def test_without_a_place_to_remember_every_file_is_read_each_time(hub, folder):
+    weights.ensure_weights("small")
+    record = folder / "models--first--model" / "panorama-verified"
+    record.symlink_to(folder / "missing" / "record")  # root may write anywhere else
+    weights.verify("small")
+    path = blob(folder, FILES[HALF])
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(FILES[HALF][:-1] + b"~")
+    os.utime(path, ns=times)
+    with pytest.raises(WeightsError, match=re.escape(HALF)):
+        weights.verify("small")
 
 
 def test_a_spoilt_half_precision_file_leaves_nothing_that_a_loader_may_find(hub, folder):

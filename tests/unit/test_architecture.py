@@ -21,19 +21,25 @@ MAY_IMPORT = {
     "images": {"errors", "sampling"},
     "base_model": {"errors", "sampling", "conditioning"},
     "pipeline": {"errors", "sampling", "conditioning", "images", "base_model"},
-    "weights": {"errors", "sampling"},
+    "weights": {"errors", "request", "sampling"},
     "loras": {"errors", "sampling", "conditioning"},
-    "modes": {
-        *("errors", "request", "sampling", "conditioning", "images", "base_model", "pipeline"),
-        *("limits", "weights", "loras", "__version__"),
+    "cost": {"errors", "request", "sampling", "conditioning", "base_model", "pipeline"},
+    "jobs": {
+        *("request", "sampling", "conditioning", "images", "pipeline", "__version__"),
     },
-    "environment": {"errors", "weights", "modes"},
+    "modes": {
+        "jobs",
+        *("errors", "request", "sampling", "conditioning", "images", "base_model", "pipeline"),
+        *("cost", "limits", "weights", "loras", "__version__"),
+    },
+    "environment": {"errors", "weights", "cost", "modes"},
     "__init__": {"__version__", "errors", "request", "sampling", "images", "pipeline", "modes"},
     "__main__": {"errors", "request", "images", "weights", "environment"},
     "batch": {
         *("errors", "request", "sampling", "images", "weights", "modes", "environment"),
     },
-    "predict": {"request", "images", "modes", "environment"},
+    "worker": {"errors"},
+    "predict": {"request", "images", "jobs", "modes", "environment", "worker"},
 }
 """From a module or folder of the package to those that it may import, besides itself."""
 

@@ -3,8 +3,10 @@
 import fcntl
 import json
 import os
+import re
 import subprocess
 import threading
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from panorama.batch import Process, add_result, main, make, read_lines, read_results
-from panorama.conditioning.depth import read
+from panorama.batch import (
+    Process,
+    add_result,
+    locked_folder,
+    main,
+    make,
+    read_lines,
+    read_results,
+)
+from panorama.conditioning import depth
 from panorama.images.files import Panorama, read_metadata
 from panorama.request import EVERY_MODE, Request
 
@@ -102,6 +112,9 @@ BAD = [
     ("", "must be JSON"),
     ("\xff", "must be JSON"),
     ("[" * 100_000, "must be JSON"),
+    ('{"prompt": ' + "[" * 100_000, "must be JSON"),
+    ('{"prompt": ["a"]}', "'prompt': must be a text"),
+    ('{"prompt": "a", "seed": {"prompt": 1}}', "'seed': must be a text"),
     ("[]", "object of inputs"),
     ("null", "object of inputs"),
     ('{"width": 512}', "object of inputs"),
@@ -139,6 +152,19 @@ def test_a_bad_line_fails_and_no_other(
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "2 already made"
     assert len(out) == 2 and out[1].startswith("line 2: ")
+
+
+def test_a_line_that_is_nested_to_any_depth_is_a_bad_one(tmp_path, fake, capsys):
+    depths = [*range(1, 900, 100), *range(900, 1050)]  # Python gives up somewhere around 1000
+    lines = [start + "[" * d + "]" * d + "}" * (start != "") for d in depths for start in STARTS]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(lines))
+    assert run(prompts, tmp_path, capsys, code=1) == []
+    assert [result["line"] for result in results(tmp_path)] == [*range(1, len(lines) + 1)]
+    assert run(prompts, tmp_path, capsys, code=1) == []
+
+
+STARTS = ("", '{"prompt": ', '{"prompt": "a", "seed": ')
 
 
 def test_a_bad_line_is_made_when_it_is_corrected(tmp_path, fake, capsys):
@@ -242,7 +268,7 @@ class FakeModels:
     def generate(self, request: Request) -> Panorama:
         request.resolve(self.settings(request.mode))
         if request.depth_image:
-            read(request.depth_image)
+            depth.read(request.depth_image)
         if request.prompt == self.failing:
             raise MemoryError("no memory")
         image = Image.new("RGB", (8, 8))
@@ -323,13 +349,13 @@ def test_another_family_makes_its_own(tmp_path, fake, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("torn", ['{"file": "b.p', '{"file": "b.png", "family": "tiny"}', "é"])
-def test_results_with_a_torn_end_are_read_and_added_to(tmp_path, torn):
-    for name in ("a.png", "b.png", "c.png"):
-        (tmp_path / name).touch()
+@pytest.mark.parametrize("read", [True, False])
+def test_results_with_a_torn_end_are_read_and_added_to(tmp_path, torn, read):
     add_result(tmp_path, {"file": "a.png", "family": "tiny"})
     with (tmp_path / "results.jsonl").open("ab") as file:
         file.write(torn.encode()[:-1] if torn == "é" else torn.encode())
-    assert read_results(tmp_path) == {"a.png": "tiny"}
+    if read:
+        assert read_results(tmp_path) == {"a.png": "tiny"}
     add_result(tmp_path, {"file": "c.png", "family": "tiny"})
     assert read_results(tmp_path) == {"a.png": "tiny", "c.png": "tiny"}
 
@@ -352,10 +378,99 @@ def test_results_with_a_broken_line_elsewhere_are_refused_by_its_number(
 
 
 def test_line_separators_of_unicode_end_no_line(tmp_path, fake, capsys):
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text('{"prompt": "sea\u2028and\x85sky"}\n', encoding="utf-8")
+    prompts, prompt = tmp_path / "prompts.jsonl", "sea\u2028and\x85sky"
+    prompts.write_text(json.dumps({"prompt": prompt}, ensure_ascii=False), encoding="utf-8")
     assert run(prompts, tmp_path, capsys) == [1]
     assert run(prompts, tmp_path, capsys) == []
+    assert [result["inputs"]["prompt"] for result in results(tmp_path)] == [prompt]
+
+
+def test_half_a_character_stops_no_other_line(tmp_path, fake, capsys):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "\ud800"}, {"prompt": "sea"}])
+    assert 2 in run(prompts, tmp_path, capsys, code=1)
+    assert [result["line"] for result in results(tmp_path)] == [1, 2]
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def flip(path: Path) -> None:
+    """One bit of a PNG's pixels."""
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") + 6] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [("png", empty), ("png", cut), ("png", flip), ("jpg", empty), ("jpg", cut), ("webp", cut)],
+)
+def test_an_image_that_cannot_be_read_is_made_again(name, damage, tmp_path, fake, capsys):
+    lines = [{"prompt": prompt, "output_format": name} for prompt in PROMPTS]
+    prompts = write(tmp_path / "prompts.jsonl", lines)
+    assert run(prompts, tmp_path, capsys) == [1, 2, 3]
+    whole = (tmp_path / files(prompts)[1]).read_bytes()
+    damage(tmp_path / files(prompts)[1])
+    assert run(prompts, tmp_path, capsys) == [2]
+    assert (tmp_path / files(prompts)[1]).read_bytes() == whole
+
+
+def test_a_folder_that_another_command_works_on_is_refused(tmp_path, fake, capsys):
+    prompts, folder = write(tmp_path / "prompts.jsonl", [{"prompt": "sea"}]), tmp_path / "images"
+    folder.mkdir()
+    with locked_folder(folder):
+        with pytest.raises(SystemExit) as exit_:
+            main([str(prompts), "-o", str(folder)])
+        assert exit_.value.code == 2
+        assert f"as process {os.getpid()} on " in capsys.readouterr().err
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    assert run(prompts, folder, capsys) == [1]
+
+
+def test_what_killed_commands_left_in_mid_write_is_removed(tmp_path, fake, capsys):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "sea"}])
+    ours, other = tmp_path / f".{files(prompts)[0]}.77.part", tmp_path / ".holiday.png.77.part"
+    for path in (ours, other):
+        path.write_bytes(b"half")
+    assert run(prompts, tmp_path, capsys) == [1]
+    assert (ours.exists(), other.exists()) == (False, True)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of a few kilobytes."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a disk")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_ends_the_command_which_goes_on_when_there_is_room(
+    tmp_path, small_disk, fake, capsys
+):
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"sea {n}"} for n in range(20)])
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(b"x" * 16_000)
+    assert main([str(prompts), "-o", str(small_disk)]) == 1
+    out, err = capsys.readouterr()
+    made = out.count(": made\n")
+    assert 0 < made < 20
+    assert "No space left on device" in err
+    assert re.findall(r"(\d+) of 20 images are left", err) == [str(20 - made)]
+    ballast.unlink()
+    subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+    assert len(run(prompts, small_disk, capsys)) == 20 - made
+    recorded = [result["file"] for result in results(small_disk)]
+    assert sorted(recorded) == sorted(files(prompts))
+    assert sorted(path.name for path in small_disk.glob("[!.]*.*g*")) == sorted(recorded)
 
 
 def test_results_are_added_under_a_lock(tmp_path):
@@ -390,8 +505,8 @@ def test_only_processes_that_work_together_share_windows(
 def test_a_lora_is_a_name_or_after_an_at_sign_a_path(tmp_path):
     names = ("owner/name", "@styles/a.safetensors")
     lines = [{"prompt": "sea", "mode": "sdxl-360", "lora": name} for name in names]
-    read = read_lines(write(tmp_path / "prompts.jsonl", lines))
-    assert [each.request.lora for each in read] == ["owner/name", Path("styles/a.safetensors")]
+    found = read_lines(write(tmp_path / "prompts.jsonl", lines))
+    assert [each.request.lora for each in found] == ["owner/name", Path("styles/a.safetensors")]
 
 
 def test_a_depth_image_is_a_path(tmp_path):

@@ -91,7 +91,8 @@ def test_following_the_advice_for_a_word_makes_a_legal_command(name, capsys):
         main(["-i", "prompt=a", "-i", f"{name}=some"])
     advice = capsys.readouterr().err.rpartition("; try ")[2].strip()
     mode = INPUTS[name].modes[-1]
-    needed = {INPUTS[name].needs: Path("depth.png")} if INPUTS[name].needs else {}
+    values = {"depth_image": Path("depth.png"), "image": Path("a.png"), "fix_poles": True}
+    needed = {need: values[need] for need in INPUTS[name].needs[:1]}
     inputs = parse_inputs(["prompt=a", f"mode={mode}", f"{name}={advice}"])
     assert Request(**inputs | needed)
 
@@ -102,7 +103,7 @@ class FakeModels:
     failure: BaseException | None = None
 
     def prepare(self, request: Request) -> SimpleNamespace:
-        return SimpleNamespace(request=SimpleNamespace(seed=5, prompt=request.prompt))
+        return SimpleNamespace(request=SimpleNamespace(seed=5, prompt=request.prompt), cost=2.6)
 
     def run(self, job: SimpleNamespace, on_step: Any) -> Panorama:
         on_step(1, 2, lambda: Image.new("RGB", (4, 4), "blue"))
@@ -119,10 +120,10 @@ def models(monkeypatch):
     return fake
 
 
-def test_a_panorama_is_written_and_its_seed_and_steps_printed(models, tmp_path, capsys):
+def test_a_panorama_is_written_and_its_seed_cost_and_steps_printed(models, tmp_path, capsys):
     path = tmp_path / "out.png"
     assert main(["-i", "prompt=sea", "-o", str(path)]) == 0
-    assert capsys.readouterr().out == f"seed: 5\nstep 1/2\nstep 2/2\n{path}\n"
+    assert capsys.readouterr().out == f"seed: 5\ncost: 3\nstep 1/2\nstep 2/2\n{path}\n"
     assert read_metadata(path) == {"prompt": "sea"}
 
 

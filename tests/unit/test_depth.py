@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -155,6 +156,38 @@ def test_a_tiff_of_anything_else_is_refused_by_name(tmp_path, pixels, options, n
     imwrite(tmp_path / "a.tif", pixels, **options, **extra)
     with pytest.raises(ValueError, match=rf"^depth_image='a\.tif': .*{named}.*; try a PNG"):
         read(tmp_path / "a.tif")
+
+
+def png_with(image: bytes, checksum: int | None = None, end: bool = True) -> bytes:
+    """A grey PNG of 32 x 16 pixels whose rows are given, perhaps with a wrong checksum."""
+
+    def chunk(body: bytes, checksum: int | None = None) -> bytes:
+        size = (len(body) - 4).to_bytes(4, "big")
+        return size + body + (checksum or zlib.crc32(body)).to_bytes(4, "big")
+
+    header = b"IHDR" + (32).to_bytes(4, "big") + (16).to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    pixels = chunk(b"IDAT" + zlib.compress(image), checksum)
+    return b"\x89PNG\r\n\x1a\n" + chunk(header) + pixels + chunk(b"IEND") * end
+
+
+ROWS = b"".join(bytes([0, *range(0, 256, 8)]) for _ in range(16))  # of no filter
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"checksum": 0xDEADBEEF}, "bad header checksum in b'IDAT'"),
+        ({"end": False}, "truncated PNG file"),
+    ],
+)
+def test_a_png_with_a_wrong_checksum_or_without_an_end_is_refused(tmp_path, options, reason):
+    path = tmp_path / "a.png"
+    path.write_bytes(png_with(ROWS))
+    assert (255 * values(path)[3]).round().tolist() == list(range(0, 256, 8))
+    path.write_bytes(png_with(ROWS, **options))
+    Image.open(path).load()  # Pillow alone takes it
+    with pytest.raises(ValueError, match=reason):
+        read(path)
 
 
 @pytest.mark.parametrize("compression", [None, "lzw", "zlib", "zstd", "lzma", "packbits", "jpeg"])
@@ -392,7 +425,7 @@ BAD = {
     "a folder": (Path.mkdir, "must be a file that exists (it is a folder)"),
     "empty": (Path.touch, "cannot identify"),
     "no image": (lambda path: path.write_text("<html>404</html>"), "cannot identify"),
-    "truncated": (truncated, "truncated"),
+    "truncated": (truncated, "Truncated"),
     "a decompression bomb": (lambda path: path.write_bytes(bomb()), "decompression bomb"),
     "too many bytes": (lambda path: sparse(path, 3 * 10**8), "it has 300000000 bytes"),
     "a transparent colour in 16 bits": (
@@ -479,7 +512,7 @@ def columns(values: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize(("closed", "edges"), [("x", "left and right"), ("y", "top and bottom")])
 def test_edges_that_do_not_meet_make_a_warning_with_the_step(caplog, closed, edges):
     depth = columns(np.linspace(0, 0.75, 64))
-    warn_of_open_edges(depth if closed == "x" else depth.T, closed)
+    warn_of_open_edges("depth_image", depth if closed == "x" else depth.T, closed)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     message = record.getMessage()
@@ -490,7 +523,7 @@ def test_edges_that_do_not_meet_make_a_warning_with_the_step(caplog, closed, edg
 @pytest.mark.parametrize("closed", ["", "x", "y"])
 def test_edges_that_are_not_closed_make_none(caplog, closed):
     depth = columns(np.linspace(0, 0.75, 64))
-    warn_of_open_edges(depth.T if closed == "x" else depth, closed)
+    warn_of_open_edges("depth_image", depth.T if closed == "x" else depth, closed)
     assert caplog.records == []
 
 
@@ -505,5 +538,5 @@ def test_edges_that_are_not_closed_make_none(caplog, closed):
 )
 @pytest.mark.parametrize("closed", ["x", "y"])
 def test_edges_that_meet_make_none(caplog, closed, depth):
-    warn_of_open_edges(depth if closed == "x" else depth.T, closed)
+    warn_of_open_edges("depth_image", depth if closed == "x" else depth.T, closed)
     assert caplog.records == []

@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from benchmarks.operations import count
 from panorama.images.vae import decode
-from panorama.modes import MODES, Models, load
+from panorama.jobs import MODES
+from panorama.modes import Models, load
 from panorama.pipeline import Pipeline, Settings
 from panorama.request import INPUTS, Request
 from panorama.sampling.canvas import View
 from panorama.sampling.denoiser import UNetDenoiser
 from panorama.sampling.gradient import frozen
+from panorama.sampling.operations import count_operations
 from panorama.sampling.solver import Solver
 from panorama.sampling.synchronize import PerceptualGradient
 from panorama.sampling.views import Spanning
@@ -107,7 +108,9 @@ def test_its_tiny_vae_takes_a_tenth_of_the_operations(models: Models) -> None:
     base = models.bases["syncdiffusion"]
 
     def operations(vae: Any) -> int:
-        return count(vae, lambda x: decode(vae, x), torch.zeros(1, 4, 32, 32), gradient=True)
+        return count_operations(
+            vae, lambda x: decode(vae, x), torch.zeros(1, 4, 32, 32), gradient=True
+        )
 
     assert 10 * operations(base.tiny_vae) < operations(base.vae)
 

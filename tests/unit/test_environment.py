@@ -2,7 +2,7 @@
 
 import pytest
 
-from panorama.environment import family_name, mode_names
+from panorama.environment import family_name, load_models, max_cost, mode_names
 
 EVERY = ("syncdiffusion", "syncdiffusion-xl", "sdxl-360")
 
@@ -34,3 +34,20 @@ def test_the_family_is_the_embedded_one_unless_another_is_named(monkeypatch):
     assert family_name() == "tiny"
     monkeypatch.setenv("PANORAMA_FAMILY", "full")
     assert family_name() == "full"
+
+
+def test_the_bound_of_the_cost_is_the_device_s_unless_another_is_set(monkeypatch):
+    monkeypatch.delenv("PANORAMA_MAX_COST", raising=False)
+    assert max_cost() is None
+    monkeypatch.setenv("PANORAMA_MAX_COST", "")
+    assert max_cost() is None
+    monkeypatch.setenv("PANORAMA_MAX_COST", "1000")
+    monkeypatch.setenv("PANORAMA_MODES", "sdxl-360")
+    assert load_models().max_cost == max_cost() == 1000
+
+
+@pytest.mark.parametrize("value", ["999", "-5000", "1e6", "many", "9" * 4301])
+def test_a_bound_that_is_no_number_or_too_small_is_refused(monkeypatch, value):
+    monkeypatch.setenv("PANORAMA_MAX_COST", value)
+    with pytest.raises(ValueError, match=r"^PANORAMA_MAX_COST='.*at least 1000; try 100000$"):
+        load_models()

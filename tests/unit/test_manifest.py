@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from panorama import weights
-from panorama.modes import MODES
+from panorama.jobs import MODES
 from panorama.weights.manifest import File, Part, Source, read_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -187,9 +187,11 @@ def test_a_family_that_is_a_folder_has_the_components_that_are_in_it(tmp_path, m
 
 def test_a_family_may_be_beside_the_cache_and_have_a_safety_checker(tmp_path, monkeypatch):
     (tmp_path / "own" / "safety_checker").mkdir(parents=True)
-    (tmp_path / "own" / "family.toml").write_text("[sdxl-360]\nwidth = 64\n")
+    defaults = {"width": 128, "height": 64, "guidance_scale": 3.0}
+    lines = (f"{name} = {value}\n" for name, value in defaults.items())
+    (tmp_path / "own" / "family.toml").write_text("[sdxl-360]\n" + "".join(lines))
     monkeypatch.setenv("PANORAMA_WEIGHTS", str(tmp_path))
-    assert weights.describe("own") == {"sdxl-360": {"width": 64}}
+    assert weights.describe("own") == {"sdxl-360": defaults}
     assert weights.safety_checker("own") == tmp_path / "own" / "safety_checker"
     assert weights.safety_checker("tiny") is None
 

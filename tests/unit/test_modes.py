@@ -26,7 +26,8 @@ from panorama.base_model import BaseModel
 from panorama.errors import NotFiniteError
 from panorama.images.files import Panorama, read_metadata
 from panorama.images.vae import MAX_CELLS, to_pil
-from panorama.modes import MODES, Models, load, load_bases
+from panorama.jobs import MODES
+from panorama.modes import Models, load, load_bases
 from panorama.pipeline import Pipeline
 from panorama.request import INPUTS, Request
 from panorama.sampling.presets import WINDOWED
@@ -465,7 +466,37 @@ def test_two_threads_make_what_they_make_one_after_the_other(
         assert np.array_equal(panorama.image, alone.image)
 
 
+def test_threads_that_generate_at_once_make_what_each_makes_alone(models: Models) -> None:
+    requests = [request(mode, seed=seed) for mode in MODES for seed in (1, 2)]
+    alone = [models.generate(each).image.tobytes() for each in requests]
+    with ThreadPoolExecutor(len(requests)) as threads:
+        together = threads.map(lambda each: models.generate(each).image.tobytes(), requests)
+        assert list(together) == alone
+
+
 # --- an exception ---
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_poll_ends_a_run_anywhere_in_a_step(models: Models, mode: str) -> None:
+    job, calls, steps = models.prepare(request(mode, num_inference_steps=1)), [], []
+    image = models.run(job, poll=lambda: calls.append(1)).image
+    base, polls = models.bases[mode], len(calls)
+    assert polls > 50
+    before = State.of(base)
+    for last in (1, polls // 10, polls // 3, polls // 2, polls - 1):
+        left = iter(range(last))
+
+        def poll(left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise InterruptedError
+
+        steps.clear()
+        with pytest.raises(InterruptedError):
+            models.run(job, lambda *step: steps.append(step), poll)
+        assert len(steps) == (last == polls - 1)  # then the image is being decoded
+        before.check(base)
+    assert np.array_equal(models.run(job).image, image)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -565,3 +596,90 @@ def test_a_seed_means_the_same_noise_in_half_precision(models: Models) -> None:
         for base in (half, models.bases["sdxl-360"])
     ]
     assert torch.equal(*noise)
+
+
+# --- enlarging, poles, and an image to start from ---
+
+
+@pytest.fixture
+def source(tmp_path: Path, models: Models) -> Path:
+    path = tmp_path / "in.png"
+    generate(models, seed=7).save(path)
+    return path
+
+
+def test_each_stage_is_counted_and_previewed_at_its_size(models: Models) -> None:
+    seen: list[tuple[int, int, tuple[int, int]]] = []
+    inputs = {"upscale": 4, "num_inference_steps": 3, "strength": 0.7, "fix_poles": True}
+    panorama = models.generate(
+        request(**inputs), lambda step, steps, preview: seen.append((step, steps, preview().size))
+    )
+    assert panorama.image.size == (4 * WIDTH, 4 * HEIGHT)
+    # Three steps, then twice two; after each stage both poles, two steps each, of one window.
+    stages = [(WIDTH, HEIGHT)] * 3, [(2 * WIDTH, 2 * HEIGHT)] * 2, [(4 * WIDTH, 4 * HEIGHT)] * 2
+    poles = [(HEIGHT, HEIGHT)] * 4
+    sizes = [size for stage in stages for size in (*stage, *poles)]
+    assert seen == [(k + 1, len(sizes), size) for k, size in enumerate(sizes)]
+    assert set(panorama.seconds) == {"denoise", "decode", "upscale", "poles", "check"}
+
+
+def test_the_metadata_makes_an_enlarged_panorama_again(models: Models, tmp_path: Path) -> None:
+    panorama = models.generate(request(upscale=2, fix_poles=True))
+    panorama.save(tmp_path / "out.png")
+    inputs = read_metadata(tmp_path / "out.png")["inputs"]
+    again = models.generate(Request(**inputs))
+    assert np.array_equal(panorama.image, again.image)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_strength_is_how_far_an_image_is_left(models: Models, source: Path, mode: str) -> None:
+    own = {"image": source, "num_inference_steps": 4}
+    kept, mixed, drawn = (generate(models, mode, **own, strength=x) for x in (0.0, 0.5, 1.0))
+    other = {"prompt": "night over the sea", "seed": 5}
+    assert np.array_equal(kept, generate(models, mode, **own, **other, strength=0.0))
+    assert np.array_equal(drawn, generate(models, mode, num_inference_steps=4))
+    assert not np.array_equal(mixed, kept) and not np.array_equal(mixed, drawn)
+
+
+def test_an_image_is_enlarged_as_it_is(models: Models, source: Path) -> None:
+    """No step is made at its own size."""
+    steps: list[int] = []
+    job = models.prepare(request(image=source, upscale=2, strength=0.5, num_inference_steps=4))
+    panorama = models.run(job, lambda step, total, _: steps.append(total))
+    assert steps == [2, 2]
+    assert panorama.image.size == (2 * WIDTH, 2 * HEIGHT)
+    recorded = panorama.metadata["inputs"]["image"]
+    assert recorded == f"sha256:{hashlib.sha256(source.read_bytes()).hexdigest()}"
+
+
+def test_an_image_whose_edges_do_not_meet_is_warned_of(
+    models: Models, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ramp = np.tile(np.linspace(0, 255, WIDTH).astype(np.uint8)[None, :, None], (HEIGHT, 1, 3))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    models.prepare(request("syncdiffusion", image=tmp_path / "ramp.png"))
+    assert caplog.records == []
+    models.prepare(request(image=tmp_path / "ramp.png"))
+    (record,) = caplog.records
+    assert "image: its left and right edges differ by 1.000" in record.getMessage()
+
+
+def test_an_image_of_an_illegal_size_is_refused_before_any_work(
+    models: Models, tmp_path: Path
+) -> None:
+    Image.new("RGB", (WIDTH + 1, HEIGHT)).save(tmp_path / "odd.png")
+    with pytest.raises(ValueError, match=rf"width={WIDTH + 1} \(from image\): must .*; try"):
+        models.prepare(request(image=tmp_path / "odd.png"))
+
+
+def test_an_enlarged_panorama_follows_its_depth_image(models: Models, depth_image: Path) -> None:
+    own = {"upscale": 2, "width": WIDTH, "height": HEIGHT}
+    followed, ignored, plain = (
+        generate(models, **own, **inputs)
+        for inputs in (
+            {"depth_image": depth_image},
+            {"depth_image": depth_image, "controlnet_conditioning_scale": 0.0},
+            {},
+        )
+    )
+    assert not np.array_equal(followed, plain) and np.array_equal(ignored, plain)

@@ -1,18 +1,27 @@
 """The Predictor around the models: files, metrics, logs, and cancelling between two steps."""
 
+import io
+import shutil
+import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from cog import CancelationException
 from PIL import Image
 
 import predict
 from panorama.images.files import Panorama, read_metadata
-from panorama.modes import Progress
+from panorama.jobs import Progress
+from panorama.modes import load
 from panorama.request import ModeSettings, Request, SpeedSettings
+from panorama.worker import Termination
 from predict import Predictor
 
 SETTINGS = ModeSettings(
@@ -34,23 +43,34 @@ class FakeModels:
         self.steps_done = 0
 
     def prepare(self, request: Request) -> SimpleNamespace:
-        return SimpleNamespace(request=request.resolve(SETTINGS))
+        return SimpleNamespace(request=request.resolve(SETTINGS), cost=811.4)
 
-    def run(self, job: SimpleNamespace, on_step: Progress) -> Panorama:
+    def run(self, job: SimpleNamespace, on_step: Progress, poll: Callable[[], None]) -> Panorama:
         steps = job.request.num_inference_steps
         self.steps_done = 0
         for step in range(1, steps + 1):
             self.before_step(step)
+            poll()
             on_step(step, steps, pytest.fail)  # Cog gets one image, and no previews
             self.steps_done = step
         image = Image.new("RGB", (job.request.width, job.request.height))
         return Panorama(image, "", job.request.mode_inputs(), {"denoise": 1.0, "check": 2.0})
 
 
+def untouched_signals(seconds: float) -> Termination:
+    """A Termination that leaves the signals of this process alone."""
+    handler, descriptor = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
+    termination = Termination(seconds)
+    signal.signal(signal.SIGTERM, handler)
+    signal.set_wakeup_fd(descriptor)
+    return termination
+
+
 @pytest.fixture
 def predictor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Predictor]:
     """A Predictor as Cog leaves it after setup, with `metrics` that it recorded."""
     monkeypatch.setattr(predict, "load_models", FakeModels)
+    monkeypatch.setattr(predict, "Termination", untouched_signals)
     predictor = Predictor()
     predictor.setup()
     predictor.metrics = {}
@@ -68,7 +88,7 @@ def test_a_prediction_writes_a_png_of_its_inputs(predictor, capsys):
     path = call(predictor, prompt="night over the sea")
     metadata = read_metadata(path)
     assert (metadata["prompt"], metadata["seed"]) == ("night over the sea", 7)
-    assert capsys.readouterr().out == "seed: 7\nstep 1/3\nstep 2/3\nstep 3/3\n"
+    assert capsys.readouterr().out == "seed: 7\ncost: 811\nstep 1/3\nstep 2/3\nstep 3/3\n"
 
 
 @pytest.mark.parametrize(("name", "kind"), [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")])
@@ -102,7 +122,62 @@ def test_a_bad_input_fails_with_a_printed_traceback(predictor, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_cancelled_prediction_stops_at_the_next_step(predictor, monkeypatch):
+def test_a_traceback_is_one_write_without_the_folders_of_the_machine(predictor, monkeypatch):
+    writes: list[str] = []
+
+    class Stream(io.StringIO):
+        def write(self, text: str) -> int:
+            writes.append(text)
+            return len(text)
+
+    monkeypatch.setattr(sys, "stderr", Stream())
+    with pytest.raises(ValueError, match="width=258"):
+        predictor.predict(**Request(prompt="sea").inputs() | {"width": 258})
+    (text,) = writes
+    assert text.startswith("Traceback (most recent call last):\n")
+    assert 'File "predict.py", line' in text
+    assert 'File "panorama/request.py", line' in text
+    assert "ValueError: width=258" in text.splitlines()[-1]
+    assert str(Path(predict.__file__).parent) not in text
+
+
+def test_an_error_names_a_file_but_no_folder(predictor, tmp_path, capsys):
+    predictor.models.before_step = lambda step: (tmp_path / "none" / "a.txt").read_text()
+    with pytest.raises(RuntimeError) as caught:
+        call(predictor)
+    assert str(caught.value) == ("FileNotFoundError: [Errno 2] No such file or directory: 'a.txt'")
+    assert str(tmp_path) not in capsys.readouterr().err
+
+
+def test_a_folder_that_vanished_is_made_again(predictor):
+    call(predictor)
+    shutil.rmtree(predictor.folder)
+    path = call(predictor)
+    assert read_metadata(path)["prompt"] == "sea"
+    predictor.cleanup()
+    assert not path.parent.exists()
+
+
+def test_a_prediction_is_cancelled_when_its_time_after_sigterm_is_over(predictor, capsys):
+    resume = threading.Event()
+
+    def before_step(step: int) -> None:
+        if step == 2:
+            predictor.termination.over.set()
+            assert resume.wait(60)
+
+    predictor.models.before_step = before_step
+    with pytest.raises(CancelationException):
+        call(predictor)
+    resume.set()
+    predictor.thread.submit(lambda: None).result(60)
+    assert predictor.models.steps_done == 1
+    assert "canceled: " in capsys.readouterr().out
+
+
+def test_a_cancelled_prediction_stops_and_the_next_says_that_it_waits(
+    predictor, monkeypatch, capsys
+):
     """As Cog cancels: by raising in the thread that waits for the steps."""
 
     class Cancellation(BaseException):
@@ -124,13 +199,49 @@ def test_a_cancelled_prediction_stops_at_the_next_step(predictor, monkeypatch):
         patch.setattr(predict, "wait", interrupted_wait)
         with pytest.raises(Cancellation):
             call(predictor)
-    resume.set()
-    predictor.thread.submit(lambda: None).result(60)  # the thread is free again
-    assert predictor.models.steps_done == 1
+    waiting = "waiting for a cancelled prediction to stop"
+    assert waiting not in capsys.readouterr().out
+    threading.Timer(0.5, resume.set).start()
+    stopped: list[int] = []
+    predictor.thread.submit(lambda: stopped.append(predictor.models.steps_done))
 
     predictor.models.before_step = lambda step: None
-    call(predictor)
+    for lines in (["seed: 7", "cost: 811", waiting], ["seed: 7", "cost: 811", "step 1/3"]):
+        call(predictor)
+        assert capsys.readouterr().out.splitlines()[:3] == lines
+    assert stopped == [1]
     assert predictor.models.steps_done == 3
+
+
+def test_a_cancellation_takes_effect_within_a_step(monkeypatch):
+    """On the embedded family, whose next image is what it was before."""
+    monkeypatch.setattr(predict, "load_models", lambda: load("tiny", modes=["sdxl-360"]))
+    predictor = Predictor()
+    predictor.setup()
+    monkeypatch.setattr(predictor, "record_metric", lambda *_: None)
+    small = {"mode": "sdxl-360", "width": 128, "height": 64, "num_inference_steps": 1}
+    large = small | {"width": 2048, "height": 512}
+    before = call(predictor, **small).read_bytes()
+    times = [time.perf_counter()]
+    request = Request(prompt="sea", **large)
+    predictor.models.generate(request, lambda *_: times.append(time.perf_counter()))
+    step = times[1] - times[0]
+
+    def interrupted_wait(*_: Any, **__: Any) -> None:
+        time.sleep(step / 4)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(predict, "wait", interrupted_wait)
+        with pytest.raises(KeyboardInterrupt):
+            call(predictor, **large)
+    cancelled = time.perf_counter()
+    with pytest.raises(CancelledError):
+        predictor.running.result(60)
+    assert time.perf_counter() - cancelled < step / 2
+    assert call(predictor, **small).read_bytes() == before
+    predictor.thread.shutdown()
+    predictor.cleanup()
 
 
 def test_its_folder_goes_with_it(predictor):

@@ -228,7 +228,7 @@ def test_a_megabyte_is_refused_before_it_is_encoded(bases: dict[str, BaseModel])
     seen: list[int] = []
     hook = base.text_encoders[0].model.register_forward_pre_hook(lambda *_: seen.append(1))
     try:
-        with pytest.raises(ValueError, match=r"^prompt='sea.* tokens") as error:
+        with pytest.raises(ValueError, match=r"^prompt='sea.* 10000 characters") as error:
             encode(base, "sea " * 250_000)
     finally:
         hook.remove()

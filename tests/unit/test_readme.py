@@ -16,7 +16,7 @@ def row(rule: Input) -> str:
     default = "required" if rule.required else "" if rule.default is None else f"`{rule.default!r}`"
     limits = [str(limit) for limit in (rule.minimum, rule.maximum) if abs(limit) != inf]
     allowed = " to ".join(limits) if len(limits) == 2 else "".join(f"from {x}" for x in limits)
-    allowed = allowed or ", ".join(rule.choices)
+    allowed = allowed or ", ".join(map(str, rule.choices))
     modes = "" if rule.modes == EVERY_MODE else ", ".join(rule.modes)
     cells = (f"`{rule.name}`", rule.kind.__name__, default, allowed, modes, rule.description)
     return f"| {' | '.join(cells)} |"
@@ -34,7 +34,7 @@ def test_the_table_of_inputs_is_that_of_request():
 
 
 def test_link_targets_exist():
-    for text in (README, ROOT / "weights" / "tiny" / "README.md"):
+    for text in (README, ROOT / "weights" / "tiny" / "README.md", ROOT / "docs" / "operate.md"):
         for target in re.findall(r"\]\(([^)#:]+)\)", text.read_text()):
             assert (text.parent / target).exists(), f"{text}: {target}"
 

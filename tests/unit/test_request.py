@@ -262,6 +262,10 @@ OWN = {
     "lora": ("syncdiffusion-xl", "sdxl-360"),
     "depth_kind": ("syncdiffusion-xl", "sdxl-360"),
     "lora_scale": ("syncdiffusion-xl", "sdxl-360"),
+    "upscale": ("syncdiffusion-xl", "sdxl-360"),
+    "fix_poles": ("sdxl-360",),
+    "zenith_prompt": ("sdxl-360",),
+    "nadir_prompt": ("sdxl-360",),
 }
 OTHER = {
     "sync_weight": 1.0,
@@ -276,6 +280,10 @@ OTHER = {
     "controlnet_conditioning_scale": 0.0,
     "lora": "owner/name",
     "lora_scale": 0.0,
+    "upscale": 2,
+    "fix_poles": True,
+    "zenith_prompt": "a blue sky",
+    "nadir_prompt": "sand",
 }
 
 
@@ -292,7 +300,7 @@ def test_an_input_of_another_mode_is_refused_where_it_is_set(mode, name):
     needs = INPUTS[name].needs
     inputs = {"prompt": "sea", "mode": mode, name: OTHER[name]}
     if mode in OWN[name]:
-        request = Request(**inputs | ({needs: OTHER[needs]} if needs else {}))
+        request = Request(**inputs | {need: OTHER[need] for need in needs})
         assert getattr(request, name) == OTHER[name]
         return
     field, rule, legal = refusal(lambda: Request(**inputs))
@@ -666,3 +674,51 @@ def test_inputs_make_the_request_again():
     assert set(INPUTS) - set(sphere.mode_inputs()) == {
         name for name, modes in OWN.items() if "sdxl-360" not in modes
     }
+
+
+# Enlarging, and starting from an image
+
+
+def test_strength_is_that_of_what_it_is_needed_for():
+    sphere = {"settings": SPHERE, "mode": "sdxl-360"}
+    assert resolve(**sphere).strength is None
+    assert resolve(**sphere, upscale=2).strength == 0.35
+    assert resolve(**sphere, image=Path("a.png")).strength == 0.6
+    assert resolve(**sphere, image=Path("a.png"), upscale=2).strength == 0.35
+    assert resolve(**sphere, upscale=2, strength=0.0).strength == 0.0
+
+
+def test_strength_means_nothing_without_an_image_or_a_factor():
+    field, rule, legal = refusal(lambda: Request(prompt="sea", strength=0.5))
+    assert (field, legal) == ("strength", None)
+    assert "image or upscale" in rule
+
+
+@pytest.mark.parametrize("value", [0, 3, 16, 2.5, "2", True])
+def test_only_the_factors_that_there_are_enlarge(value):
+    field, _, legal = refusal(lambda: Request(prompt="sea", mode="sdxl-360", upscale=value))
+    assert (field, legal) == ("upscale", 1)
+
+
+@pytest.mark.parametrize(("width", "legal"), [(4096, 4), (8192, 2), (16384, 1)])
+def test_an_enlarged_side_is_no_longer_than_a_side_may_be(width, legal):
+    inputs = {"mode": "sdxl-360", "width": width, "height": 64, "upscale": 8}
+    field, rule, found = refusal(lambda: resolve(SPHERE, **inputs))
+    assert (field, found) == ("upscale", legal)
+    assert "16384" in rule
+    assert resolve(SPHERE, **inputs | {"upscale": legal}).width == width
+
+
+def test_a_webp_has_room_for_the_enlarged_panorama():
+    inputs = {"mode": "sdxl-360", "width": 8192, "height": 64, "output_format": "webp"}
+    assert resolve(SPHERE, **inputs).width == 8192
+    field, _, legal = refusal(lambda: resolve(SPHERE, **inputs, upscale=2))
+    assert (field, legal) == ("output_format", "png")
+
+
+def test_an_image_gives_the_size_before_a_depth_image_does():
+    request = Request(prompt="sea", mode="sdxl-360", image=Path("a.png"), depth_image=DEPTH)
+    resolved = request.resolve(SPHERE, (640, 320))
+    assert (resolved.width, resolved.height) == (640, 320)
+    with pytest.raises(ValueError, match=r"width=650 \(from image\)"):
+        request.resolve(SPHERE, (650, 320))

@@ -19,7 +19,9 @@ PICKLES = {"model": "pytorch_model.bin", "diffusion_pytorch_model": "diffusion_p
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return Path(shutil.copytree(TINY, tmp_path_factory.mktemp("family") / "family"))
+    family = Path(shutil.copytree(TINY, tmp_path_factory.mktemp("family") / "family"))
+    (family / "SHA256SUMS").unlink()  # it would refuse other files first
+    return family
 
 
 @pytest.mark.parametrize(

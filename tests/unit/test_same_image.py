@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from panorama.images.files import read_metadata
-from panorama.modes import MODES
+from panorama.jobs import MODES
 
 ROOT = Path(__file__).parents[2]
 MAKE = """

@@ -11,6 +11,7 @@ from pathlib import Path
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
+from panorama.weights.lock import write_lock
 from weights.train import (
     autoencoder,
     controlnet,
@@ -106,6 +107,7 @@ def main() -> None:
         for stage in arguments.stages or STAGES:
             if not (done := work.folder / "done" / stage).exists():
                 STAGES[stage](work)
+                write_lock(export.TINY)
                 done.parent.mkdir(parents=True, exist_ok=True)
                 done.touch()
     except OutOfTime as error:

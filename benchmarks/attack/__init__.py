@@ -1,0 +1,1 @@
+"""Everything that the service has to withstand, in minutes: `script/attack`."""

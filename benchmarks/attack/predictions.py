@@ -1,0 +1,142 @@
+"""Predictions in a row: what the largest costs, and what many leave behind."""
+
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from random import Random
+from typing import Any
+
+import httpx2
+
+from benchmarks.attack.lab import LONG, SMALL, Figures, Server, client, serving, wait_until
+from benchmarks.bench import Goal
+
+WORST = {
+    "accepted without an estimate in the log": Goal(most=0),
+    "from a cancel to the next image: seconds": Goal(most=2),
+}
+MEMORY = {
+    "growth of memory": Goal(most=0.02),
+    "growth of open files": Goal(most=0),
+    "growth of threads": Goal(most=0),
+    "temporary files while it runs": Goal(most=1),
+    "temporary files afterwards": Goal(most=0),
+    "afterwards another image": Goal(most=0),
+}
+SIDES = (16384, 8192, 4096, 2048, 1024, 512)
+COSTLY = {"mode": "syncdiffusion", "prompt": "sea", "stride": 8, "num_inference_steps": 200}
+COSTLY |= {"sync_threshold": 200, "seed": 1}
+
+
+@contextmanager
+def started(server: Server, name: str, inputs: dict[str, Any]) -> Iterator[Future[httpx2.Response]]:
+    """Start a prediction with this id; yield its answer, which may take minutes."""
+    server.wait_until_ready()
+    with client(server.port) as other, ThreadPoolExecutor(1) as pool:
+        body = {"input": inputs}
+        yield pool.submit(other.put, f"/predictions/{name}", json=body, timeout=60)
+
+
+def worst(count: int, seed: int) -> Figures:
+    """Cancel the largest request that is accepted, so many times, after a random time."""
+    random = Random(seed)
+    with serving() as server:
+        side, log = largest(server)
+        seconds = []
+        for number in range(count):
+            inputs = COSTLY | {"width": side, "height": side}
+            with started(server, f"worst-{number}", inputs):
+                wait_until(lambda: server.status() == "BUSY")
+                time.sleep(random.uniform(0.5, 4))
+                began = time.monotonic()
+                server.client.post(f"/predictions/worst-{number}/cancel").raise_for_status()
+                with suppress(httpx2.TimeoutException):  # after a minute
+                    server.image()
+                seconds.append(time.monotonic() - began)
+            if seconds[-1] > 30:
+                break  # it waits behind the one that was cancelled, and so would the next
+    return {
+        "largest that is accepted: pixels a side": side,
+        "accepted without an estimate in the log": int(not re.search(r"\bevaluations\b", log)),
+        "from a cancel to the next image: seconds": max(seconds),
+    }
+
+
+def largest(server: Server) -> tuple[int, str]:
+    """Return the largest side that is accepted, and what the log says of it before a step."""
+    for side in SIDES:
+        before = len(server.log())
+        inputs = COSTLY | {"width": side, "height": side}
+        with started(server, f"largest-{side}", inputs) as answer:
+            time.sleep(3)  # a refusal takes less
+            refused = answer.done()
+            server.client.post(f"/predictions/largest-{side}/cancel")
+        if not refused:
+            return side, server.log()[before:].partition("step 1/")[0]
+    raise ValueError("every size was refused")
+
+
+def usage(server: Server) -> tuple[int, int, int]:
+    """Return the memory, the open files and the threads of the worker."""
+    worker = server.worker
+    return worker.memory_info().rss, worker.num_fds(), worker.num_threads()
+
+
+def memory(count: int, seed: int) -> Figures:
+    """Make so many small images, and cancel and abandon a tenth as many; compare what is in use.
+
+    The first fifth is not counted: allocators grow until they have seen every size.
+    """
+    random = Random(seed)
+    with serving(PANORAMA_MODES=SMALL["mode"]) as server:
+        first = server.image()
+        warm = usage(server)
+        for number in range(count):
+            if number == count // 5:
+                warm = usage(server)
+            server.post(SMALL | {"seed": number, "width": random.choice((64, 128, 256))})
+            if number % 10 == 3:
+                cancel(server, f"cancel-{number}", random.uniform(0, 0.5))
+            if number % 10 == 7:
+                abandon(server, random.uniform(0.05, 0.5))
+        same = server.image() == first
+        used = usage(server)
+        during = files(server)
+        server.process.terminate()
+        server.process.wait(60)
+        after = files(server)
+    return {
+        "images": count,
+        "megabytes": used[0] / 1e6,
+        "growth of memory": used[0] / warm[0] - 1,
+        "growth of open files": used[1] - warm[1],
+        "growth of threads": used[2] - warm[2],
+        "temporary files while it runs": during,
+        "temporary files afterwards": after,
+        "afterwards another image": int(not same),
+    }
+
+
+def cancel(server: Server, name: str, after: float) -> None:
+    """Start a long prediction and cancel it."""
+    with started(server, name, LONG):
+        time.sleep(after)
+        server.client.post(f"/predictions/{name}/cancel")
+
+
+def abandon(server: Server, after: float) -> None:
+    """Start a long prediction and hang up."""
+    server.wait_until_ready()
+    with client(server.port) as other:
+        try:
+            other.post("/predictions", json={"input": LONG}, timeout=after)
+        except httpx2.TimeoutException:
+            return
+    raise RuntimeError("a long prediction was answered at once")
+
+
+def files(server: Server) -> int:
+    """Count the files in the server's temporary folder."""
+    return sum(path.is_file() for path in server.temporary.rglob("*"))

@@ -1,0 +1,31 @@
+"""Ending a run in the middle of a step."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import nn
+
+DEPTH = 3
+
+
+@contextmanager
+def interruptible(poll: Callable[[], None], *networks: nn.Module) -> Iterator[None]:
+    """Call a function before every block of networks runs, while the `with` block runs.
+
+    A block is a module of at most DEPTH levels below its network, such as one of the UNet's down
+    blocks. Hooks on every layer would cost a GPU time to launch its kernels.
+
+    An exception that it raises leaves the block. On exit, however it comes, the modules are as
+    they were.
+    """
+    with ExitStack() as stack:
+        for module in dict.fromkeys(m for network in networks for m in blocks(network)):
+            stack.callback(module.register_forward_pre_hook(lambda *_: poll()).remove)
+        yield
+
+
+def blocks(network: nn.Module) -> Iterator[nn.Module]:
+    """Yield a network and its modules down to DEPTH."""
+    for name, module in network.named_modules():
+        if not name or name.count(".") < DEPTH:
+            yield module
