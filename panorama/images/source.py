@@ -64,6 +64,8 @@ def decode(data: bytes) -> Tensor:
         with Image.open(BytesIO(data), formats=FORMATS) as image:  # reads only the header
             if min(image.size) < SMALLEST_SIDE or image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"it has {image.width} x {image.height} pixels")
+            image.verify()  # a PNG's checksums and its end, which decoding skips
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
             ImageOps.exif_transpose(image, in_place=True)
             rgba = image.convert("RGBA")
             opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
