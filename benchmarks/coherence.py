@@ -6,11 +6,12 @@ distance of all pairs of non-overlapping windows, by a network that has no part 
 `benchmarks/metrics.py` explains the other columns.
 
 sdxl-360: the seam ratio and the Discontinuity Score with circular padding and, from the same noise,
-without it; where there is a LoRA, at the strength that requests have by default, and at 0.
+without it; where there is a LoRA, at the strength that requests have by default, and at 0. Then
+`benchmarks/spheres.py` compares enlarged spheres and redrawn poles with held-out renders.
 """
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks import spheres
 from benchmarks.metrics import (
     coherence,
     discontinuity_score,
@@ -32,6 +34,9 @@ from panorama.modes import DEFAULT_FAMILY, load
 from panorama.pipeline import Pipeline
 from panorama.request import Request
 from panorama.sampling.canvas import Axis
+from weights.train import dataset
+from weights.train.__main__ import WORK
+from weights.train.depths import DepthReader
 from weights.train.export import load_judge
 from weights.train.measure import lora_scales, make_image
 from weights.train.recognise import Judge
@@ -126,6 +131,22 @@ def table_sdxl_360(arguments: argparse.Namespace) -> None:
         )
 
 
+def table_spheres(arguments: argparse.Namespace) -> None:
+    """Print what enlarging and redrawing poles change, and how closely depth is followed."""
+    models = load(arguments.family, modes=["sdxl-360"])
+    dataset.render_set(arguments.work, "outdoors", "test")
+    found = spheres.held_out(dataset.load(arguments.work, "outdoors", "test"), arguments.seeds)
+
+    def keep_named(image: Tensor, name: str) -> None:
+        if arguments.keep:
+            keep(image, arguments.keep / f"{name}.png")
+
+    print(f"{len(found)} held-out landscapes, means")
+    make = spheres.Maker(models, arguments.steps, keep_named)
+    spheres.print_spheres(make, found)
+    spheres.print_depths(make, found, load_judge(DepthReader(), "depths"))
+
+
 def keep(image: Tensor, path: Path) -> None:
     """Write an image (1, 3, H, W) in [0, 1]."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,10 +154,10 @@ def keep(image: Tensor, path: Path) -> None:
     Image.fromarray(pixels).save(path)
 
 
-TABLES: Mapping[str, Callable[[argparse.Namespace], None]] = {
-    "syncdiffusion": table_windows,
-    "syncdiffusion-xl": table_windows,
-    "sdxl-360": table_sdxl_360,
+TABLES: Mapping[str, Sequence[Callable[[argparse.Namespace], None]]] = {
+    "syncdiffusion": [table_windows],
+    "syncdiffusion-xl": [table_windows],
+    "sdxl-360": [table_sdxl_360, table_spheres],
 }
 
 
@@ -149,13 +170,15 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=24)
     parser.add_argument("--steps", type=int, help="defaults to the mode's own")
     parser.add_argument("--keep", type=Path, help="a folder for the images")
+    parser.add_argument("--work", type=Path, default=WORK, help="where held-out images are")
     windows = parser.add_argument_group("modes with windows")
     windows.add_argument("--weights", type=float, nargs="+", default=[0.0, 20.0])
     windows.add_argument("--speed", help="exact or fast; defaults to the mode's own")
     windows.add_argument("--distance-scale", type=float, help="another scale of the distance")
     arguments = parser.parse_args()
     arguments.prompt = arguments.prompt or PROMPTS[arguments.mode]
-    TABLES[arguments.mode](arguments)
+    for table in TABLES[arguments.mode]:
+        table(arguments)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from panorama.images.sphere import Face
 from panorama.pipeline import Pipeline, Settings
 from weights.train.recognise import Judge
 
@@ -107,6 +108,37 @@ def repetition(image: Tensor, window: int, *, ring: bool) -> float:
     spectrum = torch.fft.rfft(details.double(), length).abs().square().sum(0)
     correlation = torch.fft.irfft(spectrum, length)[: width // 2 + 1 if ring else width]
     return float(correlation[window // 2 :].max() / correlation[0])
+
+
+def low_pass_psnr(image: Tensor, base: Tensor) -> float:
+    """Return the PSNR in dB of an enlarged image, averaged down to the size of its base.
+
+    Args:
+        image: (1, 3, H, W) in [0, 1].
+        base: (1, 3, h, w) in [0, 1], smaller by a whole factor, or as large.
+    """
+    smaller = F.avg_pool2d(image, image.shape[-1] // base.shape[-1])
+    return float(-10 * (smaller - base).square().mean().log10())
+
+
+def polar_energy(image: Tensor) -> float:
+    """Return the energy of gradients around the poles over that around the equator.
+
+    Both are measured in views of 90 degrees, where a panorama that is distorted at its poles
+    differs from one that is not. Pixels are about as large in the views as at the equator.
+
+    Args:
+        image: equirectangular, (1, 3, H, W).
+    """
+    height = image.shape[-2]
+    views = [Face(up, height // 2, 90.0).show(image) for up in (True, False)]
+    band = image[..., 3 * height // 8 : 5 * height // 8, :]
+    return mean(map(energy, views)) / energy(band)
+
+
+def energy(image: Tensor) -> float:
+    """Return the mean square of the steps between neighbouring pixels."""
+    return float(sum(image.diff(dim=dim).square().mean() for dim in (-1, -2)))
 
 
 def variety(judge: Judge, panoramas: Sequence[Tensor]) -> float:

@@ -7,9 +7,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import coherence
-from benchmarks.metrics import SCHARR, discontinuity_score, seam_ratio
+from benchmarks import coherence, spheres
+from benchmarks.metrics import (
+    SCHARR,
+    discontinuity_score,
+    low_pass_psnr,
+    polar_energy,
+    seam_ratio,
+)
+from panorama.modes import load
 from tests.small_sdxl import save_family
+from weights.train.depths import DepthReader
 
 
 def waves(columns: int) -> Tensor:
@@ -56,7 +64,7 @@ def test_the_discontinuity_score_is_that_of_its_formula() -> None:
 def measure(mode: str, folder: Path, **options: object) -> None:
     save_family(folder, modes=[mode], width=128, height=128, guidance_scale=3.0)
     arguments = Namespace(family=str(folder), mode=mode, prompt="sea", seeds=2, **options)
-    coherence.TABLES[mode](arguments)
+    coherence.TABLES[mode][0](arguments)
 
 
 def test_sdxl_360_is_measured_as_it_is_used_and_without_its_lora(
@@ -82,3 +90,57 @@ def test_rings_and_strips_of_sdxl_windows_are_measured_with_and_without_synchron
     assert found == [["ring", "0"], ["ring", "20"], ["strip", "0"], ["strip", "20"]]
     images = {path.read_bytes() for path in keep.iterdir()}
     assert len(images) == 8
+
+
+def test_low_pass_psnr_ignores_details_and_sees_a_shift_of_colour() -> None:
+    base = torch.rand(1, 3, 8, 16, generator=torch.Generator().manual_seed(2))
+    details = torch.tensor([[0.1, -0.1], [-0.1, 0.1]]).repeat(8, 16)
+    larger = base.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert low_pass_psnr(larger + details, base) > 100
+    assert low_pass_psnr(larger + 0.1, base) == pytest.approx(20, abs=0.01)
+
+
+def test_a_sphere_of_the_same_details_everywhere_has_the_same_energy_at_its_poles() -> None:
+    """Noise on a sphere, against the same noise stretched along the rows near the poles."""
+    height = 128
+    grid = torch.rand(1, 3, 16, 16, 16, generator=torch.Generator().manual_seed(3))
+    angles = (torch.arange(height) + 0.5) * torch.pi / height
+    azimuths = (torch.arange(2 * height) + 0.5) * torch.pi / height
+    z, x, y = (
+        angles.cos()[:, None].expand(-1, 2 * height),
+        angles.sin()[:, None] * azimuths.cos(),
+        angles.sin()[:, None] * azimuths.sin(),
+    )
+    sphere = torch.nn.functional.grid_sample(
+        grid, torch.stack([x, y, z], -1)[None, None], align_corners=False
+    )[:, :, 0]
+    assert polar_energy(sphere) == pytest.approx(1, rel=0.1)
+    assert polar_energy(torch.rand(1, 3, height, 2 * height)) < 0.8  # interpolated, so smoother
+
+
+def test_spheres_are_measured_in_every_version_beside_their_renders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_family(tmp_path, width=256, height=128, guidance_scale=3.0)
+    models = load(str(tmp_path), device="cpu", modes=["sdxl-360"])
+    renders = torch.rand(2, 1, 3, 256, 512, generator=torch.Generator().manual_seed(4))
+    found = [spheres.Scene("sea", r, r[0, 0, ::2, ::2]) for r in renders]
+    kept: dict[str, Tensor] = {}
+
+    def keep(image: Tensor, name: str) -> None:
+        kept[name] = image
+
+    make = spheres.Maker(models, 4, keep)
+    spheres.print_spheres(make, found)
+    spheres.print_depths(make, found, DepthReader().eval())
+    _, *rows = capsys.readouterr().out.splitlines()
+    assert len(kept) == 2 * len(spheres.VERSIONS) + 4
+    assert len({tuple(image.shape) for image in kept.values()}) == 3
+    values = {row[:34].strip(): row[34:].split() for row in rows[:-2]}
+    assert all(len(row) == len(spheres.VERSIONS) for row in values.values())
+    assert values["repetition over the base"][0] == "1.000"
+    assert values["low-pass PSNR to the base, dB"][0] == "inf"
+    larger = [image for name, image in kept.items() if name.startswith("upscale 2-")]
+    psnr = sum(low_pass_psnr(x, s.base) for x, s in zip(larger, found, strict=True)) / 2
+    assert values["low-pass PSNR to the base, dB"][1] == f"{psnr:.3f}"
+    assert values["sharpness over renders"][2] == "nan"
