@@ -1,5 +1,6 @@
 """The cost of a request is what its evaluations turn out to be, and bounded before any work."""
 
+import json
 import re
 import shlex
 import time
@@ -14,20 +15,24 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import nn
 
 from benchmarks.operations import Networks
+from panorama import weights
 from panorama.__main__ import parse_inputs
 from panorama.base_model import BaseModel
 from panorama.cost import LEAST_BOUND, MAX_COST
-from panorama.jobs import MODES
+from panorama.jobs import MODES, stages_of
 from panorama.modes import Models, load
+from panorama.pipeline import Pipeline
 from panorama.request import Request
 from panorama.sampling.operations import Prices, Work, count_operations, count_prices
 from panorama.sampling.views import Sliding
 from tests import small_sd2, small_sdxl
 
 ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "tests" / "data" / "sdxl"
 HEIGHT, WIDTH = 64, 256  # pixels: one by four windows of the small SD 2
 DEFAULTS = {"width": WIDTH, "height": 2 * HEIGHT, "guidance_scale": 3.0}  # legal for SDXL too
 WORST = {
@@ -100,6 +105,55 @@ def test_the_cost_is_that_of_the_evaluations_of_a_run(models: Models, name: str)
     area = request.width * request.height / (base.window * base.factor) ** 2 if spans else 1
     assert job.cost == base.prices.cost(work, area, guided=guided) > 0
     assert bool(work.gradients) == ("sync_threshold" in inputs or name == "sdxl, exact")
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"upscale": 2},
+        {"upscale": 4, "strength": 0.5},
+        {"fix_poles": True},
+        {"upscale": 2, "fix_poles": True},
+        {"mode": "syncdiffusion-xl", "sync_weight": 0.0, "upscale": 2},
+    ],
+)
+def test_the_cost_of_all_stages_is_that_of_the_evaluations_of_a_run(
+    models: Models, inputs: dict[str, Any]
+) -> None:
+    request = Request(
+        **{"prompt": "sea", "mode": "sdxl-360", "width": 256, "height": 128} | inputs,
+        num_inference_steps=4,
+        seed=1,
+    )
+    job, base = models.prepare(request), models.bases[request.mode]
+    views: list[int] = []  # areas in cells of all windows that pass, guided
+
+    def note(_: nn.Module, args: Any) -> None:
+        views.extend([args[0].shape[-2] * args[0].shape[-1]] * (len(args[0]) // 2))
+
+    hook = base.unet.register_forward_pre_hook(note)
+    try:
+        models.run(job)
+    finally:
+        hook.remove()
+    areas = [area / base.window**2 for area in views]
+    assert job.cost == pytest.approx(sum(base.prices.cost(Work(1, 0, 0), area) for area in areas))
+
+
+def test_4096_x_2048_costs_at_most_14_images_of_sdxl() -> None:
+    """In evaluations of the UNet for 1024 x 1024, 30 steps, at the sizes of `full`."""
+    with torch.device("meta"):
+        networks = [
+            kind.from_config(json.loads((PUBLISHED / f"{name}.json").read_text()))
+            for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
+        ]
+    base = BaseModel(*networks, (), EulerDiscreteScheduler())
+    models = Models("full", torch.device("cpu"), {"sdxl-360": base}, weights.describe("full"))
+    request = Request(prompt="sea", mode="sdxl-360", num_inference_steps=30, upscale=4)
+    plain = models.prepare(request)
+    last = stages_of(plain, Pipeline(base))[-1].settings
+    assert (last.width, last.height) == (4096, 2048)
+    assert 250 < plain.cost < models.prepare(replace(request, fix_poles=True)).cost <= 14 * 30
 
 
 def test_prices_are_the_operations_of_stable_diffusion_2() -> None:

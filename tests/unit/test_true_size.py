@@ -3,16 +3,19 @@
 import json
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
+from torch import Tensor
 
 from panorama.base_model import BaseModel
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.presets import WHOLE
+from panorama.sampling.views import Feathered
 from tests.small_sdxl import assemble
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "sdxl"
@@ -24,7 +27,7 @@ def published(kind: Any, name: str) -> Any:
     return kind.from_config(json.loads((PUBLISHED / f"{name}.json").read_text()))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def base() -> BaseModel:
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)  # or building the models would need twice the memory
@@ -34,6 +37,16 @@ def base() -> BaseModel:
         return assemble(unet, controlnet, published(AutoencoderKL, "vae"), HIDDEN)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def run(what: str, make: Callable[[torch.Generator], Tensor]) -> Tensor:
+    """Make an image, and print the seconds and the memory that it took."""
+    started = time.perf_counter()
+    image = make(torch.Generator().manual_seed(0))
+    seconds = time.perf_counter() - started
+    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(f"\n{what}: {seconds:.0f} s, peak memory so far {gigabytes:.1f} GB")
+    return image
 
 
 @pytest.mark.slow
@@ -49,10 +62,29 @@ def test_one_step_at_true_size_runs_in_half_precision(base: BaseModel) -> None:
         layout=WHOLE.layout(16),
         depth=torch.rand(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)),
     )
-    started = time.perf_counter()
-    image = Pipeline(base)(settings, torch.Generator().manual_seed(0))
-    seconds = time.perf_counter() - started
-    gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(f"\n{WIDTH} x {HEIGHT}, one step: {seconds:.0f} s, peak memory {gigabytes:.1f} GB")
+    image = run(f"{WIDTH} x {HEIGHT}, one step", lambda random: Pipeline(base)(settings, random))
     assert image.shape == (1, 3, HEIGHT, WIDTH)
+    assert image.isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_one_step_of_refining_to_4096_x_2048_runs_in_half_precision(base: BaseModel) -> None:
+    height, width = 4 * HEIGHT, 4 * WIDTH
+    settings = Settings(
+        prompt="hdri view, bedroom in the color of blue",
+        height=height,
+        width=width,
+        closed="x",
+        num_inference_steps=1,
+        layout=Feathered(),
+    )
+    pipeline = Pipeline(base, batch_size=1)
+    smaller = torch.rand(1, 3, height // 2, width // 2)
+    conditioning = pipeline.encode(settings)
+    image = run(
+        f"refining to {width} x {height}, one step",
+        lambda random: pipeline.refine(settings, conditioning, smaller, random),
+    )
+    assert image.shape == (1, 3, height, width)
     assert image.isfinite().all()
