@@ -43,18 +43,18 @@ ROWS = (
     Row(
         "worst", "the largest legal request, cancelled", predictions.worst, 3, 1, predictions.WORST
     ),
-    Row("injected", "errors at random lines", errors.run, 100, 4, errors.GOALS),
+    Row("injected", "errors at random lines", errors.run, 100, 2, errors.GOALS),
     Row(
         "weights",
         "bytes flipped in the files of a family",
         weight_files.run,
         200,
-        1.5,
+        0.3,
         weight_files.GOALS,
     ),
-    Row("depth", "corrupt depth images", depth_files.figures, 500, 0.5, depth_files.GOALS),
-    Row("batch", "kills of script/batch", batch_runs.run, 50, 9, batch_runs.GOALS),
-    Row("memory", "predictions in a row", predictions.memory, 1000, 5, predictions.MEMORY),
+    Row("depth", "corrupt depth images", depth_files.figures, 500, 0.2, depth_files.GOALS),
+    Row("batch", "kills of script/batch", batch_runs.run, 50, 6, batch_runs.GOALS),
+    Row("memory", "predictions in a row", predictions.memory, 1000, 4, predictions.MEMORY),
     Row("schemathesis", "requests by schema", schema.run, 5000, 6, schema.GOALS),
 )
 

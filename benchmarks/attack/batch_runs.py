@@ -42,7 +42,8 @@ def run(kills: int, seed: int) -> dict[str, Any]:
 
 def kill_commands(folder: Path, kills: int, random: Random) -> dict[str, Any]:
     """Kill the command, start it again each time, at last twice at once, and check the folder."""
-    prompts, images = write_prompts(folder, 2 * kills + 4), folder / "images"
+    # So many that the commands at the end find work left.
+    prompts, images = write_prompts(folder, 4 * kills + 20), folder / "images"
     in_mid_work = 0
     for _ in range(kills):
         with command(prompts, images) as (process, log):

@@ -25,9 +25,11 @@ MEMORY = {
     "temporary files afterwards": Goal(most=0),
     "afterwards another image": Goal(most=0),
 }
-SIDES = (16384, 8192, 4096, 2048, 1024, 512)
-COSTLY = {"mode": "syncdiffusion", "prompt": "sea", "stride": 8, "num_inference_steps": 200}
-COSTLY |= {"sync_threshold": 200, "seed": 1}
+COSTLY: dict[str, Any] = {
+    **{"mode": "syncdiffusion", "prompt": "sea", "width": 16384, "height": 16384, "seed": 1},
+    **{"stride": 8, "num_inference_steps": 200, "sync_threshold": 200},
+}
+"""Refused; the change that the error suggests makes it the largest request that is legal."""
 
 
 @contextmanager
@@ -43,10 +45,10 @@ def worst(count: int, seed: int) -> Figures:
     """Cancel the largest request that is accepted, so many times, after a random time."""
     random = Random(seed)
     with serving() as server:
-        side, log = largest(server)
+        advice = suggestion(server)
+        inputs, before = COSTLY | advice, len(server.log())
         seconds = []
         for number in range(count):
-            inputs = COSTLY | {"width": side, "height": side}
             with started(server, f"worst-{number}", inputs):
                 wait_until(lambda: server.status() == "BUSY")
                 time.sleep(random.uniform(0.5, 4))
@@ -57,25 +59,23 @@ def worst(count: int, seed: int) -> Figures:
                 seconds.append(time.monotonic() - began)
             if seconds[-1] > 30:
                 break  # it waits behind the one that was cancelled, and so would the next
+        log = server.log()[before:].partition("step 1/")[0]
+    estimate = re.search(r"\bcost: (\d+)", log)
     return {
-        "largest that is accepted: pixels a side": side,
-        "accepted without an estimate in the log": int(not re.search(r"\bevaluations\b", log)),
+        "a legal change of the largest": ", ".join(f"{k}={v}" for k, v in advice.items()),
+        "its estimate: evaluations": int(estimate[1]) if estimate else 0,
+        "accepted without an estimate in the log": int(not estimate),
         "from a cancel to the next image: seconds": max(seconds),
     }
 
 
-def largest(server: Server) -> tuple[int, str]:
-    """Return the largest side that is accepted, and what the log says of it before a step."""
-    for side in SIDES:
-        before = len(server.log())
-        inputs = COSTLY | {"width": side, "height": side}
-        with started(server, f"largest-{side}", inputs) as answer:
-            time.sleep(3)  # a refusal takes less
-            refused = answer.done()
-            server.client.post(f"/predictions/largest-{side}/cancel")
-        if not refused:
-            return side, server.log()[before:].partition("step 1/")[0]
-    raise ValueError("every size was refused")
+def suggestion(server: Server) -> dict[str, int]:
+    """Return the change that the error of the costliest request suggests."""
+    error = server.post(COSTLY).json()["error"]
+    found = re.fullmatch(r".* must cost at most \d+ .*; try (.*)", error, re.DOTALL)
+    if not found:
+        raise ValueError(f"the costliest request was not refused by its cost: {error}")
+    return {name: int(value) for name, value in re.findall(r"(\w+)=(\d+)", found[1])}
 
 
 def usage(server: Server) -> tuple[int, int, int]:

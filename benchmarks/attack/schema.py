@@ -29,6 +29,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "width": {"maximum": 256, "multipleOf": 64},
     "height": {"maximum": 256, "multipleOf": 64},
     "num_inference_steps": {"maximum": 2},
+    "upscale": {"maximum": 2},
 }
 """Limits that keep a legal image short; without them most time would go into a few."""
 

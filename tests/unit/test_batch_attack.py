@@ -14,7 +14,7 @@ from benchmarks.attack.batch_runs import SMALL, check, kill_commands, write_prom
 def test_images_are_whole_and_made_once_whatever_is_killed(tmp_path):
     found = kill_commands(tmp_path / "kills", 2, Random(0))
     assert found["passed"], found
-    assert found["images"] == found["whole"] == found["recorded once"] == 8
+    assert found["images"] == found["whole"] == found["recorded once"] == 28
 
 
 @pytest.mark.parametrize("wrong", ["", "empty", "twice", "torn", "unrecorded", "left"])
