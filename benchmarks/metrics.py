@@ -122,18 +122,22 @@ def low_pass_psnr(image: Tensor, base: Tensor) -> float:
 
 
 def polar_energy(image: Tensor) -> float:
-    """Return the energy of gradients around the poles over that around the equator.
+    """Return the energy of gradients at both poles, each in a perspective view of 90 degrees.
 
-    Both are measured in views of 90 degrees, where a panorama that is distorted at its poles
-    differs from one that is not. Pixels are about as large in the views as at the equator.
+    A panorama that is smeared or overdrawn at its poles differs there from a render. Pixels of the
+    views are about as large as those at the equator.
 
     Args:
         image: equirectangular, (1, 3, H, W).
     """
+    views = [Face(up, image.shape[-2] // 2, 90.0).show(image) for up in (True, False)]
+    return mean(map(energy, views))
+
+
+def equatorial_energy(image: Tensor) -> float:
+    """Return the energy of gradients up to 22.5 degrees from the equator of (1, 3, H, W)."""
     height = image.shape[-2]
-    views = [Face(up, height // 2, 90.0).show(image) for up in (True, False)]
-    band = image[..., 3 * height // 8 : 5 * height // 8, :]
-    return mean(map(energy, views)) / energy(band)
+    return energy(image[..., 3 * height // 8 : 5 * height // 8, :])
 
 
 def energy(image: Tensor) -> float:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from benchmarks.metrics import (
     discontinuity_score,
     edge_ratio,
+    equatorial_energy,
     low_pass_psnr,
     polar_energy,
     repetition,
@@ -104,10 +105,10 @@ def over_renders(measure: Callable[[Tensor], float], found: list[Scene], version
     return mean(map(measure, images)) / mean(map(measure, renders))
 
 
-def poles(found: list[Scene], version: str) -> float:
-    """Return the energy of gradients at the poles over that of renders, at the base's size."""
-    ours = mean(polar_energy(at_size_of(s.images[version], s.base)) for s in found)
-    return ours / mean(polar_energy(at_size_of(s.render, s.base)) for s in found)
+def summed(measure: Callable[[Tensor], float], found: list[Scene], version: str) -> float:
+    """Return a sum over all images, at the base's size, over that of the renders."""
+    ours = sum(measure(at_size_of(s.images[version], s.base)) for s in found)
+    return ours / sum(measure(at_size_of(s.render, s.base)) for s in found)
 
 
 def bicubic(found: list[Scene], version: str) -> float:
@@ -154,7 +155,8 @@ def print_spheres(make: Maker, found: list[Scene]) -> None:
         "sharpness of bicubic over renders": partial(bicubic, found),
         "repetition over the base": partial(repeated, found, window=window),
         "window edges": edges,
-        "energy at the poles over renders": partial(poles, found),
+        "energy at the poles over renders": partial(summed, polar_energy, found),
+        "energy at the equator over renders": partial(summed, equatorial_energy, found),
     }
     print(f"{'':34}" + "".join(f"{name:>18}" for name in VERSIONS))
     for name, figure in figures.items():

@@ -28,7 +28,7 @@ MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 CHEAP: dict[str, dict[str, Any]] = {
     "width": {"maximum": 256, "multipleOf": 64},
     "height": {"maximum": 256, "multipleOf": 64},
-    "num_inference_steps": {"maximum": 2},
+    "num_inference_steps": {"maximum": 1},
     "upscale": {"maximum": 2},
 }
 """Limits that keep a legal image short; without them most time would go into a few."""
