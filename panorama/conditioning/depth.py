@@ -1,8 +1,6 @@
 """Depth images: read, checked, and resized to a canvas that may close."""
 
-import hashlib
 import logging
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from io import BytesIO
@@ -14,11 +12,10 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageChops, ImageOps
 from tifffile import EXTRASAMPLE, PHOTOMETRIC, TiffFile, TiffPage
 
+from panorama import uploads
 from panorama.sampling.canvas import Axis
 
-SMALLEST_SIDE = 16  # pixels
-MAX_PIXELS = 8192 * 4096
-MAX_BYTES = 8 * MAX_PIXELS  # four channels of 16 bits, uncompressed
+MAX_BYTES = 8 * uploads.MAX_PIXELS  # four channels of 16 bits, uncompressed
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """The formats that are read. Pillow hands some others to external programs."""
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
@@ -75,36 +72,13 @@ def read(path: Path, kind: str = "nearness") -> DepthImage:
         ValueError: the file does not exist, is not a whole image, is too small or too large, or its
             values are not of that kind. A file that is too large is not decoded.
     """
-    if not path.is_file():
-        found = "it is a folder" if path.is_dir() else "there is none of that name"
-        raise ValueError(
-            f"depth_image={path.name!r}: depth_image must be a file that exists ({found}); "
-            "try the path of an image"
-        )
-    try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise ValueError(f"it has {size} bytes")
-        data = path.read_bytes()
-        brightness = decode(data)
-    except Exception as error:  # the readers raise all kinds of errors on a broken file
-        reason = str(error).replace(str(path), path.name)
-        raise ValueError(
-            f"depth_image={path.name!r}: depth_image must be a whole image of at most "
-            f"{MAX_PIXELS} pixels and {MAX_BYTES} bytes, as {', '.join(FORMATS)} ({reason}); "
-            "try a PNG"
-        ) from error
-    height, width = brightness.values.shape
-    if min(height, width) < SMALLEST_SIDE:
-        raise ValueError(
-            f"depth_image={path.name!r}: depth_image must have at least {SMALLEST_SIDE} pixels a "
-            f"side, not {width} x {height}; try one of the panorama's own size"
-        )
+    brightness, sha256 = uploads.read("depth_image", path, FORMATS, MAX_BYTES, decode)
     try:
         values = KINDS[kind](brightness.values)
     except ValueError as error:
         raise ValueError(f"depth_image={path.name!r}: {error}") from error
     warn_of_little_depth(values, brightness.colour)
-    return DepthImage(values, hashlib.sha256(data).hexdigest())
+    return DepthImage(values, sha256)
 
 
 def decode(data: bytes) -> Brightness:
@@ -114,22 +88,10 @@ def decode(data: bytes) -> Brightness:
             page = file.pages.first
             if page.photometric in SAMPLES_OF:
                 return decode_tiff(page, len(data))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with Image.open(BytesIO(data), formats=FORMATS) as image:  # reads only the header
-            check_pixels(image.width, image.height)
-            image.verify()  # a PNG's checksums and its end, which decoding skips
-        with Image.open(BytesIO(data), formats=FORMATS) as image:
-            white = WHITES.get(image.mode, 255)
-            ImageOps.exif_transpose(image, in_place=True)
-            values = np.asarray(grey(image), np.float32) / np.float32(white)
-            return Brightness(values, colour_of(image))
-
-
-def check_pixels(width: int, height: int) -> None:
-    """Raise ValueError for an image that has too many pixels to decode."""
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"it has {width} x {height} pixels")
+    with uploads.opened(data, FORMATS) as image:
+        white = WHITES.get(image.mode, 255)
+        values = np.asarray(grey(image), np.float32) / np.float32(white)
+        return Brightness(values, colour_of(image))
 
 
 def grey(image: Image.Image) -> Image.Image:
@@ -163,7 +125,7 @@ ALPHAS: Mapping[tuple[int, ...], bool] = {
 
 def decode_tiff(page: TiffPage, size: int) -> Brightness:
     """Decode the brightness of a page of a TIFF of `size` bytes, in any type of number."""
-    check_pixels(page.imagewidth, page.imagelength)
+    uploads.check_size(page.imagewidth, page.imagelength)
     channels, white = SAMPLES_OF[PHOTOMETRIC(page.photometric)], white_of(page)
     expected = channels + len(page.extrasamples)
     if page.extrasamples not in ALPHAS or page.samplesperpixel != expected or page.imagedepth > 1:

@@ -114,13 +114,12 @@ class Solver:
 
         Args:
             noise: (1, C, H, W) of unit variance.
-            x0: latents of an image, which a run of less than the whole schedule begins from.
+            x0: latents of an image, which a run of less than the whole schedule, and of at least
+                one step, begins from.
         """
         if x0 is None or self._whole:
             latents: Tensor = noise * self._scheduler.init_noise_sigma
             return latents
-        if not len(self.timesteps):
-            return x0
         level = self.level(self.timesteps[0])
         return level.alpha * x0 + level.sigma * noise
 

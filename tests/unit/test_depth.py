@@ -13,7 +13,8 @@ from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngImageFile
 from tifffile import TiffFile, imwrite
 
-from panorama.conditioning.depth import MAX_PIXELS, read, resize, warn_of_open_edges
+from panorama.conditioning.depth import read, resize, warn_of_open_edges
+from panorama.uploads import MAX_PIXELS
 from tests.bad_images import bomb
 
 

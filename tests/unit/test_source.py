@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from panorama.images.source import MAX_BYTES, SMALLEST_SIDE, read
+from panorama.images.source import MAX_BYTES, read
+from panorama.uploads import SMALLEST_SIDE
 
 
 def save(path: Path, mode: str = "RGB", **options: object) -> np.ndarray:
@@ -57,6 +58,17 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-200])
 
 
+def damaged(path: Path) -> None:
+    """A PNG that decodes, with a byte of the checksum of its pixels changed."""
+    save(path)
+    data = bytearray(path.read_bytes())
+    end = data.rindex(b"IEND") - 4  # after the checksum
+    data[end - 1] ^= 1
+    path.write_bytes(bytes(data))
+    with Image.open(path) as image:
+        image.load()
+
+
 def text(path: Path) -> None:
     path.write_text("no image")
 
@@ -79,7 +91,7 @@ def gif(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "write", [cut, text, large, huge, small, gif, Path.mkdir, lambda path: None]
+    "write", [cut, damaged, text, large, huge, small, gif, Path.mkdir, lambda path: None]
 )
 def test_any_other_file_is_refused_by_name(tmp_path: Path, write: object) -> None:
     path = tmp_path / "in.png"
