@@ -43,6 +43,8 @@ ROWS = (
     Row("decode", 5, checks.decoding),
     Row("syncdiffusion-xl", 12, speed.windowed_xl),
     Row("load", 25, checks.loading),
+    Row("LoRA", 8, speed.with_lora),
+    Row("upscale", 60, speed.enlarging),
     Row("levers", 30, levers.levers),
     Row("compiled", 90, levers.compiled),
 )

@@ -1,5 +1,6 @@
 """Seconds and memory of a panorama, beside the published loop and diffusers' pipelines."""
 
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -17,7 +18,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,14 +27,17 @@ from benchmarks.operations import PUBLISHED_LOOP
 from benchmarks.plain_loop import StableDiffusion, plain_loop
 from benchmarks.stock import panorama_call
 from panorama.base_model import BaseModel
+from panorama.conditioning.lora import Change, Lora
 from panorama.images.vae import decode
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.operations import TOKENS
 from panorama.sampling.presets import EXACT, FAST, WHOLE
 from panorama.sampling.synchronize import SyncSettings
+from panorama.sampling.views import Feathered
 
 STEPS = 50  # of the published loop
 BRIEF = 10  # steps of 50 where none is a sync step
+RANK = 32  # of a LoRA
 
 
 def against_published(lab: Lab) -> Figures:
@@ -296,16 +300,9 @@ def top_ten(lab: Lab) -> Figures:
 def whole_canvas(lab: Lab) -> Figures:
     """Compare sdxl-360 with the stock pipelines, whose convolutions do not wrap."""
     base, whole = lab.sdxl, 30
-    height, width = (128, 256) if lab.dry else (512, 1024)
-    settings = Settings(
-        prompt="",
-        height=height,
-        width=width,
-        closed="x",
-        num_inference_steps=lab.steps(BRIEF),
-        layout=WHOLE.layout(0),
-    )
-    depth = torch.rand(height, width, generator=torch.Generator().manual_seed(0))
+    settings = sphere_settings(lab)
+    size = settings.height, settings.width
+    depth = torch.rand(size, generator=torch.Generator().manual_seed(0))
     kinds = {
         "text": (settings, StableDiffusionXLPipeline),
         "depth": (replace(settings, depth=depth), StableDiffusionXLControlNetPipeline),
@@ -320,6 +317,67 @@ def whole_canvas(lab: Lab) -> Figures:
             yield f"{name}, {side}: seconds of {whole} steps", seconds[side]
             yield f"{name}, {side}: GB", cost.gigabytes
         yield f"{name}: time, share of the stock pipeline's", seconds["ours"] / seconds["stock"]
+
+
+def with_lora(lab: Lab) -> Figures:
+    """Compare sdxl-360 with a LoRA on all of the UNet's attention with the same without it."""
+    base = lab.sdxl
+    settings = sphere_settings(lab)
+    torch.manual_seed(0)
+    with lab.device:
+        changes = {
+            name: Change(
+                torch.randn(RANK, layer.in_features, dtype=lab.dtype),
+                torch.randn(layer.out_features, RANK, dtype=lab.dtype) / 100,
+                strength=1.0,
+            )
+            for name, layer in base.unet.named_modules()
+            if re.search(r"\.attn\d\.to_", name) and isinstance(layer, nn.Linear)
+        }
+    lora = Lora({"unet": changes}, sha256="")
+    seconds = {}
+    for name, chosen in {"without": settings, "with": replace(settings, lora=lora)}.items():
+        run = Run(Pipeline(base), chosen)
+        run.denoise()
+        cost = lab.measure(base, run.denoise)
+        seconds[name] = cost.seconds
+        yield f"{name}: seconds of {settings.num_inference_steps} steps", cost.seconds
+        yield f"{name}: GB", cost.gigabytes
+    yield "with: seconds more for an image", seconds["with"] - seconds["without"]
+
+
+def enlarging(lab: Lab) -> Figures:
+    """Measure every doubling of a 360 image of 1024 x 512, from the image before it."""
+    base, whole = lab.sdxl, sphere_settings(lab)
+    for factor in (2, 4):
+        settings = replace(
+            whole,
+            height=factor * whole.height,
+            width=factor * whole.width,
+            num_inference_steps=lab.steps(30),
+            strength=0.35 if not lab.dry else 1.0,
+            layout=Feathered(),
+        )
+        run = Run(Pipeline(base), settings)
+        size = settings.height // 2, settings.width // 2
+        smaller = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+        call = partial(run.pipeline.refine, settings, run.conditioning, smaller)
+        cost = lab.measure(base, call, repeats=1)
+        yield f"to {settings.width} x {settings.height}: seconds", cost.seconds
+        yield f"to {settings.width} x {settings.height}: GB", cost.gigabytes
+
+
+def sphere_settings(lab: Lab) -> Settings:
+    """Return the settings of a 360 image, 1024 x 512 but in a dry run."""
+    height, width = (128, 256) if lab.dry else (512, 1024)
+    return Settings(
+        prompt="",
+        height=height,
+        width=width,
+        closed="x",
+        num_inference_steps=lab.steps(BRIEF),
+        layout=WHOLE.layout(0),
+    )
 
 
 def stock_call(kind: Any, run: Run) -> Callable[[], Tensor]:
