@@ -2,7 +2,6 @@
 
 import re
 from importlib import import_module
-from math import inf
 from pathlib import Path
 
 from panorama import weights
@@ -14,11 +13,8 @@ README = ROOT / "README.md"
 
 def row(rule: Input) -> str:
     default = "required" if rule.required else "" if rule.default is None else f"`{rule.default!r}`"
-    limits = [str(limit) for limit in (rule.minimum, rule.maximum) if abs(limit) != inf]
-    allowed = " to ".join(limits) if len(limits) == 2 else "".join(f"from {x}" for x in limits)
-    allowed = allowed or ", ".join(map(str, rule.choices))
     modes = "" if rule.modes == EVERY_MODE else ", ".join(rule.modes)
-    cells = (f"`{rule.name}`", rule.kind.__name__, default, allowed, modes, rule.description)
+    cells = (f"`{rule.name}`", rule.kind.__name__, default, rule.legal, modes, rule.description)
     return f"| {' | '.join(cells)} |"
 
 
