@@ -1,6 +1,7 @@
-"""Draw the figures of docs/how-it-works.md: script/python -m benchmarks.figures docs
+"""Draw the figures of docs/how-it-works.md.
 
-Windows are where the layouts of `panorama.sampling.views` place them.
+`script/python -m benchmarks.figures docs/figures` writes them. Windows are where the layouts of
+`panorama.sampling.views` place them.
 """
 
 import argparse

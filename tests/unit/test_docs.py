@@ -6,6 +6,7 @@ accept the options, and that the inputs are legal.
 """
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -198,7 +199,7 @@ def check_tool(words: Sequence[str], parse: Any) -> None:
         if inside:
             check(inside, parse)
     if words[:2] == ["cog", "predict"]:
-        pairs = zip(arguments, arguments[1:], strict=False)
+        pairs = itertools.pairwise(arguments)
         check_inputs([value for flag, value in pairs if flag == "-i"], [])
     if program in ("printf", "curl"):
         for text in (word for word in arguments if word.startswith("{")):
@@ -316,7 +317,7 @@ def test_commands_run_and_write_their_images(page, workplace):
 def test_snippets_run(page, workplace, capsys):
     code = "\n".join(block.text for block in blocks(page, "python"))
     exec(compile(code, page.name, "exec"), {"__name__": "snippets"})
-    assert not page == README or "step 50 of 50" in capsys.readouterr().out
+    assert page != README or "step 50 of 50" in capsys.readouterr().out
     for name in re.findall(r'save\("(.+?)"', code):
         assert (workplace / name).is_file()
 
