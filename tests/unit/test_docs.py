@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -270,12 +271,14 @@ def test_readme_shows_progress_in_python():
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with links to what commands in the root of the repository need."""
+    """A folder with what commands need in the root of the repository; links where they only read."""
     for name in (
-        *("script", "docs", "weights", "panorama", "benchmarks", "predict.py", ".cog", ".venv"),
+        *("script", "docs", "panorama", "benchmarks", "predict.py", ".cog", ".venv"),
         *("requirements.txt", "requirements-dev.txt"),
     ):
         (tmp_path / name).symlink_to(ROOT / name)
+    ignored = shutil.ignore_patterns("hub", "work", "safety_checker")
+    shutil.copytree(ROOT / "weights", tmp_path / "weights", symlinks=True, ignore=ignored)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
