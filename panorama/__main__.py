@@ -1,13 +1,16 @@
-"""The command line: `panorama -i prompt="sunset over snowy mountains" -o out.png`.
+"""The command line: `panorama "sunset over snowy mountains" -i loop_closure=true -o out.png`.
 
-It takes inputs as `cog predict` does. `python -m panorama` and script/predict run it too.
+It takes inputs as `cog predict` does, and the prompt without `-i prompt=` too. `python -m panorama`
+and script/predict run it as well.
 """
 
 import argparse
 import os
+import shutil
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,13 +19,17 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from panorama.environment import load_models
 from panorama.errors import shorten
 from panorama.images.files import SUFFIXES
-from panorama.request import INPUTS, Input, Request
+from panorama.request import EVERY_MODE, INPUTS, Input, Request
 from panorama.weights import WeightsError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 PREVIEW_EVERY = 5  # steps
+INDENT = 4  # columns, of the text on an input
+WIDEST = 100  # columns of the help
+VALUES = {str: "TEXT", bool: "true", int: "INTEGER", float: "NUMBER", Path: "@FILE"}
+"""What stands for a value of each type in the help."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,8 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 if making the panorama failed, 130 if it was interrupted. Bad
         arguments exit with 2.
     """
-    parser = Parser(prog="panorama", description="Make a panorama from a prompt.")
-    parser.add_argument("-i", metavar="NAME=VALUE", dest="inputs", action="append", default=[])
+    parser = Parser(
+        prog="panorama",
+        description="Make a panorama from a prompt.",
+        epilog="\n".join(describe_inputs()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("prompt", nargs="*", help="in quotes; short for -i prompt=PROMPT")
+    parser.add_argument(
+        "-i",
+        metavar="NAME=VALUE",
+        dest="inputs",
+        action="append",
+        default=[],
+        help="an input of those below; a file's name follows @, as in image=@a.png",
+    )
     parser.add_argument(
         "-o",
         metavar="FILE",
@@ -57,7 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        request = Request(**imply_format(options.output) | parse_inputs(options.inputs))
+        inputs = parse_inputs(options.inputs, options.prompt)
+        request = Request(**imply_format(options.output) | inputs)
         output = options.output or Path(f"output.{request.output_format}")
         check_output(output, request.output_format)
         if options.previews:
@@ -80,9 +101,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def parse_inputs(pairs: Sequence[str]) -> dict[str, Any]:
-    """Parse `name=value` pairs, each into its input's type where possible; refuse bad pairs."""
-    inputs: dict[str, Any] = {}
+def describe_inputs() -> Iterator[str]:
+    """Yield the lines of the help on inputs, grouped by the modes that take them."""
+    wrap = partial(
+        textwrap.wrap,
+        width=min(shutil.get_terminal_size().columns, WIDEST),
+        initial_indent=" " * INDENT,
+        subsequent_indent=" " * INDENT,
+        break_on_hyphens=False,
+    )
+    for modes in dict.fromkeys(rule.modes for rule in INPUTS.values()):
+        yield f"inputs of {'every mode' if modes == EVERY_MODE else ' and '.join(modes)}:"
+        for rule in INPUTS.values():
+            if rule.modes == modes:
+                yield f"  {rule.name}={'|'.join(map(str, rule.choices)) or VALUES[rule.kind]}"
+                yield from wrap(f"{rule.description} {notes(rule)}")
+        yield ""
+
+
+def notes(rule: Input) -> str:
+    """Return the range and the default of an input in brackets, "" if it has neither."""
+    found = [] if rule.choices or not rule.legal else [rule.legal]
+    if rule.required:
+        found.append("required")
+    elif rule.default not in (None, ""):
+        found.append(f"default: {str(rule.default).lower()}")
+    return f"[{'; '.join(found)}]" if found else ""
+
+
+def parse_inputs(pairs: Sequence[str], words: Sequence[str] = ()) -> dict[str, Any]:
+    """Parse `name=value` pairs, each into its input's type where possible; refuse bad pairs.
+
+    Args:
+        pairs: as they follow `-i`.
+        words: arguments that follow no option: the prompt, if it is given there.
+    """
+    text = " ".join(words)
+    if text.partition("=")[0] in INPUTS:
+        raise ValueError(f"{shorten(text)}: must follow -i; try -i {shorten(words[0])}")
+    if len(words) > 1:
+        raise ValueError(f"prompt: must be one argument, in quotes; try {shorten(text)}")
+    inputs: dict[str, Any] = {"prompt": text} if words else {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:

@@ -76,6 +76,13 @@ class Input:
         """True if a request must give the input."""
         return self.default is MISSING
 
+    @property
+    def legal(self) -> str:
+        """The legal values in words, such as "64 to 16384", "from 8" or "png, jpg"; "" for any."""
+        limits = [str(limit) for limit in (self.minimum, self.maximum) if abs(limit) != inf]
+        range_ = " to ".join(limits) if len(limits) == 2 else "".join(f"from {x}" for x in limits)
+        return range_ or ", ".join(map(str, self.choices))
+
     def check(self, value: object) -> object:
         """Return a legal value in the input's own type, such as 7 for 7.0; refuse any other."""
         if value is None and self.optional:

@@ -57,7 +57,7 @@ def test_it_runs_the_full_family_and_sets_no_reserved_variable():
     variables = dict(variable.split("=", 1) for variable in CONFIG["environment"])
     assert variables["PANORAMA_FAMILY"] == "full"
     assert len(variables) == len(CONFIG["environment"])
-    documented = (ROOT / "README.md").read_text().partition("<!-- environment -->")[2]
+    documented = (ROOT / "docs" / "deploy.md").read_text().partition("<!-- environment -->")[2]
     for name in variables:
         assert not any(fnmatchcase(name, pattern) for pattern in RESERVED)
         assert f"`{name}`" in documented

@@ -1,5 +1,6 @@
 """The command line, with fake models but for one run."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,11 @@ def test_a_file_is_marked_by_an_at_sign():
     ("arguments", "named", "told"),
     [
         ([], "prompt", "try -i prompt="),
+        ([""], "prompt=''", "empty"),
+        (["sea", "-i", "prompt=a"], "prompt", "once"),
+        (["sunset", "over", "the", "sea"], "prompt: must be one", "quotes; try 'sunset over the"),
+        (["width=512"], "'width=512'", "must follow -i; try -i 'width=512'"),
+        (["seed=1", "width=512"], "'seed=1 width=512'", "try -i 'seed=1'"),
         (["-i", "prompt="], "prompt=''", "empty"),
         (["-i", "prompt"], "-i 'prompt'", "NAME=VALUE"),
         (["-i", "prompt=a", "-i", "prompt=b"], "prompt", "once"),
@@ -97,6 +103,43 @@ def test_following_the_advice_for_a_word_makes_a_legal_command(name, capsys):
     assert Request(**inputs | needed)
 
 
+def test_a_prompt_needs_no_option():
+    assert parse_inputs([], ["a=b | c"]) == {"prompt": "a=b | c"}
+    assert parse_inputs(["width=512"], ["sea"]) == {"prompt": "sea", "width": 512}
+
+
+@pytest.mark.parametrize("columns", [60, 200])
+def test_the_help_has_every_input_under_the_modes_that_take_it(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= min(columns, 100)
+    title, *groups = re.split(r"^inputs of (.+):$", text, flags=re.MULTILINE)
+    assert title.startswith("usage: panorama ")
+    found = {}
+    for modes, group in zip(groups[::2], groups[1::2], strict=True):
+        described = re.split(r"^  (\w+)=(.+)$", group, flags=re.MULTILINE)[1:]
+        rows = zip(described[::3], described[1::3], described[2::3], strict=True)
+        found |= {name: (modes, values, " ".join(body.split())) for name, values, body in rows}
+    assert set(found) == set(INPUTS)
+    for name, rule in INPUTS.items():
+        modes, values, body = found[name]
+        assert modes == ("every mode" if len(rule.modes) == 3 else " and ".join(rule.modes))
+        if rule.choices:
+            assert values == "|".join(map(str, rule.choices))
+        assert body.startswith(rule.description)
+    kinds = [found[name][1] for name in ("prompt", "image", "seed", "strength", "loop_closure")]
+    assert kinds == ["TEXT", "@FILE", "INTEGER", "NUMBER", "true"]
+    told = {name: body.removeprefix(INPUTS[name].description) for name, (*_, body) in found.items()}
+    assert told["prompt"] == " [required]"
+    assert told["width"] == " [64 to 16384]"
+    assert told["stride"] == " [from 8; default: 16]"
+    assert told["loop_closure"] == " [default: false]"
+    assert told["speed"] == told["negative_prompt"] == told["zenith_prompt"] == ""
+
+
 class FakeModels:
     """Models that draw a black image in two steps, or fail in the second."""
 
@@ -122,7 +165,7 @@ def models(monkeypatch):
 
 def test_a_panorama_is_written_and_its_seed_cost_and_steps_printed(models, tmp_path, capsys):
     path = tmp_path / "out.png"
-    assert main(["-i", "prompt=sea", "-o", str(path)]) == 0
+    assert main(["sea", "-o", str(path)]) == 0
     assert capsys.readouterr().out == f"seed: 5\ncost: 3\nstep 1/2\nstep 2/2\n{path}\n"
     assert read_metadata(path) == {"prompt": "sea"}
 

@@ -238,17 +238,19 @@ def test_a_family_has_the_bound_of_its_device_or_the_one_that_is_given(models: M
         load(models.family, modes=["sdxl-360"], max_cost=LEAST_BOUND - 1)
 
 
-def readme_commands() -> list[list[str]]:
-    lines = re.findall(r"^script/predict (-i .*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    return [shlex.split(line, comments=True) for line in lines if "lora=" not in line]
+def documented_commands() -> list[list[str]]:
+    pages = [ROOT / "README.md", ROOT / "docs" / "inputs.md", ROOT / "docs" / "command-line.md"]
+    text = "\n".join(page.read_text() for page in pages)
+    lines = re.findall(r"^script/predict (\".*)$", text, re.MULTILINE)
+    return [shlex.split(line) for line in lines]
 
 
-def test_the_examples_of_the_readme_are_within_the_bound_of_a_cpu() -> None:
+def test_the_examples_of_the_documentation_are_within_the_bound_of_a_cpu() -> None:
     models = load("tiny", device="cpu")
-    assert len(readme_commands()) > 5
-    for words in readme_commands():
+    assert len(documented_commands()) > 12
+    for prompt, *words in documented_commands():
         inputs = [word for flag, word in pairwise(words) if flag == "-i"]
-        given = parse_inputs(inputs)
+        given = parse_inputs(inputs, [prompt])
         given |= {name: ROOT / value for name, value in given.items() if isinstance(value, Path)}
         assert 0 < models.prepare(Request(**given)).cost < 3000
     for mode in MODES:

@@ -1,4 +1,4 @@
-"""Equal requests give equal files in any process, whatever was made before (README.md)."""
+"""Equal requests give equal files in any process, whatever was made before (docs/inputs.md)."""
 
 import json
 import os

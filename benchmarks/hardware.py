@@ -1,0 +1,108 @@
+"""Calculate the memory that each mode of `full` takes on a GPU, as the rows of README's table.
+
+Weights are those of the networks in half precision, LPIPS in single. What a step and the decoding
+take besides is counted on torch's fake tensors, which have a size and no values: the most bytes of
+tensors alive at once. What CUDA and its libraries take for themselves is not counted.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.activations import Activations, weights_of
+from benchmarks.gpu.lab import Lab, Run, published
+from panorama.base_model import BaseModel
+from panorama.pipeline import Pipeline, Settings
+from panorama.sampling.presets import EXACT, FAST, WHOLE, Preset
+
+STRIDE = 16  # latent cells
+WEIGHTS = {"sd2": 2.6, "sdxl": 7.5}  # GB, with text encoders and small decoders
+
+
+@dataclass(frozen=True)
+class Row:
+    """A mode at one size."""
+
+    mode: str
+    base: str
+    preset: Preset
+    width: int
+    height: int
+    checkpointing: bool = False  # what is tried where memory runs out
+
+
+ROWS = (
+    Row("syncdiffusion, `speed=fast`", "sd2", FAST, 2048, 512),
+    Row("syncdiffusion, checkpointing", "sd2", EXACT, 2048, 512, checkpointing=True),
+    Row("syncdiffusion", "sd2", EXACT, 2048, 512),
+    Row("sdxl-360", "sdxl", WHOLE, 1024, 512),
+    Row("sdxl-360", "sdxl", WHOLE, 2048, 1024),
+    Row("syncdiffusion-xl", "sdxl", FAST, 2048, 1024),
+)
+
+
+class FakeLab(Lab):
+    """Builds networks of fake tensors, which cannot be cast, at their precision from the start."""
+
+    def build(self, kind: Callable[[dict[str, Any]], Any], name: str, dtype: torch.dtype) -> Any:
+        """Build a published network."""
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return kind(published(name)).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(default)
+
+
+def working_memory(row: Row) -> int:
+    """Return the most bytes that a step or the decoding takes besides the weights."""
+    lab = FakeLab(torch.device("cpu"), dry=False)
+    settings = Settings(
+        prompt="",
+        height=row.height,
+        width=row.width,
+        closed="x",
+        num_inference_steps=2,
+        layout=row.preset.layout(STRIDE),
+        sync=row.preset.sync(1),
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        built = lab.sd2 if row.base == "sd2" else lab.sdxl
+    scheduler = type(built.scheduler).from_config(built.scheduler.config)  # its values are read
+    base = replace(built, scheduler=scheduler)
+    run = Run(Pipeline(base, checkpointing=row.checkpointing), settings)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        noise, _ = run.noise, run.conditioning
+    decoding = most(base, lambda: run.pipeline.decode(settings, noise))
+    return max(most(base, run.denoise), decoding)
+
+
+def most(base: BaseModel, call: Callable[[], object]) -> int:
+    """Return the most bytes alive at once in a call; there are no values to check in it."""
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(Tensor, "isfinite", lambda x: torch.ones(1)))
+        stack.enter_context(patch("panorama.images.vae.require_finite"))
+        found = stack.enter_context(Activations(weights_of(base)))
+        call()
+    return found.most
+
+
+def table() -> Iterator[str]:
+    """Yield the rows in Markdown."""
+    for row in ROWS:
+        weights, working = WEIGHTS[row.base], working_memory(row) / 1e9
+        yield (
+            f"| {row.mode} | {row.width} x {row.height} | {weights} GB | {working:.1f} GB "
+            f"| {weights + working:.0f} GB |"
+        )
+
+
+if __name__ == "__main__":
+    for line in table():
+        print(line, flush=True)
