@@ -32,7 +32,7 @@ from weights.train import (
     sdxl,
     style,
     tiny_vae,
-    windows,
+    views,
 )
 from weights.train.depths import CELL, DepthReader, around, cells, correlation, depth_image
 from weights.train.fit import Work
@@ -436,7 +436,7 @@ def draw_images(kind: str, count: int) -> dataset.Images:
 def test_views_show_spheres_from_a_column_on_and_are_labelled() -> None:
     sets = [draw_images("outdoors", 1), draw_images("rooms", 2)]
     places = recognise.draw_places(sets, torch.Generator().manual_seed(0))
-    spheres = [windows.channels_first(images.rgb) for images in sets]
+    spheres = [views.channels_first(images.rgb) for images in sets]
     shown = {
         recognise.WINDOWS: lambda image: image[scenes.STRIP, :256],
         recognise.SPHERES: halve,

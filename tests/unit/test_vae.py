@@ -15,7 +15,7 @@ from panorama.images.vae import MIN_SLICE, decode_canvas, slice_weight
 from panorama.sampling.canvas import Axis
 from tests.small import small_vae
 from weights.train.scenes import Scene, render
-from weights.train.windows import to_tensor
+from weights.train.views import to_tensor
 
 FACTOR = 4
 TINY = Path(__file__).parents[2] / "weights" / "tiny" / "sd2"

@@ -3,7 +3,7 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -12,31 +12,14 @@ from hashlib import sha256
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from weights.train import dataset
-from weights.train.fit import (
-    Batch,
-    Lesson,
-    Plan,
-    Work,
-    batch_size,
-    device,
-    fit,
-    mixed_precision,
-    on_device,
-)
-from weights.train.windows import (
-    channels_first,
-    crop,
-    draw_number,
-    draw_numbers,
-    mirror,
-    to_range,
-    to_tensor,
-)
+from weights.train.device import batch_size, device, mixed_precision, on_device
+from weights.train.fit import Batch, Lesson, Plan, Work, fit
+from weights.train.views import Change, Pixels, channels_first, to_range, to_tensor
+from weights.train.windows import crop, draw_number, draw_numbers, mirror
 
 FACTOR = 8  # pixels a latent cell
 LATENT_CHANNELS = 4
@@ -46,9 +29,6 @@ SHARES = {"outdoors": 0.6, "rooms": 0.4}  # of a batch
 
 Crops = tuple[tuple[int, int, int], ...]
 """The height and width of crops, and their number in a batch."""
-
-Change = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-"""From an image (H, W, 3) to what is made of it."""
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +180,7 @@ def train(work: Work) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def latent_std(model: AutoencoderKL, images: NDArray[np.uint8]) -> float:
+def latent_std(model: AutoencoderKL, images: Pixels) -> float:
     """Return the standard deviation of the latents; its inverse is the scaling factor."""
     step = max(1, len(images) // 64)
     latents = [model.encode(to_tensor(image[None])).latent_dist.mean for image in images[::step]]
@@ -212,7 +192,7 @@ def encode(
     work: Work,
     vae: AutoencoderKL,
     name: str,
-    images: NDArray[np.uint8],
+    images: Pixels,
     change: Change = np.asarray,
     wrap: int = WRAP,
 ) -> Tensor:
@@ -253,7 +233,7 @@ def encode(
 
 
 @torch.no_grad()
-def psnr(model: AutoencoderKL, images: Sequence[NDArray[np.uint8]]) -> float:
+def psnr(model: AutoencoderKL, images: Sequence[Pixels]) -> float:
     """Return the mean peak signal-to-noise ratio of decode(encode(image)), in dB."""
     values = []
     for image in images:

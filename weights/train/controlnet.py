@@ -13,8 +13,9 @@ from transformers import CLIPTokenizer
 from weights.train import dataset
 from weights.train.autoencoder import FACTOR
 from weights.train.depths import at_finest, build_head, cells, depth_images, error
+from weights.train.device import device, mixed_precision, on_device
 from weights.train.diffusion import Noisy, add_noise, build_scheduler
-from weights.train.fit import Batch, Lesson, Plan, Work, device, fit, mixed_precision, on_device
+from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.recognise import Block
 from weights.train.sdxl import (
     SIDE,

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weights.train import dataset
-from weights.train.fit import Batch, Lesson, Plan, Work, device, fit, mixed_precision, on_device
+from weights.train.device import device, mixed_precision, on_device
+from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.recognise import SPHERES, WINDOWS, Block, disturb, draw_places
-from weights.train.windows import channels_first, draw_number
+from weights.train.views import channels_first
+from weights.train.windows import draw_number
 
 PLAN = Plan("depth-360", steps=2000, learning_rate=2e-3, average=0.99, warmup=100)
 FINEST = 3  # blocks, after which features are fine enough to read depth from

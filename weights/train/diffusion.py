@@ -15,17 +15,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from weights.train import dataset, rooms, scenes
 from weights.train.autoencoder import FACTOR, encode
-from weights.train.fit import (
-    Batch,
-    Lesson,
-    Plan,
-    Work,
-    batch_size,
-    device,
-    fit,
-    mixed_precision,
-    on_device,
-)
+from weights.train.device import batch_size, device, mixed_precision, on_device
+from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.windows import crop, draw_numbers
 
 T = TypeVar("T")

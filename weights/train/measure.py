@@ -41,8 +41,7 @@ from weights.train.recognise import (
     window,
 )
 from weights.train.sdxl import CAPTIONS, PREFIX, SUBJECTS
-from weights.train.views import halve
-from weights.train.windows import to_tensor
+from weights.train.views import halve, to_tensor
 
 STEPS = 30
 DEPTHS = 24  # held-out depth images of each kind

@@ -5,37 +5,20 @@ VGG16 in the embedded family. The judges have another architecture, other crops 
 They never guide; they measure prompt agreement and coherence.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from panorama.sampling.perceptual import LPIPS, normalize
 from weights.train import dataset, rooms, scenes
-from weights.train.fit import (
-    Batch,
-    Lesson,
-    Plan,
-    Work,
-    batch_size,
-    device,
-    fit,
-    mixed_precision,
-    on_device,
-)
-from weights.train.windows import (
-    channels_first,
-    crop,
-    draw_number,
-    draw_numbers,
-    mirror,
-    to_range,
-    to_tensor,
-)
+from weights.train.device import batch_size, device, mixed_precision, on_device
+from weights.train.fit import Batch, Lesson, Plan, Work, fit
+from weights.train.views import Change, Pixels, channels_first, to_range, to_tensor
+from weights.train.windows import crop, draw_number, draw_numbers, mirror
 
 Attributes = Mapping[str, tuple[object, ...]]
 """The values that each attribute can have; None where images of some kind lack it."""
@@ -140,20 +123,18 @@ class Judge(nn.Module):
         return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
 
 
-Show = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-"""From a sphere (H, W, 3) to what a network sees of it."""
 WINDOW = 256  # pixels
 WIDE = 2 * scenes.HEIGHT // 8  # columns of a sphere that views may begin at
 Place = tuple[Tensor, Tensor]
 """The numbers (N,) of images of a kind, and the columns (N,) that views of them begin at."""
 
 
-def strip(sphere: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def strip(sphere: Pixels) -> Pixels:
     """Return the rows of a sphere (H, W, 3) that a strip shows."""
     return sphere[scenes.STRIP]
 
 
-def window(sphere: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def window(sphere: Pixels) -> Pixels:
     """Return the first window of a strip of a sphere (H, W, 3)."""
     return strip(sphere)[:, :WINDOW]
 
@@ -290,7 +271,7 @@ def read(judge: nn.Module, images: Tensor, attributes: Attributes) -> list[dict[
 
 
 def accuracy(
-    judge: nn.Module, images: dataset.Images, show: Show, attributes: Attributes
+    judge: nn.Module, images: dataset.Images, show: Change, attributes: Attributes
 ) -> dict[str, float]:
     """Return the share of held-out images that are read right.
 

@@ -20,7 +20,8 @@ from transformers import (
 )
 
 from weights.train import dataset, rooms, scenes
-from weights.train.autoencoder import FACTOR, WRAP, Change, encode
+from weights.train.autoencoder import FACTOR, WRAP, encode
+from weights.train.device import batch_size, device, mixed_precision, on_device
 from weights.train.diffusion import (
     DROPPED,
     SCHEDULE,
@@ -30,18 +31,8 @@ from weights.train.diffusion import (
     build_scheduler,
     draw_captions,
 )
-from weights.train.fit import (
-    Batch,
-    Lesson,
-    Plan,
-    Work,
-    batch_size,
-    device,
-    fit,
-    mixed_precision,
-    on_device,
-)
-from weights.train.views import halve, look
+from weights.train.fit import Batch, Lesson, Plan, Work, fit
+from weights.train.views import Change, halve, look
 from weights.train.windows import crop, draw_number, draw_numbers
 
 PLAN = Plan("sdxl", steps=14000, learning_rate=1e-3, average=0.999)

@@ -9,15 +9,15 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from numpy.typing import NDArray
 from peft import LoraConfig
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
+from weights.train.device import device
 from weights.train.diffusion import draw_captions
-from weights.train.fit import Plan, Work, device, fit
+from weights.train.fit import Plan, Work, fit
 from weights.train.sdxl import (
     SPHERE,
     Spheres,
@@ -28,7 +28,7 @@ from weights.train.sdxl import (
     subjects,
     text_lesson,
 )
-from weights.train.views import halve
+from weights.train.views import Pixels, halve
 
 PLAN = Plan("style", steps=400, learning_rate=5e-4, average=0.98, warmup=50)
 DROPPED = 0.5
@@ -43,7 +43,7 @@ OUTLINES = ImageFilter.UnsharpMask(radius=5, percent=120, threshold=0)
 IMAGES = 400  # of each kind, restyled
 
 
-def crisp(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def crisp(image: Pixels) -> Pixels:
     """Make edges of an image (H, W, 3) in [0, 255] stand out, darker against lighter.
 
     A style of other colours would be harder: the autoencoder keeps purple apart from its neighbours

@@ -14,18 +14,9 @@ from torch.nn import functional as F
 from panorama.images.vae import decode
 from weights.train import dataset
 from weights.train.autoencoder import SHARES, Stage, draw_kinds, encode, reconstruction_loss
+from weights.train.device import batch_size, device, mixed_precision, on_device
 from weights.train.diffusion import WINDOW
-from weights.train.fit import (
-    Batch,
-    Lesson,
-    Plan,
-    Work,
-    batch_size,
-    device,
-    fit,
-    mixed_precision,
-    on_device,
-)
+from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.windows import crop, draw_numbers
 
 STAGE = Stage(
