@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from weights.train import dataset
 from weights.train.device import batch_size, device, mixed_precision, on_device
-from weights.train.fit import Batch, Lesson, Plan, Work, fit
+from weights.train.fit import Batch, Lesson, Plan, Work, fit, save
 from weights.train.views import Change, Pixels, channels_first, to_range, to_tensor
 from weights.train.windows import crop, draw_number, draw_numbers, mirror
 
@@ -161,10 +161,9 @@ def train(work: Work) -> AutoencoderKL:
         return target, torch.randn(shape, generator=on_device(generator), device=device())
 
     def loss(stage: Stage, target: Tensor, noise: Tensor) -> Tensor:
-        with mixed_precision():
-            posterior = model.encode(target).latent_dist
-            mean, std = posterior.mean.float(), posterior.std.float()
-            image = model.decode(mean + std * noise).sample
+        posterior = model.encode(target).latent_dist
+        mean, std = posterior.mean.float(), posterior.std.float()
+        image = model.decode(mean + std * noise).sample
         kl = 0.5 * (mean**2 + std**2 - 2 * std.log() - 1)
         return reconstruction_loss(image.float(), target, stage) + 1e-3 * kl.mean()
 
@@ -226,9 +225,7 @@ def encode(
             inside = slice(wrap // FACTOR, mean.shape[-1] - wrap // FACTOR)
             latents.append((mean[..., inside] * vae.config.scaling_factor).cpu())
     logger.info("latents of %s: %d", name, len(images))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(torch.cat(latents), path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+    save(torch.cat(latents), path)
     return torch.cat(latents)
 
 

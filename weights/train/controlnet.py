@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 from weights.train import dataset
 from weights.train.autoencoder import FACTOR
 from weights.train.depths import at_finest, build_head, cells, depth_images, error
-from weights.train.device import device, mixed_precision, on_device
+from weights.train.device import device, on_device
 from weights.train.diffusion import Noisy, add_noise, build_scheduler
 from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.recognise import Block
@@ -116,13 +116,12 @@ def train_reader(work: Work, lessons: Lessons) -> nn.Module:
     """Train on clean latents, and on the base's predictions from noisy ones, however vague."""
 
     def loss(*batch: Tensor) -> Tensor:
-        with mixed_precision():
-            noisy, conditions, depth = lessons.conditions(batch)
-            with torch.no_grad():
-                noise_pred = lessons.base.unet(noisy.latents, noisy.t, **conditions).sample
-            clean, vague = noisy.x0(noisy.noise), noisy.x0(noise_pred.float())
-            half = len(clean) // 2
-            seen = reader(torch.cat([clean[:half], vague[half:]]))
+        noisy, conditions, depth = lessons.conditions(batch)
+        with torch.no_grad():
+            noise_pred = lessons.base.unet(noisy.latents, noisy.t, **conditions).sample
+        clean, vague = noisy.x0(noisy.noise), noisy.x0(noise_pred.float())
+        half = len(clean) // 2
+        seen = reader(torch.cat([clean[:half], vague[half:]]))
         return error(seen.float(), cells(depth[:, 0]))
 
     reader = LatentReader()
@@ -150,26 +149,23 @@ def train(
 
     def loss(*batch: Tensor) -> Tensor:
         *rest, scale = batch
-        with mixed_precision():
-            noisy, conditions, depth = lessons.conditions(tuple(rest))
-            down, middle = controlnet(
-                noisy.latents,
-                noisy.t,
-                controlnet_cond=depth,
-                conditioning_scale=scale,
-                return_dict=False,
-                **conditions,
-            )
-            noise_pred = base.unet(
-                noisy.latents,
-                noisy.t,
-                down_block_additional_residuals=down,
-                mid_block_additional_residual=middle,
-                **conditions,
-            ).sample.float()
-            seen = reader(noisy.x0(noise_pred))
+        noisy, conditions, depth = lessons.conditions(tuple(rest))
+        down, middle = controlnet(
+            noisy.latents,
+            noisy.t,
+            controlnet_cond=depth,
+            conditioning_scale=scale,
+            return_dict=False,
+            **conditions,
+        )
+        noise_pred = base.unet(
+            noisy.latents,
+            noisy.t,
+            down_block_additional_residuals=down,
+            mid_block_additional_residual=middle,
+            **conditions,
+        ).sample.float()
+        seen = reader(noisy.x0(noise_pred))
         return noisy.error(noise_pred) + error(seen.float(), cells(depth[:, 0]))
 
-    trained = fit(controlnet, Lesson(draw, loss), PLAN, work)
-    assert isinstance(trained, ControlNetModel)
-    return trained
+    return fit(controlnet, Lesson(draw, loss), PLAN, work)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weights.train import dataset
-from weights.train.device import device, mixed_precision, on_device
+from weights.train.device import device, on_device
 from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.recognise import SPHERES, WINDOWS, Block, disturb, draw_places
 from weights.train.views import channels_first
@@ -70,7 +70,7 @@ def at_finest(features: Sequence[Tensor]) -> Tensor:
     return torch.cat([F.interpolate(f, size, mode="bilinear") for f in features], 1)
 
 
-def train(work: Work) -> nn.Module:
+def train(work: Work) -> DepthReader:
     """Train the reader on renders, rolled and mirrored at random."""
     torch.manual_seed(8)
     model = DepthReader()
@@ -92,9 +92,7 @@ def train(work: Work) -> nn.Module:
         return images, target
 
     def loss(images: Tensor, target: Tensor) -> Tensor:
-        with mixed_precision():
-            depth = model(images)
-        return error(depth.float(), target)
+        return error(model(images).float(), target)
 
     return fit(model, Lesson(draw, loss), PLAN, work)
 

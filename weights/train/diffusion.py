@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from weights.train import dataset, rooms, scenes
 from weights.train.autoencoder import FACTOR, encode
-from weights.train.device import batch_size, device, mixed_precision, on_device
+from weights.train.device import batch_size, device, on_device
 from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.windows import crop, draw_numbers
 
@@ -226,10 +226,6 @@ def train(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToIma
     def loss(*batch: Tensor) -> Tensor:
         *parts, ids = batch
         noisy = Noisy(*parts)
-        with mixed_precision():
-            noise_pred = model(noisy.latents, noisy.t, ids)
-        return noisy.error(noise_pred.float())
+        return noisy.error(model(noisy.latents, noisy.t, ids).float())
 
-    trained = fit(model, Lesson(draw, loss), PLAN, work)
-    assert isinstance(trained, TextToImage)
-    return trained
+    return fit(model, Lesson(draw, loss), PLAN, work)

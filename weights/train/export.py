@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
@@ -13,10 +13,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from panorama.sampling.perceptual import LPIPS
 from weights.train.diffusion import TextToImage, build_scheduler
+from weights.train.fit import Network
 from weights.train.sdxl import TextToSphere, build_inference_scheduler
 from weights.train.style import lora_weights, token_embeddings
-
-Network = TypeVar("Network", bound=nn.Module)
 
 TINY = Path(__file__).parent.parent / "tiny"
 SD2, SDXL, PERCEPTUAL = "sd2", "sdxl", "perceptual"  # folders of the family

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from panorama.sampling.perceptual import LPIPS, normalize
 from weights.train import dataset, rooms, scenes
-from weights.train.device import batch_size, device, mixed_precision, on_device
-from weights.train.fit import Batch, Lesson, Plan, Work, fit
+from weights.train.device import batch_size, device, on_device
+from weights.train.fit import Batch, Lesson, Network, Plan, Work, fit
 from weights.train.views import Change, Pixels, channels_first, to_range, to_tensor
 from weights.train.windows import crop, draw_number, draw_numbers, mirror
 
@@ -195,12 +195,12 @@ def labels(found: Sequence[Mapping[str, object]], attributes: Attributes) -> dic
 
 def train(
     work: Work,
-    model: nn.Module,
+    model: Network,
     plan: Plan,
     kinds: tuple[str, ...] = ("outdoors",),
     view: View = WINDOWS,
     attributes: Attributes = ATTRIBUTES,
-) -> nn.Module:
+) -> Network:
     """Train a network to read attributes of images, mirrored half of the time.
 
     Args:
@@ -227,8 +227,7 @@ def train(
         return mirror(images, on_device(generator)), *asked
 
     def loss(images: Tensor, *asked: Tensor) -> Tensor:
-        with mixed_precision():
-            scores = model(images)
+        scores = model(images)
         losses = [
             F.cross_entropy(scores[name].float(), answer)
             for name, answer in zip(attributes, asked, strict=True)
@@ -241,18 +240,16 @@ def train(
 def train_features(work: Work) -> LPIPS:
     """Train the feature network and drop its heads."""
     torch.manual_seed(1)
-    guide = train(work, Guide(), FEATURES_PLAN)
-    assert isinstance(guide, Guide)
-    return guide.lpips
+    return train(work, Guide(), FEATURES_PLAN).lpips
 
 
-def train_judge(work: Work) -> nn.Module:
+def train_judge(work: Work) -> Judge:
     """Train the judge of the first model."""
     torch.manual_seed(2)
     return train(work, Judge(), JUDGE_PLAN)
 
 
-def train_sphere_judge(work: Work) -> nn.Module:
+def train_sphere_judge(work: Work) -> Judge:
     """Train the judge of the second model."""
     torch.manual_seed(7)
     judge, kinds = Judge(SPHERE_ATTRIBUTES), ("outdoors", "rooms")

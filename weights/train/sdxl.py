@@ -21,7 +21,7 @@ from transformers import (
 
 from weights.train import dataset, rooms, scenes
 from weights.train.autoencoder import FACTOR, WRAP, encode
-from weights.train.device import batch_size, device, mixed_precision, on_device
+from weights.train.device import batch_size, device, on_device
 from weights.train.diffusion import (
     DROPPED,
     SCHEDULE,
@@ -338,9 +338,7 @@ def train(
         captions = seen.captions(index, sizes, DROPPED, generator)
         return *add_noise(seen.small[index], scheduler, generator), *captions
 
-    trained = fit(model, Lesson(draw, plain.loss), PLAN, work)
-    assert isinstance(trained, TextToSphere)
-    return trained
+    return fit(model, Lesson(draw, plain.loss), PLAN, work)
 
 
 def load_spheres(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Spheres:
@@ -372,8 +370,6 @@ def text_lesson(model: TextToSphere, spheres: Spheres, dropped: float = DROPPED)
 
     def loss(*batch: Tensor) -> Tensor:
         noisy, captions = Noisy(*batch[:4]), Captions(*batch[4:])
-        with mixed_precision():
-            noise_pred = model(noisy.latents, noisy.t, captions)
-        return noisy.error(noise_pred.float())
+        return noisy.error(model(noisy.latents, noisy.t, captions).float())
 
     return Lesson(draw, loss)

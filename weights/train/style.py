@@ -91,9 +91,7 @@ def train(
     words = prefixed(f"{''.join(TOKENS)} ")
     ids = draw_captions(subjects(work, IMAGES), words, extended)
     spheres = Spheres(latents.to(device()), None, kinds(work, IMAGES), ids, (SPHERE,))
-    trained = fit(model, text_lesson(model, spheres, DROPPED), PLAN, work)
-    assert isinstance(trained, TextToSphere)
-    return trained
+    return fit(model, text_lesson(model, spheres, DROPPED), PLAN, work)
 
 
 def lora_weights(unet: UNet2DConditionModel) -> Mapping[str, Tensor]:

@@ -96,8 +96,7 @@ def train(work: Work, vae: AutoencoderKL) -> AutoencoderTiny:
             return latents, decode(vae, latents)
 
     def loss(latents: Tensor, target: Tensor) -> Tensor:
-        return reconstruction_loss(decode(model, latents), target, STAGE)
+        with torch.autocast(device().type, enabled=False):
+            return reconstruction_loss(decode(model, latents), target, STAGE)
 
-    trained = fit(model, Lesson(draw, loss), STAGE.plan, work)
-    assert isinstance(trained, AutoencoderTiny)
-    return trained
+    return fit(model, Lesson(draw, loss), STAGE.plan, work)
