@@ -12,23 +12,20 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from weights.train import dataset, rooms, scenes
+from weights.train import dataset, diffusion, rooms, scenes
 from weights.train.autoencoder import FACTOR, WRAP, encode
 from weights.train.device import batch_size, device, on_device
 from weights.train.diffusion import (
     DROPPED,
+    HIDDEN,
     SCHEDULE,
     STRIP,
     Noisy,
     add_noise,
     build_scheduler,
+    build_text_encoder,
     draw_captions,
 )
 from weights.train.fit import Batch, Lesson, Plan, Work, fit
@@ -36,7 +33,6 @@ from weights.train.views import Change, halve, look
 from weights.train.windows import crop, draw_number, draw_numbers
 
 PLAN = Plan("sdxl", steps=14000, learning_rate=1e-3, average=0.999)
-HIDDEN = 128  # of either text encoder
 SIZE_CHANNELS = 16  # for each of the six numbers of an image's sizes
 SIDES = (128, 1024)  # pixels of the sizes that are only declared
 KEEP = 0.8  # share of attributes that captions name
@@ -87,41 +83,14 @@ LOOK_SHARE = 0.06
 """The share of batches of views straight up or down."""
 
 
-def build_text_encoder(
-    kind: type[CLIPTextModel | CLIPTextModelWithProjection], tokenizer: CLIPTokenizer
-) -> nn.Module:
-    """Build two small layers; the UNet sees the penultimate one's output, as in SDXL."""
-    return kind(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=HIDDEN,
-            intermediate_size=3 * HIDDEN,
-            projection_dim=HIDDEN,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
 def build_unet() -> UNet2DConditionModel:
     """Build a UNet of 6.5 M parameters, like the first model's but for the conditions.
 
-    It is trained on whole spheres of 32 x 64 latents. Windows are squares of their height.
+    It sees the penultimate states of both text encoders, and SDXL's sizes. It is trained on whole
+    spheres of 32 x 64 latents. Windows are squares of their height.
     """
-    return UNet2DConditionModel(
-        sample_size=32,
-        block_out_channels=(48, 96, 144),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=2 * HIDDEN,
-        attention_head_dim=(2, 3, 4),  # diffusers means the number of heads
-        norm_num_groups=8,
-        use_linear_projection=True,
+    return diffusion.build_unet(
+        2 * HIDDEN,
         addition_embed_type="text_time",
         addition_time_embed_dim=SIZE_CHANNELS,
         projection_class_embeddings_input_dim=HIDDEN + 6 * SIZE_CHANNELS,
