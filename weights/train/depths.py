@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from weights.train import dataset
 from weights.train.device import device, on_device
 from weights.train.fit import Batch, Lesson, Plan, Work, fit
-from weights.train.recognise import SPHERES, WINDOWS, Block, disturb, draw_places
+from weights.train.recognise import JUDGE_CHANNELS, SPHERES, WINDOWS, Blocks, disturb, draw_places
 from weights.train.views import channels_first
 from weights.train.windows import draw_number
 
@@ -43,20 +43,14 @@ def depth_image(distance: NDArray[np.floating]) -> NDArray[np.float32]:
 class DepthReader(nn.Module):
     """A small network that reads depth off images; it has no part in making them."""
 
-    def __init__(self, channels: tuple[int, ...] = (24, 40, 64, 96, 128)) -> None:
+    def __init__(self, channels: Sequence[int] = JUDGE_CHANNELS) -> None:
         super().__init__()
-        pairs = zip((3, *channels[:-1]), channels, strict=True)
-        self.blocks = nn.ModuleList(Block(a, b) for a, b in pairs)
+        self.blocks = Blocks(channels)
         self.head = build_head(sum(channels[FINEST - 1 :]))
 
     def forward(self, images: Tensor) -> Tensor:
         """Read depth (N, H / 8, W / 8) in [0, 1] off images (N, 3, H, W) in [-1, 1]."""
-        features = []
-        x = images
-        for block in self.blocks:
-            x = block(x)
-            features.append(x)
-        return self.head(at_finest(features[FINEST - 1 :])).sigmoid()[:, 0]
+        return self.head(at_finest(self.blocks(images)[FINEST - 1 :])).sigmoid()[:, 0]
 
 
 def build_head(channels: int) -> nn.Sequential:

@@ -8,11 +8,8 @@ from weights.train.recognise import Judge
 
 def features(judge: Judge, windows: Tensor) -> Tensor:
     """Return the means (N, C) of the last block's features of windows (N, 3, H, W) in [-1, 1]."""
-    x = windows
     with torch.no_grad():
-        for block in judge.blocks:
-            x = block(x)
-    return x.mean((2, 3))
+        return judge.blocks(windows)[-1].mean((2, 3))
 
 
 def frechet(first: Tensor, second: Tensor) -> float:

@@ -7,6 +7,7 @@ They never guide; they measure prompt agreement and coherence.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ SPHERE_ATTRIBUTES: Attributes = {
     "land": (*scenes.LANDS, None),
 }
 FEATURE_CHANNELS = ((8,), (16, 16), (32, 32), (64, 64), (96, 96))
+JUDGE_CHANNELS = (24, 40, 64, 96, 128)
 FEATURES_PLAN = Plan("features", steps=1000, learning_rate=2e-3, average=0.99, warmup=100)
 JUDGE_PLAN = Plan("judge", steps=1500, learning_rate=2e-3, average=0.99, warmup=100)
 SPHERE_JUDGE_PLAN = Plan("judge-360", steps=1500, learning_rate=2e-3, average=0.99, warmup=100)
@@ -88,38 +90,33 @@ class Block(nn.Module):
         return x + self.second(F.gelu(self.first(F.gelu(self.norm(x)))))
 
 
+class Blocks(nn.ModuleList):
+    """Blocks one after another, from images on."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__(Block(*pair) for pair in pairwise((3, *channels)))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the features after every block from images (N, 3, H, W) in [-1, 1]."""
+        return list(accumulate(self, lambda x, block: block(x), initial=images))[1:]
+
+
 class Judge(nn.Module):
     """A small residual network that reads a scene's attributes off a window or a sphere."""
 
-    def __init__(
-        self,
-        attributes: Attributes = ATTRIBUTES,
-        channels: Sequence[int] = (24, 40, 64, 96, 128),
-    ) -> None:
+    def __init__(self, attributes: Attributes = ATTRIBUTES) -> None:
         super().__init__()
-        pairs = zip((3, *channels[:-1]), channels, strict=True)
-        self.blocks = nn.ModuleList(Block(a, b) for a, b in pairs)
-        self.heads = Heads(channels[-1], attributes)
-
-    def embed(self, images: Tensor) -> list[Tensor]:
-        """Return the features after every block, of unit length over channels."""
-        features = []
-        x = images
-        for block in self.blocks:
-            x = block(x)
-            features.append(normalize(x))
-        return features
+        self.blocks = Blocks(JUDGE_CHANNELS)
+        self.heads = Heads(JUDGE_CHANNELS[-1], attributes)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Score images (N, 3, H, W) in [-1, 1]."""
-        x = images
-        for block in self.blocks:
-            x = block(x)
-        return self.heads(x)
+        return self.heads(self.blocks(images)[-1])
 
     def distance(self, images: Tensor, others: Tensor) -> Tensor:
         """Return perceptual distances (N,) as LPIPS does, with every channel weighing the same."""
-        pairs = zip(self.embed(images), self.embed(others), strict=True)
+        features = (map(normalize, self.blocks(x)) for x in (images, others))
+        pairs = zip(*features, strict=True)
         return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
 
 
