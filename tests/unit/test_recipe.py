@@ -119,12 +119,12 @@ def test_the_reader_sees_cells() -> None:
 
 def test_captions_name_everything_or_nothing() -> None:
     rng = np.random.default_rng(0)
-    assert rooms.caption(ROOM, rng, keep=1.0) == "bedroom in the color of blue"
-    landscape = scenes.caption(SCENE, rng, keep=1.0)
+    assert ROOM.caption(rng, keep=1.0) == "bedroom in the color of blue"
+    landscape = SCENE.caption(rng, keep=1.0)
     for words in (scenes.TIME_WORDS["noon"], scenes.LAND_WORDS["desert"], ["trees"]):
         assert any(word in landscape for word in words)
-    for subject, write in ((ROOM, rooms.caption), (SCENE, scenes.caption)):
-        assert write(subject, rng, keep=0.0) == ""
+    for subject in (ROOM, SCENE):
+        assert subject.caption(rng, keep=0.0) == ""
 
 
 def test_captions_leave_out_each_attribute_at_times_and_begin_as_hdri_views_at_times() -> None:

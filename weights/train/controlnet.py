@@ -19,7 +19,6 @@ from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.recognise import Block
 from weights.train.sdxl import (
     SIDE,
-    SUBJECTS,
     Captions,
     Cuts,
     Spheres,
@@ -108,7 +107,7 @@ class Lessons:
 
 def load_depths(work: Work) -> Tensor:
     """Return the depth images (N, 1, H, W) of the training images, kind after kind."""
-    sets = [dataset.load(work.folder, kind, "train") for kind in SUBJECTS]
+    sets = [dataset.load(work.folder, kind, "train") for kind in dataset.KINDS]
     return torch.cat([depth_images(images.distance) for images in sets])
 
 

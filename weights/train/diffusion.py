@@ -218,7 +218,7 @@ def train(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToIma
     images = dataset.load(work.folder, "outdoors", "train")
     latents = encode(work, vae, "outdoors", images.rgb)[:, :, STRIP].to(device())
     subjects = [scenes.Scene(**attributes) for attributes in images.attributes]
-    captions = draw_captions(subjects, scenes.caption, tokenizer)
+    captions = draw_captions(subjects, scenes.Scene.caption, tokenizer)
     empty = tokenize(tokenizer, [""])
     count = batch_size(BATCH)
 

@@ -40,7 +40,7 @@ from weights.train.recognise import (
     strip,
     window,
 )
-from weights.train.sdxl import CAPTIONS, PREFIX, SUBJECTS
+from weights.train.sdxl import PREFIX
 from weights.train.views import halve, to_tensor
 
 STEPS = 30
@@ -214,7 +214,7 @@ def measure_likeness(make: Make, judge: Judge, given: Measuring) -> None:
     held_out = given.held_out("outdoors")
     for number in range(given.windows):
         facts = held_out.attributes[number % len(held_out.attributes)]
-        text = scenes.caption(scenes.Scene(**facts), rng, keep=1.0)
+        text = scenes.Scene(**facts).caption(rng, keep=1.0)
         made.append(make(text, number))
         left = int(rng.integers(held_out.rgb.shape[2]))
         image = np.roll(held_out.rgb[number % len(held_out.rgb)], -left, 1)
@@ -296,8 +296,8 @@ def depth_correlations(
     rng = np.random.default_rng(0)
     found: dict[str, list[Tensor]] = {"depth image": [], "text alone": [], "render": []}
     for index in range(DEPTHS):
-        subject = SUBJECTS[kind](**held_out.attributes[index])
-        prompt = PREFIX + CAPTIONS[type(subject)](subject, rng, keep=1.0)
+        subject = dataset.KINDS[kind].subject(**held_out.attributes[index])
+        prompt = PREFIX + subject.caption(rng, keep=1.0)
         depth: NDArray[np.float32] = depth_image(held_out.distance[index])
         images = {
             "depth image": make(prompt, index, depth=torch.from_numpy(depth)) * 2 - 1,

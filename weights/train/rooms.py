@@ -8,14 +8,12 @@ its middle, d away from it into the room, and z up.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import pi
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from weights.train.scenes import HEIGHT, SUPERSAMPLE
-
-Array = NDArray[np.float32]
-Color = tuple[float, float, float]
+from weights.train.scenes import HEIGHT, SUPERSAMPLE, Array, Color, average
 
 COLORS: Mapping[str, Color] = {
     "blue": (0.30, 0.50, 0.86),
@@ -202,6 +200,39 @@ class Room:
     kind: str
     color: str
 
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Self:
+        """Draw the attributes of one room, kinds and colours evenly."""
+        return cls(str(rng.choice(list(KINDS))), str(rng.choice(list(COLORS))))
+
+    def caption(self, rng: np.random.Generator, keep: float) -> str:
+        """Describe the room, kind and colour each left out with probability 1 - keep.
+
+        Returns e.g. "bedroom in the color of blue"; may be empty.
+        """
+        kind = self.kind if rng.random() < keep else ""
+        if rng.random() < keep:
+            return f"{kind or 'room'} in the color of {self.color}"
+        return kind
+
+    def render(self, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Array]:
+        """Draw the room, and whatever it leaves open at random.
+
+        Returns:
+            The image (H, 2 H, 3) in [0, 255], and the distance (H, 2 H) of what it shows in metres.
+        """
+        size = np.array([*rng.uniform(*SIDES, 2), rng.uniform(2.5, 2.9)], np.float32)
+        wall = np.asarray(jitter(COLORS[self.color], rng), np.float32)
+        accent = 0.62 * wall + (0.0 if self.color != "white" else -0.12)
+        boxes = furnish(self, size, accent, rng)
+        camera = size / 2 + np.array([*rng.uniform(-0.35, 0.35, 2), 0.0], np.float32)
+        camera[2] = rng.uniform(1.4, 1.6)
+        rays = directions(HEIGHT * SUPERSAMPLE, float(rng.uniform(0, 2 * pi)))
+        distance, color = cast_on_walls(camera, rays, size, wall, FLOORS[self.kind])
+        for box in boxes:
+            cast_on_box(camera, rays, box, distance, color)
+        return average(color.transpose(1, 2, 0), distance)
+
 
 @dataclass(frozen=True)
 class Box:
@@ -262,35 +293,6 @@ def in_room(wall: int, u: Array, d: Range, size: Array) -> tuple[Array, Array]:
     }[wall]
     both = np.array(ends, np.float32)
     return both.min(0), both.max(0)
-
-
-def render(
-    room: Room, rng: np.random.Generator, height: int = HEIGHT
-) -> tuple[NDArray[np.uint8], Array]:
-    """Draw a random room of a kind and colour.
-
-    Args:
-        room: the room to draw.
-        rng: the source of everything that the room leaves open.
-        height: the height of the image in pixels.
-
-    Returns:
-        The image (H, 2 H, 3) in [0, 255], and the distance (H, 2 H) of what it shows in metres.
-    """
-    size = np.array([*rng.uniform(*SIDES, 2), rng.uniform(2.5, 2.9)], np.float32)
-    wall = np.asarray(jitter(COLORS[room.color], rng), np.float32)
-    accent = 0.62 * wall + (0.0 if room.color != "white" else -0.12)
-    boxes = furnish(room, size, accent, rng)
-    camera = size / 2 + np.array([*rng.uniform(-0.35, 0.35, 2), 0.0], np.float32)
-    camera[2] = rng.uniform(1.4, 1.6)
-    rays = directions(height * SUPERSAMPLE, float(rng.uniform(0, 2 * pi)))
-    distance, color = cast_on_walls(camera, rays, size, wall, FLOORS[room.kind])
-    for box in boxes:
-        cast_on_box(camera, rays, box, distance, color)
-    shape = (height, SUPERSAMPLE, 2 * height, SUPERSAMPLE)
-    rgb = color.reshape(3, *shape).mean((2, 4)).transpose(1, 2, 0)
-    nearest = distance.reshape(shape).min((1, 3))
-    return (rgb.clip(0, 1) * 255 + 0.5).astype(np.uint8), nearest
 
 
 def directions(height: int, yaw: float) -> Array:
@@ -358,14 +360,3 @@ def jitter(color: Sequence[float], rng: np.random.Generator) -> Color:
     """Return a near neighbour of a colour."""
     r, g, b = np.clip(np.asarray(color) * rng.normal(1, 0.03) * rng.normal(1, 0.015, 3), 0, 1)
     return float(r), float(g), float(b)
-
-
-def caption(room: Room, rng: np.random.Generator, keep: float = 0.6) -> str:
-    """Describe a room, kind and colour each left out with probability 1 - keep.
-
-    Returns e.g. "bedroom in the color of blue"; may be empty.
-    """
-    kind = room.kind if rng.random() < keep else ""
-    if rng.random() < keep:
-        return f"{kind or 'room'} in the color of {room.color}"
-    return kind

@@ -9,7 +9,7 @@ cell of the autoencoder's latents if it can be helped.
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import cos, pi, radians, sin
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,67 +139,58 @@ class Scene:
     trees: bool
     clouds: bool
 
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Self:
+        """Draw the attributes of one scene, times and lands evenly."""
+        time = str(rng.choice(list(SKIES)))
+        land = str(rng.choice(list(LANDS)))
+        trees = LANDS[land].tree is not None and rng.random() < 0.55
+        clouds = time == "overcast" or rng.random() < 0.5
+        return cls(time, land, bool(trees), bool(clouds))
 
-def draw_scene(rng: np.random.Generator) -> Scene:
-    """Draw the attributes of one scene, times and lands evenly."""
-    time = str(rng.choice(list(SKIES)))
-    land = str(rng.choice(list(LANDS)))
-    trees = LANDS[land].tree is not None and rng.random() < 0.55
-    clouds = time == "overcast" or rng.random() < 0.5
-    return Scene(time, land, bool(trees), bool(clouds))
+    def caption(self, rng: np.random.Generator, keep: float = 0.6) -> str:
+        """Describe the scene, each attribute left out with probability 1 - keep.
 
+        Returns e.g. "sunset over snowy mountains with trees"; may be empty.
+        """
+        time = rng.choice(TIME_WORDS[self.time]) if rng.random() < keep else ""
+        land = rng.choice(LAND_WORDS[self.land]) if rng.random() < keep else ""
+        trees = " with trees" if self.trees and rng.random() < keep else ""
+        clouds = " under clouds" if self.clouds and rng.random() < keep else ""
+        if time and land:
+            form = rng.choice(["{time} over {land}{rest}", "{land}{rest} at {time}"], p=[0.7, 0.3])
+            text = form.format(time=time, land=land, rest=trees + clouds)
+        else:
+            text = f"{time or land}{trees}{clouds}".strip()
+        return f"{rng.choice(FRAMES)}{text}" if text else ""
 
-def caption(scene: Scene, rng: np.random.Generator, keep: float = 0.6) -> str:
-    """Describe a scene, each attribute left out with probability 1 - keep.
+    def render(self, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Array]:
+        """Paint the scene, and whatever it leaves open at random.
 
-    Returns e.g. "sunset over snowy mountains with trees"; may be empty.
-    """
-    time = rng.choice(TIME_WORDS[scene.time]) if rng.random() < keep else ""
-    land = rng.choice(LAND_WORDS[scene.land]) if rng.random() < keep else ""
-    trees = " with trees" if scene.trees and rng.random() < keep else ""
-    clouds = " under clouds" if scene.clouds and rng.random() < keep else ""
-    if time and land:
-        form = rng.choice(["{time} over {land}{rest}", "{land}{rest} at {time}"], p=[0.7, 0.3])
-        text = form.format(time=time, land=land, rest=trees + clouds)
-    else:
-        text = f"{time or land}{trees}{clouds}".strip()
-    return f"{rng.choice(FRAMES)}{text}" if text else ""
-
-
-def render(
-    scene: Scene, rng: np.random.Generator, height: int = HEIGHT
-) -> tuple[NDArray[np.uint8], Array]:
-    """Paint a scene.
-
-    Args:
-        scene: the scene to paint.
-        rng: the source of everything that the scene leaves open.
-        height: the height of the image in pixels.
-
-    Returns:
-        The image (H, 2 H, 3) in [0, 255], and the distance (H, 2 H) of what it shows in metres, inf
-        for the sky.
-    """
-    canvas = Canvas(height)
-    sky, land = jitter(SKIES[scene.time], rng), jitter(LANDS[scene.land], rng)
-    sun = float(rng.uniform(0, 2 * pi))
-    paint_sky(canvas, scene, sky, sun, rng)
-    paint_mounts(canvas, sky, land, sun, rng)
-    if scene.land == "sea":
-        paint_sea(canvas, sky, land, sun, rng)
-    else:
-        paint_hills(canvas, sky, land, sun, rng)
-        paint_ground(canvas, sky, land, rng)
-    if scene.trees:
-        plant(canvas, sky, land, rng)
-    return canvas.image()
+        Returns:
+            The image (H, 2 H, 3) in [0, 255], and the distance (H, 2 H) of what it shows in metres,
+            inf for the sky.
+        """
+        canvas = Canvas()
+        sky, land = jitter(SKIES[self.time], rng), jitter(LANDS[self.land], rng)
+        sun = float(rng.uniform(0, 2 * pi))
+        paint_sky(canvas, self, sky, sun, rng)
+        paint_mounts(canvas, sky, land, sun, rng)
+        if self.land == "sea":
+            paint_sea(canvas, sky, land, sun, rng)
+        else:
+            paint_hills(canvas, sky, land, sun, rng)
+            paint_ground(canvas, sky, land, rng)
+        if self.trees:
+            plant(canvas, sky, land, rng)
+        return average(canvas.rgb, canvas.distance)
 
 
 class Canvas:
     """An image in progress: colours, distances, and the angles of every row and column."""
 
-    def __init__(self, height: int) -> None:
-        self.height, self.width = height * SUPERSAMPLE, 2 * height * SUPERSAMPLE
+    def __init__(self) -> None:
+        self.height, self.width = HEIGHT * SUPERSAMPLE, 2 * HEIGHT * SUPERSAMPLE
         self.pixel = pi / self.height
         rows = np.arange(self.height, dtype=np.float32) + 0.5
         self.elevation: Array = (pi / 2 - self.pixel * rows)[:, None]  # (H, 1)
@@ -235,12 +226,12 @@ class Canvas:
                 alpha > 0.5, distance, self.distance[rows, columns]
             )
 
-    def image(self) -> tuple[NDArray[np.uint8], Array]:
-        """Average the samples of each pixel; the distance is that of the nearest."""
-        shape = (self.height // SUPERSAMPLE, SUPERSAMPLE, self.width // SUPERSAMPLE, SUPERSAMPLE)
-        rgb = self.rgb.reshape(*shape, 3).mean((1, 3))
-        nearest = self.distance.reshape(shape).min((1, 3))
-        return (rgb.clip(0, 1) * 255 + 0.5).astype(np.uint8), nearest
+
+def average(samples: Array, distance: Array) -> tuple[NDArray[np.uint8], Array]:
+    """Average the samples (h, w, 3) of each pixel; its distance is that of the nearest."""
+    shape = (HEIGHT, SUPERSAMPLE, 2 * HEIGHT, SUPERSAMPLE)
+    image = samples.reshape(*shape, 3).mean((1, 3)).clip(0, 1)
+    return (image * 255 + 0.5).astype(np.uint8), distance.reshape(shape).min((1, 3))
 
 
 def paint_sky(canvas: Canvas, scene: Scene, sky: Sky, sun: float, rng: np.random.Generator) -> None:

@@ -14,8 +14,9 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionMode
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from weights.train import dataset, diffusion, rooms, scenes
+from weights.train import dataset, diffusion
 from weights.train.autoencoder import FACTOR, WRAP, encode
+from weights.train.dataset import KINDS, Subject
 from weights.train.device import batch_size, device, on_device
 from weights.train.diffusion import (
     DROPPED,
@@ -39,13 +40,6 @@ KEEP = 0.8  # share of attributes that captions name
 PREFIX = "hdri view, "
 LOOKS = 500  # images of each kind that are also seen straight up and down
 SIDE = 32  # cells; the height of all that is cut, and the width of a window
-
-Subject = rooms.Room | scenes.Scene
-CAPTIONS: Mapping[type, Callable[..., str]] = {
-    rooms.Room: rooms.caption,
-    scenes.Scene: scenes.caption,
-}
-SUBJECTS: Mapping[str, type[Subject]] = {"outdoors": scenes.Scene, "rooms": rooms.Room}
 
 
 @dataclass(frozen=True)
@@ -151,8 +145,8 @@ class TextToSphere(nn.Module):
 def subjects(work: Work, count: int | None = None) -> list[Subject]:
     """Return the subjects of the first training images of each kind, or of all, kind after kind."""
     return [
-        subject(**attributes)
-        for kind, subject in SUBJECTS.items()
+        KINDS[kind].subject(**attributes)
+        for kind in KINDS
         for attributes in dataset.load(work.folder, kind, "train").attributes[:count]
     ]
 
@@ -176,16 +170,14 @@ def encode_kinds(
         wrap: see `encode`.
     """
 
-    names = {kind: f"{kind}-{name}" if name else kind for kind in SUBJECTS}
-    images = {kind: dataset.load(work.folder, kind, "train").rgb[:count] for kind in SUBJECTS}
-    return torch.cat([encode(work, vae, names[k], images[k], change, wrap) for k in SUBJECTS])
+    names = {kind: f"{kind}-{name}" if name else kind for kind in KINDS}
+    images = {kind: dataset.load(work.folder, kind, "train").rgb[:count] for kind in KINDS}
+    return torch.cat([encode(work, vae, names[k], images[k], change, wrap) for k in KINDS])
 
 
 def kinds(work: Work, count: int | None = None) -> tuple[int, ...]:
     """Return the number of training images of each kind, at most a count of each."""
-    return tuple(
-        len(dataset.load(work.folder, kind, "train").attributes[:count]) for kind in SUBJECTS
-    )
+    return tuple(len(dataset.load(work.folder, kind, "train").attributes[:count]) for kind in KINDS)
 
 
 def prefixed(words: str) -> Callable[[Subject, np.random.Generator], str]:
@@ -195,7 +187,7 @@ def prefixed(words: str) -> Callable[[Subject, np.random.Generator], str]:
 
 def caption(subject: Subject, rng: np.random.Generator) -> str:
     """Describe an image, half of the time after `PREFIX`; may be empty."""
-    text = CAPTIONS[type(subject)](subject, rng, KEEP)
+    text = subject.caption(rng, KEEP)
     return f"{PREFIX}{text}" if text and rng.random() < 0.5 else text
 
 
