@@ -24,7 +24,6 @@ from weights.train.windows import crop, draw_number, draw_numbers, mirror
 FACTOR = 8  # pixels a latent cell
 LATENT_CHANNELS = 4
 LEVEL = 1 / 127.5  # one of 256, in [-1, 1]
-WRAP = 64  # pixels of the other side that the encoder sees beyond either edge of a sphere
 SHARES = {"outdoors": 0.6, "rooms": 0.4}  # of a batch
 
 Crops = tuple[tuple[int, int, int], ...]
@@ -186,39 +185,37 @@ def latent_std(model: AutoencoderKL, images: Pixels) -> float:
     return float(torch.stack(latents).std())
 
 
-@torch.no_grad()
-def encode(
-    work: Work,
-    vae: AutoencoderKL,
-    name: str,
-    images: Pixels,
-    change: Change = np.asarray,
-    wrap: int = WRAP,
-) -> Tensor:
-    """Encode images; a file in the work folder keeps the latents.
+@dataclass(frozen=True)
+class Version:
+    """What is made of training images before they are encoded."""
 
-    Args:
-        work: the folder.
-        vae: the autoencoder; a change of its encoder's weights gives another file.
-        name: the name of the set of images.
-        images: the images, (N, H, W, 3) in [0, 255]; read only if the file is missing.
-        change: changes an image (H, W, 3) before it is encoded.
-        wrap: pixels of the other side that the encoder sees beyond either edge, 0 for images that
-            do not close.
+    name: str = ""  # part of the names of the files that keep the latents
+    change: Change = np.asarray
+    count: int | None = None  # the first images of a kind; None for all
+    wrap: int = 64  # pixels of the other side that are seen beyond either edge, 0 for no sphere
+
+
+@torch.no_grad()
+def encode(work: Work, vae: AutoencoderKL, kind: str, version: Version = Version()) -> Tensor:
+    """Encode the training images of a kind; a file in the work folder keeps the latents.
+
+    A change of the encoder's weights gives another file.
 
     Returns:
         The scaled latents, (N, 4, H / 8, W / 8), on the CPU.
     """
     encoder = torch.nn.ModuleList([vae.encoder, vae.quant_conv])
     weights = torch.cat([p.flatten().cpu() for p in encoder.parameters()]).numpy().tobytes()
+    name = f"{kind}-{version.name}" if version.name else kind
     path = work.folder / "latents" / f"{name}-{sha256(weights).hexdigest()[:16]}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
     vae.to(device())
-    latents, count = [], batch_size(2)
+    images = dataset.load(work.folder, kind, "train").rgb[: version.count]
+    latents, count, wrap = [], batch_size(2), version.wrap
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(images), count):
-            changed = np.stack(list(pool.map(change, images[first : first + count])))
+            changed = np.stack(list(pool.map(version.change, images[first : first + count])))
             wide = np.pad(changed, ((0, 0), (0, 0), (wrap, wrap), (0, 0)), mode="wrap")
             with mixed_precision():
                 mean = vae.encode(to_tensor(wide)).latent_dist.mean.float()

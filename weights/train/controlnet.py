@@ -23,7 +23,7 @@ from weights.train.sdxl import (
     Cuts,
     Spheres,
     TextToSphere,
-    load_spheres,
+    load_sizes,
     time_ids,
 )
 from weights.train.windows import crop
@@ -105,12 +105,6 @@ class Lessons:
         return F.interpolate(depth.float(), scale_factor=finer).expand(-1, 3, -1, -1)
 
 
-def load_depths(work: Work) -> Tensor:
-    """Return the depth images (N, 1, H, W) of the training images, kind after kind."""
-    sets = [dataset.load(work.folder, kind, "train") for kind in dataset.KINDS]
-    return torch.cat([depth_images(images.distance) for images in sets])
-
-
 def train_reader(work: Work, lessons: Lessons) -> nn.Module:
     """Train on clean latents, and on the base's predictions from noisy ones, however vague."""
 
@@ -138,8 +132,9 @@ def train(
     torch.manual_seed(5)
     base.requires_grad_(False).to(device())
     controlnet = build(base)
-    spheres = load_spheres(work, vae, tokenizer)
-    lessons = Lessons(base, spheres, load_depths(work), build_scheduler())
+    distances = [dataset.load(work.folder, kind, "train").distance for kind in dataset.KINDS]
+    depths = torch.cat([depth_images(metres) for metres in distances])
+    lessons = Lessons(base, load_sizes(work, vae, tokenizer), depths, build_scheduler())
     reader = train_reader(work, lessons).requires_grad_(False)
 
     def draw(generator: torch.Generator) -> Batch:

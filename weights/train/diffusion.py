@@ -215,9 +215,9 @@ def train(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToIma
     torch.manual_seed(3)
     model = TextToImage(build_text_encoder(CLIPTextModel, tokenizer), build_unet())
     scheduler = build_scheduler()
-    images = dataset.load(work.folder, "outdoors", "train")
-    latents = encode(work, vae, "outdoors", images.rgb)[:, :, STRIP].to(device())
-    subjects = [scenes.Scene(**attributes) for attributes in images.attributes]
+    latents = encode(work, vae, "outdoors")[:, :, STRIP].to(device())
+    facts = dataset.load(work.folder, "outdoors", "train").attributes
+    subjects = [scenes.Scene(**attributes) for attributes in facts]
     captions = draw_captions(subjects, scenes.Scene.caption, tokenizer)
     empty = tokenize(tokenizer, [""])
     count = batch_size(BATCH)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from panorama.images.vae import decode
-from weights.train import dataset
 from weights.train.autoencoder import SHARES, Stage, draw_kinds, encode, reconstruction_loss
 from weights.train.device import batch_size, device, mixed_precision, on_device
 from weights.train.diffusion import WINDOW
@@ -83,10 +82,7 @@ def train(work: Work, vae: AutoencoderKL) -> AutoencoderTiny:
     torch.manual_seed(7)
     model = build()
     vae.to(device())
-    sets = [
-        encode(work, vae, kind, dataset.load(work.folder, kind, "train").rgb).to(device())
-        for kind in SHARES
-    ]
+    sets = [encode(work, vae, kind).to(device()) for kind in SHARES]
 
     def draw(generator: torch.Generator) -> Batch:
         windows = draw_windows(sets, batch_size(BATCH), generator)
