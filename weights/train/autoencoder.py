@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 
@@ -26,9 +26,6 @@ LATENT_CHANNELS = 4
 LEVEL = 1 / 127.5  # one of 256, in [-1, 1]
 SHARES = {"outdoors": 0.6, "rooms": 0.4}  # of a batch
 
-Crops = tuple[tuple[int, int, int], ...]
-"""The height and width of crops, and their number in a batch."""
-
 logger = logging.getLogger(__name__)
 
 
@@ -37,35 +34,27 @@ class Stage:
     """A part of the training: its crops and the weights of its loss."""
 
     plan: Plan
-    crops: Crops  # one size is drawn for each batch
+    crops: tuple[tuple[int, int, int], ...]  # height, width, count; one is drawn for each batch
     squared: float  # weight of the squared error
     smooth: float  # weight of the gradients' relative error
     even: float = 0.0  # weight of the difference between the gradients' profiles over a cell
     encoder: bool = True  # train the encoder too
 
 
-STAGES = (
-    Stage(
-        Plan("autoencoder", steps=4500, learning_rate=1.5e-3, average=0.998),
-        crops=((96, 96, 12), (128, 128, 6)),
-        squared=2.0,
-        smooth=0.02,
-    ),
-    Stage(
-        Plan("autoencoder-large", steps=2000, learning_rate=6e-4, average=0.99),
-        crops=((256, 256, 2), (192, 320, 2)),
-        squared=8.0,
-        smooth=0.1,
-    ),
-    Stage(
-        Plan("autoencoder-decoder", steps=2400, learning_rate=6e-4, average=0.99),
-        crops=((256, 256, 2), (192, 320, 2)),
-        squared=8.0,
-        smooth=0.1,
-        even=0.2,
-        encoder=False,
-    ),
+SMALL = Stage(
+    Plan("autoencoder", steps=4500, learning_rate=1.5e-3, average=0.998),
+    crops=((96, 96, 12), (128, 128, 6)),
+    squared=2.0,
+    smooth=0.02,
 )
+LARGE = Stage(
+    Plan("autoencoder-large", steps=2000, learning_rate=6e-4, average=0.99),
+    crops=((256, 256, 2), (192, 320, 2)),
+    squared=8.0,
+    smooth=0.1,
+)
+DECODER_PLAN = Plan("autoencoder-decoder", steps=2400, learning_rate=6e-4, average=0.99)
+STAGES = (SMALL, LARGE, replace(LARGE, plan=DECODER_PLAN, even=0.2, encoder=False))
 
 
 def build() -> AutoencoderKL:
@@ -84,7 +73,7 @@ def build() -> AutoencoderKL:
 
 
 def draw_crops(
-    images: Tensor, size: tuple[int, int], count: int, generator: torch.Generator
+    images: Tensor, size: Sequence[int], count: int, generator: torch.Generator
 ) -> Tensor:
     """Draw crops (N, 3, h, w) in [-1, 1] of spheres (M, 3, H, W) in [0, 255], across the wrap too.
 
@@ -102,11 +91,6 @@ def draw_crops(
     return mirror(F.avg_pool2d(crops, scale), generator)
 
 
-def l1(first: Tensor, second: Tensor) -> Tensor:
-    """Return the mean absolute difference."""
-    return (first - second).abs().mean()
-
-
 def reconstruction_loss(image: Tensor, target: Tensor, stage: Stage) -> Tensor:
     """Add up L1, L1 of the gradients, half L1 at two lower resolutions, and the stage's own terms.
 
@@ -114,14 +98,14 @@ def reconstruction_loss(image: Tensor, target: Tensor, stage: Stage) -> Tensor:
     of many levels among trees: without it the edges of the latents' cells show in the sky. The
     last term removes what remains of them: steps must be as strong at the cells' edges as inside.
     """
-    loss = l1(image, target) + stage.squared * F.mse_loss(image, target)
+    loss = F.l1_loss(image, target) + stage.squared * F.mse_loss(image, target)
     for axis in (-1, -2):
         gradient, true = image.diff(dim=axis), target.diff(dim=axis)
         error = (gradient - true).abs()
         loss = loss + error.mean() + stage.smooth * (error / (true.abs() + LEVEL)).mean()
-        loss = loss + stage.even * l1(cell_profile(gradient, axis), cell_profile(true, axis))
+        loss = loss + stage.even * F.l1_loss(cell_profile(gradient, axis), cell_profile(true, axis))
     for factor in (4, 16):
-        loss = loss + 0.5 * l1(F.avg_pool2d(image, factor), F.avg_pool2d(target, factor))
+        loss = loss + 0.5 * F.l1_loss(F.avg_pool2d(image, factor), F.avg_pool2d(target, factor))
     return loss
 
 
@@ -151,12 +135,10 @@ def train(work: Work) -> AutoencoderKL:
     spheres = [channels_first(rgb) for rgb in images.values()]
 
     def draw(stage: Stage, generator: torch.Generator) -> Batch:
-        height, width, count = stage.crops[draw_number(len(stage.crops), generator)]
+        *size, count = stage.crops[draw_number(len(stage.crops), generator)]
         kinds = draw_kinds(batch_size(count), generator)
-        target = torch.cat(
-            [draw_crops(spheres[k], (height, width), n, generator) for k, n in kinds.items()]
-        )
-        shape = (len(target), LATENT_CHANNELS, height // FACTOR, width // FACTOR)
+        target = torch.cat([draw_crops(spheres[k], size, n, generator) for k, n in kinds.items()])
+        shape = (len(target), LATENT_CHANNELS, *(side // FACTOR for side in size))
         return target, torch.randn(shape, generator=on_device(generator), device=device())
 
     def loss(stage: Stage, target: Tensor, noise: Tensor) -> Tensor:
