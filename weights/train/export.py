@@ -128,7 +128,7 @@ def save_half(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_judge(network: Network, name: str) -> Network:
-    """Read a judge that `export_judge` wrote into a network of its class."""
+    """Read a judge that `export_judge` wrote into a network of its class, to measure with."""
     state = load_file(JUDGES / f"{name}.safetensors")
     network.load_state_dict({key: value.float() for key, value in state.items()})
-    return network.eval()
+    return network.eval().requires_grad_(False)

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +17,7 @@ from panorama.sampling.perceptual import LPIPS, normalize
 from weights.train import dataset, rooms, scenes
 from weights.train.device import batch_size, device, on_device
 from weights.train.fit import Batch, Lesson, Network, Plan, Work, fit
-from weights.train.views import Change, Pixels, channels_first, to_range, to_tensor
+from weights.train.views import Pixels, channels_first, to_range
 from weights.train.windows import crop, draw_number, draw_numbers, mirror
 
 Attributes = Mapping[str, tuple[object, ...]]
@@ -262,24 +261,3 @@ def read(judge: nn.Module, images: Tensor, attributes: Attributes) -> list[dict[
         {name: values[places[name][i]] for name, values in attributes.items()}
         for i in range(len(images))
     ]
-
-
-def accuracy(
-    judge: nn.Module, images: dataset.Images, show: Change, attributes: Attributes
-) -> dict[str, float]:
-    """Return the share of held-out images that are read right.
-
-    Args:
-        judge: reads the attributes.
-        images: held-out spheres.
-        show: what the judge sees of each.
-        attributes: the attributes asked for; the first two are also counted together.
-    """
-    both = list(attributes)[:2]
-    right: dict[str, list[bool]] = {name: [] for name in (*attributes, " and ".join(both))}
-    for image, label in zip(images.rgb, images.attributes, strict=True):
-        (seen,) = read(judge, to_tensor(show(image)[None]), attributes)
-        for name in attributes:
-            right[name].append(seen[name] == label[name])
-        right[" and ".join(both)].append(all(seen[name] == label[name] for name in both))
-    return {name: float(np.mean(values)) for name, values in right.items()}
