@@ -221,11 +221,11 @@ class Room:
         Returns:
             The image (H, 2 H, 3) in [0, 255], and the distance (H, 2 H) of what it shows in metres.
         """
-        size = np.array([*rng.uniform(*SIDES, 2), rng.uniform(2.5, 2.9)], np.float32)
+        size = vector(*rng.uniform(*SIDES, 2), rng.uniform(2.5, 2.9))
         wall = np.asarray(jitter(COLORS[self.color], rng), np.float32)
         accent = 0.62 * wall + (0.0 if self.color != "white" else -0.12)
         boxes = furnish(self, size, accent, rng)
-        camera = size / 2 + np.array([*rng.uniform(-0.35, 0.35, 2), 0.0], np.float32)
+        camera = size / 2 + vector(*rng.uniform(-0.35, 0.35, 2), 0)
         camera[2] = rng.uniform(1.4, 1.6)
         rays = directions(HEIGHT * SUPERSAMPLE, float(rng.uniform(0, 2 * pi)))
         distance, color = cast_on_walls(camera, rays, size, wall, FLOORS[self.kind])
@@ -250,18 +250,11 @@ def furnish(room: Room, size: Array, accent: Array, rng: np.random.Generator) ->
     first = int(rng.integers(4))
     paints = {name: np.asarray(jitter(color, rng), np.float32) for name, color in PAINTS.items()}
     paints["accent"] = accent
-    middle = size / 2
-    lamp = np.array([0.3, 0.3, 0.0], np.float32)
-    floor = np.array([middle[0], middle[1], 0.0], np.float32)
-    boxes = [
-        Box(
-            np.array([*middle[:2], size[2] - 0.12], np.float32) - lamp,
-            np.array([*middle[:2], size[2]], np.float32) + lamp,
-            paints["lamp"], glowing=True,
-        )
-    ]  # fmt: skip
+    floor, ceiling = (vector(*size[:2] / 2, z) for z in (0, size[2]))
+    low, high = ceiling - vector(0.3, 0.3, 0.12), ceiling + vector(0.3, 0.3, 0)
+    boxes = [Box(low, high, paints["lamp"], glowing=True)]
     if room.kind in RUGS:
-        half = np.array([1.2, 0.9, 0.0], np.float32)
+        half = vector(1.2, 0.9, 0)
         boxes.append(Box(floor - half, floor + half + [0, 0, 0.02], 0.5 * accent + 0.45))
     for piece, turn, center in KINDS[room.kind]:
         wall = int(first + mirrored * turn) % 4
@@ -273,26 +266,18 @@ def furnish(room: Room, size: Array, accent: Array, rng: np.random.Generator) ->
             along = np.sort([center + mirrored * u0, center + mirrored * u1])
             along = np.clip(along, -length / 2, length / 2)
             low, high = in_room(wall, along, (d0, d1), size)
-            boxes.append(
-                Box(
-                    np.array([*low, z0], np.float32), np.array([*high, z1], np.float32),
-                    paints[paint], paint in GLOWING,
-                )
-            )  # fmt: skip
+            low, high = vector(*low, z0), vector(*high, z1)
+            boxes.append(Box(low, high, paints[paint], paint in GLOWING))
     return boxes
 
 
 def in_room(wall: int, u: Array, d: Range, size: Array) -> tuple[Array, Array]:
     """Return the smallest and the largest (x, y) of ranges in the frame of a wall."""
-    x, y = size[0] / 2, size[1] / 2
-    ends = {
-        0: ([x + u[0], d[0]], [x + u[1], d[1]]),
-        1: ([size[0] - d[0], y + u[0]], [size[0] - d[1], y + u[1]]),
-        2: ([x - u[0], size[1] - d[0]], [x - u[1], size[1] - d[1]]),
-        3: ([d[0], y - u[0]], [d[1], y - u[1]]),
-    }[wall]
-    both = np.array(ends, np.float32)
-    return both.min(0), both.max(0)
+    axis, sign = wall % 2, 1 if wall < 2 else -1
+    along = [size[axis] / 2 + sign * end for end in u]
+    away = [end if wall in (0, 3) else size[1 - axis] - end for end in d]
+    ends = np.array([away, along] if axis else [along, away], np.float32)
+    return ends.min(1), ends.max(1)
 
 
 def directions(height: int, yaw: float) -> Array:
@@ -304,12 +289,17 @@ def directions(height: int, yaw: float) -> Array:
     return np.where(np.abs(rays) < 1e-6, np.float32(1e-6), rays)
 
 
+def vector(x: float, y: float, z: float) -> Array:
+    """Return (3,) in single precision."""
+    return np.array([x, y, z], np.float32)
+
+
 def column(values: Array) -> Array:
     """Return (3,) as (3, 1, 1)."""
     return values[:, None, None]
 
 
-LIGHT = np.array([0.90, 0.80, 1.0], np.float32)
+LIGHT = vector(0.90, 0.80, 1.0)
 """The brightness of faces across x, across y and of those that look up or down."""
 
 
