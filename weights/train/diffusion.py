@@ -96,12 +96,7 @@ def build_text_encoder(kind: type[Encoder], tokenizer: CLIPTokenizer) -> Encoder
 
 
 def build_unet(cross_attention_dim: int = HIDDEN, **conditions: Any) -> UNet2DConditionModel:
-    """Build a UNet of 6 M parameters for windows of 32 x 32 latents.
-
-    Args:
-        cross_attention_dim: channels of the states of the words.
-        conditions: how it sees any others, as diffusers has it.
-    """
+    """Build a UNet of 6 M parameters for windows of 32 x 32 latents; sdxl adds conditions."""
     return UNet2DConditionModel(
         sample_size=WINDOW,
         block_out_channels=(48, 96, 144),

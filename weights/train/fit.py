@@ -121,13 +121,9 @@ class Gradients:
 
 
 def fit(model: Network, lesson: Lesson, plan: Plan, work: Work) -> Network:
-    """Train in place, from the last checkpoint if there is one.
+    """Train a model in place, from the last of its `checkpoints/` in the work folder.
 
-    Args:
-        model: the model to train, on any device; weights that need no gradient stay.
-        lesson: draws batches and returns the model's loss on them.
-        plan: the plan of the training.
-        work: the folder of whose `checkpoints/` a later run resumes, and the deadline.
+    Weights that need no gradient stay.
 
     Returns:
         The trained model, its weights averaged if the plan says so.

@@ -35,12 +35,10 @@ from weights.train.recognise import (
     Attributes,
     Judge,
     read,
-    strip,
-    window,
 )
 from weights.train.scenes import LAND_WORDS, TIME_WORDS
 from weights.train.sdxl import PREFIX
-from weights.train.views import Change, halve, to_tensor
+from weights.train.views import Change, Pixels, halve, to_tensor
 
 STEPS = 30
 DEPTHS = 24  # held-out depth images of each kind
@@ -74,10 +72,7 @@ class Measuring:
 def make_image(models: Models, request: Request, **changes: Any) -> Tensor:
     """Make the image (1, 3, H, W) in [0, 1] of a request that has a seed.
 
-    Args:
-        models: the family.
-        request: the request to make an image of.
-        changes: settings of the pipeline that replace those of the request.
+    Changes replace settings of the pipeline that follow from the request.
     """
     settings = replace(models.prepare(request).settings(), **changes)
     generator = torch.Generator().manual_seed(request.seed)
@@ -119,14 +114,7 @@ def shares(
 def accuracy(
     judge: Judge, images: dataset.Images, show: Change, attributes: Attributes
 ) -> dict[str, float]:
-    """Return the share of held-out images that a judge reads right.
-
-    Args:
-        judge: reads the attributes.
-        images: held-out spheres.
-        show: what the judge sees of each.
-        attributes: the attributes asked for; the first two are also counted together.
-    """
+    """Return the share of spheres, as shown, of which a judge reads each attribute right."""
     seen = [read(judge, to_tensor(show(image)[None]), attributes)[0] for image in images.rgb]
     return shares(seen, images.attributes, attributes, " and ".join([*attributes][:2]))
 
@@ -141,13 +129,8 @@ def agreement(
 ) -> dict[str, float]:
     """Return the share of images in which a judge reads each attribute, and all, as wished.
 
-    Args:
-        make: makes an image.
-        judge: reads attributes.
-        attributes: the values of those attributes.
-        wishes: the prompts, and the attributes that they ask for.
-        seeds: the number of images made for each wish.
-        sheet: an image to write of all images at half their size, a row for each wish.
+    As many are made of each wish as there are seeds. If there is to be a sheet, it shows all images
+    at half their size, a row for each wish.
     """
     seen, tiles = [], []
     for (prompt, _), seed in product(wishes, range(seeds)):
@@ -168,10 +151,19 @@ def save_sheet(tiles: Sequence[Tensor], columns: int, path: Path) -> None:
     Image.fromarray(pixels).save(path, quality=90)
 
 
+def window(sphere: Pixels) -> Pixels:
+    """Return the first window of a strip of a sphere (H, W, 3)."""
+    return sphere[scenes.STRIP, :WINDOW]
+
+
 def measure_syncdiffusion(given: Measuring) -> None:
     """Print the table of syncdiffusion."""
     base = given.models.bases["syncdiffusion"]
-    for kind, show in (("outdoors", strip), ("rooms", halve), ("rooms", np.asarray)):
+    for kind, show in (
+        ("outdoors", lambda sphere: sphere[scenes.STRIP]),
+        ("rooms", halve),
+        ("rooms", np.asarray),
+    ):
         images = [show(image) for image in given.held_out(kind).rgb]
         size = f"{images[0].shape[1]} x {images[0].shape[0]}"
         print(f"autoencoder PSNR, {kind}, {size}: {autoencoder.psnr(base.vae, images):.2f} dB")

@@ -17,7 +17,7 @@ from panorama.sampling.perceptual import LPIPS, normalize
 from weights.train import dataset, rooms, scenes
 from weights.train.device import batch_size, device, on_device
 from weights.train.fit import Batch, Lesson, Network, Plan, Work, fit
-from weights.train.views import Pixels, channels_first, to_range
+from weights.train.views import channels_first, to_range
 from weights.train.windows import crop, draw_number, draw_numbers, mirror
 
 Attributes = Mapping[str, tuple[object, ...]]
@@ -125,16 +125,6 @@ Place = tuple[Tensor, Tensor]
 """The numbers (N,) of images of a kind, and the columns (N,) that views of them begin at."""
 
 
-def strip(sphere: Pixels) -> Pixels:
-    """Return the rows of a sphere (H, W, 3) that a strip shows."""
-    return sphere[scenes.STRIP]
-
-
-def window(sphere: Pixels) -> Pixels:
-    """Return the first window of a strip of a sphere (H, W, 3)."""
-    return strip(sphere)[:, :WINDOW]
-
-
 @dataclass(frozen=True)
 class View:
     """What a network sees of spheres from a first column on."""
@@ -197,15 +187,9 @@ def train(
     view: View = WINDOWS,
     attributes: Attributes = ATTRIBUTES,
 ) -> Network:
-    """Train a network to read attributes of images, mirrored half of the time.
+    """Train a network to read attributes of views of images, mirrored half of the time.
 
-    Args:
-        work: the folder of the images.
-        model: maps images (N, 3, h, w) in [-1, 1] to scores (N, values) for each attribute.
-        plan: the plan of the training.
-        kinds: the kinds of the images.
-        view: what the network sees of them.
-        attributes: the attributes to read.
+    It maps views (N, 3, h, w) in [-1, 1] to scores (N, values) for each attribute.
     """
     sets = [dataset.load(work.folder, kind, "train") for kind in kinds]
     spheres = [channels_first(images.rgb) for images in sets]

@@ -212,11 +212,9 @@ class Canvas:
     def block(
         self, low: float, high: float, azimuth: float, halfwidth: float
     ) -> tuple[Block, Array, Array]:
-        """Find the rows between two elevations, and the columns around an azimuth, in radians.
+        """Find the rows between two elevations and the columns around an azimuth, in radians.
 
-        Returns:
-            The block, the angles (1, w) of its columns from the azimuth, across the wrap, and the
-            elevations (h, 1) of its rows.
+        Also return the angles (1, w) of the columns from the azimuth, and the rows' elevations.
         """
         reach = min(int(halfwidth / self.pixel) + 2, self.width // 2 - 1)
         middle = int(azimuth / self.pixel)
@@ -531,14 +529,10 @@ TREES: Mapping[str, Callable[[Array, Array, np.random.Generator], list[Part]]] =
 def waves(
     azimuth: Array, other: Array, rng: np.random.Generator, highest: int, terms: int
 ) -> Array:
-    """Return smooth, periodic noise about [-1.5, 1.5]: cosines of whole frequencies in azimuth.
+    """Return smooth noise in about [-1.5, 1.5], a number of cosines.
 
-    Args:
-        azimuth: (1, W) radians.
-        other: (H, 1) or (1, W), the second coordinate.
-        rng: draws frequencies and phases.
-        highest: highest frequency round the circle.
-        terms: number of cosines.
+    Their frequencies in azimuth (1, W) are whole, so they close; `highest` is the highest. The
+    other coordinate is (H, 1) or (1, W).
     """
     frequencies = rng.integers(1, highest + 1, terms)
     total = np.zeros(np.broadcast_shapes(azimuth.shape, other.shape), np.float32)

@@ -19,17 +19,7 @@ from weights.train import dataset, diffusion
 from weights.train.autoencoder import FACTOR, Version, encode
 from weights.train.dataset import KINDS, Subject
 from weights.train.device import batch_size, device, on_device
-from weights.train.diffusion import (
-    DROPPED,
-    HIDDEN,
-    SCHEDULE,
-    STRIP,
-    Noisy,
-    add_noise,
-    build_scheduler,
-    build_text_encoder,
-    draw_captions,
-)
+from weights.train.diffusion import DROPPED, HIDDEN, Noisy, add_noise, build_scheduler
 from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.views import halve, look
 from weights.train.windows import crop, draw_number, draw_numbers
@@ -61,7 +51,9 @@ CUTS = (
     WINDOW,
     Cut(0.20, large=True, tops=(0, SIDE), width=SIDE, size=(512, 1024), count=16),
     Cut(0.10, large=True, tops=(0, SIDE), width=2 * SIDE, size=(512, 1024), count=8),
-    Cut(0.16, large=True, tops=(STRIP.start,) * 2, width=SIDE, size=(256, 1024), count=16),
+    Cut(
+        0.16, large=True, tops=(diffusion.STRIP.start,) * 2, width=SIDE, size=(256, 1024), count=16
+    ),
 )
 """Spheres, windows of them, windows and halves of larger ones, and windows of strips."""
 SMALL = Version("small", halve)
@@ -89,7 +81,7 @@ def build_unet() -> UNet2DConditionModel:
 
 def build_inference_scheduler() -> EulerDiscreteScheduler:
     """Build SDXL base's scheduler, with the noise schedule of the training."""
-    return EulerDiscreteScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="leading")
+    return EulerDiscreteScheduler(**diffusion.SCHEDULE, steps_offset=1, timestep_spacing="leading")
 
 
 def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -187,14 +179,7 @@ class Spheres:
     def captions(
         self, index: Tensor, sizes: Tensor, dropped: float, generator: torch.Generator
     ) -> Captions:
-        """Describe images.
-
-        Args:
-            index: the numbers of the images.
-            sizes: their sizes (N, 6), see `Captions`.
-            dropped: the share of captions left out.
-            generator: draws on the device.
-        """
+        """Describe images of numbers (N,) and sizes (N, 6); a share of captions is left out."""
         variants = draw_numbers(self.ids.shape[1], len(index), generator)
         given = torch.rand(len(index), generator=generator, device=index.device) >= dropped
         return Captions(self.ids[index, variants], given, sizes.float())
@@ -229,8 +214,8 @@ def train(
     """
     torch.manual_seed(4)
     model = TextToSphere(
-        build_text_encoder(CLIPTextModel, tokenizer),
-        build_text_encoder(CLIPTextModelWithProjection, tokenizer),
+        diffusion.build_text_encoder(CLIPTextModel, tokenizer),
+        diffusion.build_text_encoder(CLIPTextModelWithProjection, tokenizer),
         build_unet(),
     )
     warm_start(model.unet, first.state_dict())
@@ -267,7 +252,7 @@ def load_spheres(
         for kind in KINDS
         for attributes in dataset.load(work.folder, kind, "train").attributes[: version.count]
     ]
-    ids = draw_captions(subjects, lambda *drawn: words + caption(*drawn), tokenizer)
+    ids = diffusion.draw_captions(subjects, lambda *drawn: words + caption(*drawn), tokenizer)
     return Spheres(torch.cat(latents).to(device()), None, tuple(map(len, latents)), ids)
 
 

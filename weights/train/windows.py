@@ -15,14 +15,10 @@ def draw_number(high: int, generator: torch.Generator) -> int:
 
 
 def crop(maps: Tensor, index: Tensor, top: Tensor, left: Tensor, size: tuple[int, int]) -> Tensor:
-    """Cut windows (N, C, h, w) of a size out of maps (M, C, H, W), across the wrap too.
+    """Cut windows (N, C, h, w) of a size out of maps (M, C, H, W) that close left to right.
 
-    Args:
-        maps: latents or images that close left to right.
-        index: which of them each window is cut out of, (N,).
-        top: the first rows of the windows, (N,).
-        left: the first columns of the windows, (N,).
-        size: the height and width of the windows.
+    Index, top and left, (N,), are each window's map, first row and first column. Windows may lie
+    across the wrap.
     """
     height, width = (torch.arange(side, device=maps.device) for side in size)
     rows = (top[:, None] + height)[:, :, None]  # (N, h, 1)
