@@ -17,15 +17,7 @@ from weights.train.device import device, on_device
 from weights.train.diffusion import Noisy, add_noise, build_scheduler
 from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.recognise import Block
-from weights.train.sdxl import (
-    SIDE,
-    Captions,
-    Cuts,
-    Spheres,
-    TextToSphere,
-    load_sizes,
-    time_ids,
-)
+from weights.train.sdxl import SIDE, Captions, Cuts, Spheres, TextToSphere, load_sizes, time_ids
 from weights.train.windows import crop
 
 PLAN = Plan("controlnet", steps=3000, learning_rate=1e-3, average=0.99, warmup=50)
@@ -91,10 +83,11 @@ class Lessons:
         captions = self.spheres.captions(cuts.index, sizes, DROPPED, generator)
         return *add_noise(cuts.x0, self.scheduler, generator, DRAWS), *captions, self.depth(cuts)
 
-    def conditions(self, batch: Batch) -> tuple[Noisy, dict[str, Any], Tensor]:
-        """Return the noisy latents, the base's conditions and the depth images of a batch."""
-        *captions, depth = batch[4:]
-        return Noisy(*batch[:4]), self.base.conditions(Captions(*captions)), depth
+    def unpack(self, batch: Batch) -> tuple[Noisy, dict[str, Any], Tensor]:
+        """Return the noisy latents, the arguments of the UNet and the depth images of a batch."""
+        noisy, (*captions, depth) = Noisy(*batch[:4]), batch[4:]
+        conditions = self.base.conditions(Captions(*captions))
+        return noisy, {"sample": noisy.latents, "timestep": noisy.t, **conditions}, depth
 
     def depth(self, cuts: Cuts) -> Tensor:
         """Return the depth images (N, 3, H, W) in [0, 1] of cuts."""
@@ -109,9 +102,9 @@ def train_reader(work: Work, lessons: Lessons) -> nn.Module:
     """Train on clean latents, and on the base's predictions from noisy ones, however vague."""
 
     def loss(*batch: Tensor) -> Tensor:
-        noisy, conditions, depth = lessons.conditions(batch)
+        noisy, inputs, depth = lessons.unpack(batch)
         with torch.no_grad():
-            noise_pred = lessons.base.unet(noisy.latents, noisy.t, **conditions).sample
+            noise_pred = lessons.base.unet(**inputs).sample
         clean, vague = noisy.x0(noisy.noise), noisy.x0(noise_pred.float())
         half = len(clean) // 2
         seen = reader(torch.cat([clean[:half], vague[half:]]))
@@ -143,21 +136,12 @@ def train(
 
     def loss(*batch: Tensor) -> Tensor:
         *rest, scale = batch
-        noisy, conditions, depth = lessons.conditions(tuple(rest))
+        noisy, inputs, depth = lessons.unpack(tuple(rest))
         down, middle = controlnet(
-            noisy.latents,
-            noisy.t,
-            controlnet_cond=depth,
-            conditioning_scale=scale,
-            return_dict=False,
-            **conditions,
+            controlnet_cond=depth, conditioning_scale=scale, return_dict=False, **inputs
         )
         noise_pred = base.unet(
-            noisy.latents,
-            noisy.t,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
-            **conditions,
+            down_block_additional_residuals=down, mid_block_additional_residual=middle, **inputs
         ).sample.float()
         seen = reader(noisy.x0(noise_pred))
         return noisy.error(noise_pred) + error(seen.float(), cells(depth[:, 0]))

@@ -193,18 +193,13 @@ def train(
     """
     sets = [dataset.load(work.folder, kind, "train") for kind in kinds]
     spheres = [channels_first(images.rgb) for images in sets]
-    answers = [labels(images.attributes, attributes) for images in sets]
+    answers = [torch.stack([*labels(images.attributes, attributes).values()], 1) for images in sets]
 
     def draw(generator: torch.Generator) -> Batch:
         places = draw_places(sets, on_device(generator))
         images = disturb(view.show(spheres, places), generator)
-        asked = [
-            torch.cat(
-                [known[name][index] for known, (index, _) in zip(answers, places, strict=True)]
-            )
-            for name in attributes
-        ]
-        return mirror(images, on_device(generator)), *asked
+        asked = [known[index] for known, (index, _) in zip(answers, places, strict=True)]
+        return mirror(images, on_device(generator)), *torch.cat(asked).unbind(1)
 
     def loss(images: Tensor, *asked: Tensor) -> Tensor:
         scores = model(images)
