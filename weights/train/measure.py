@@ -28,14 +28,7 @@ from weights.train import autoencoder, dataset, rooms, scenes
 from weights.train.__main__ import WORK
 from weights.train.depths import CELL, DepthReader, around, cells, correlation, depth_image
 from weights.train.export import load_judge
-from weights.train.recognise import (
-    ATTRIBUTES,
-    SPHERE_ATTRIBUTES,
-    WINDOW,
-    Attributes,
-    Judge,
-    read,
-)
+from weights.train.recognise import ATTRIBUTES, SPHERE_ATTRIBUTES, WINDOW, Attributes, Judge, read
 from weights.train.scenes import LAND_WORDS, TIME_WORDS
 from weights.train.sdxl import PREFIX
 from weights.train.views import Change, Pixels, halve, to_tensor
@@ -225,18 +218,16 @@ def features(judge: Judge, windows: Tensor) -> Tensor:
     return judge.blocks(windows)[-1].mean((2, 3))
 
 
-def frechet(first: Tensor, second: Tensor) -> float:
-    """Return the Frechet distance of the normal distributions of features (N, C) and (M, C)."""
-    first, second = first.double(), second.double()
-    means = (first.mean(0) - second.mean(0)).square().sum()
-    one, two = (torch.cov(x.T) for x in (first, second))
-    product = torch.linalg.eigvals(one @ two).real.clamp(min=0).sqrt().sum()
-    return float(means + one.trace() + two.trace() - 2 * product)
-
-
 def strangeness(found: Tensor, singles: Tensor) -> float:
-    """Return the Frechet distance of features from those of single windows, over their variance."""
-    return frechet(found, singles) / float(torch.cov(singles.T.double()).trace())
+    """Return how far features (N, C) are from those of single windows (M, C), over their variance.
+
+    It is the Frechet distance of the normal distributions, as in FID.
+    """
+    found, singles = found.double(), singles.double()
+    means = (found.mean(0) - singles.mean(0)).square().sum()
+    one, two = (torch.cov(x.T) for x in (found, singles))
+    product = torch.linalg.eigvals(one @ two).real.clamp(min=0).sqrt().sum()
+    return float(means + one.trace() + two.trace() - 2 * product) / float(two.trace())
 
 
 def lora_scales(settings: ModeSettings) -> tuple[float, ...]:
