@@ -70,11 +70,8 @@ def train(work: Work) -> DepthReader:
         view = (WINDOWS, SPHERES)[draw_number(2, generator)]
         places = draw_places(sets, on_device(generator))
         images = disturb(view.show(spheres, places), generator)
-        cuts = [
-            view.cut(maps, place, dataset.COARSER)
-            for maps, place in zip(depths, places, strict=True)
-        ]
-        target = F.avg_pool2d(torch.cat(cuts).float(), CELL * view.factor // dataset.COARSER)[:, 0]
+        cuts = view.cut(depths, places, dataset.COARSER).float()
+        target = F.avg_pool2d(cuts, CELL * view.factor // dataset.COARSER)[:, 0]
         if draw_number(2, generator):
             images, target = images.flip(-1), target.flip(-1)
         return images, target
@@ -110,9 +107,5 @@ def error(seen: Tensor, depth: Tensor) -> Tensor:
 
 
 def around(depth: Tensor) -> Tensor:
-    """Subtract the mean of each row from depth (N, h, w).
-
-    All landscapes have their ground below and their sky above; the rest does not follow from the
-    elevation.
-    """
+    """Subtract the mean of each row, which follows from the elevation, from depth (N, h, w)."""
     return depth - depth.mean(-1, keepdim=True)

@@ -133,17 +133,19 @@ class View:
     size: tuple[int, int]  # height and width before it is made smaller
     factor: int  # pixels of either side that are averaged
 
-    def cut(self, maps: Tensor, place: Place, coarser: int = 1) -> Tensor:
-        """Cut the view out of maps (M, C, H, W) with so many times fewer rows and columns."""
-        index, left = place
-        height, width = self.size
-        top = torch.full_like(left, self.top // coarser)
-        return crop(maps, index, top, left // coarser, (height // coarser, width // coarser))
+    def cut(self, maps: Sequence[Tensor], places: Sequence[Place], coarser: int = 1) -> Tensor:
+        """Cut views out of maps (M, C, H, W) of several kinds, of a coarser size than spheres."""
+        top, height, width = (length // coarser for length in (self.top, *self.size))
+        return torch.cat(
+            [
+                crop(some, index, torch.full_like(left, top), left // coarser, (height, width))
+                for some, (index, left) in zip(maps, places, strict=True)
+            ]
+        )
 
     def show(self, spheres: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
         """Return views (N, 3, h, w) in [-1, 1] of spheres of several kinds, in [0, 255]."""
-        cuts = [self.cut(maps, place) for maps, place in zip(spheres, places, strict=True)]
-        return F.avg_pool2d(to_range(torch.cat(cuts)), self.factor)
+        return F.avg_pool2d(to_range(self.cut(spheres, places)), self.factor)
 
 
 WINDOWS = View(scenes.STRIP.start, (WINDOW, WINDOW), factor=1)
