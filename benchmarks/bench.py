@@ -37,7 +37,7 @@ from panorama.sampling.sampler import BATCH_SIZE
 from panorama.sampling.solver import build_scheduler
 from panorama.sampling.synchronize import SyncSettings
 from panorama.sampling.views import Fixed
-from weights.train.fit import has_bfloat16
+from weights.train.device import has_bfloat16
 
 T = TypeVar("T")
 Table = dict[str, Any]

@@ -39,8 +39,7 @@ from panorama.sampling.presets import EXACT, FAST, Preset
 from panorama.sampling.synchronize import SyncSettings
 from panorama.sampling.views import Fixed
 from weights.train.export import load_judge
-from weights.train.likeness import features, strangeness
-from weights.train.measure import Wish
+from weights.train.measure import Wish, features, strangeness
 from weights.train.recognise import ATTRIBUTES, Judge, read
 from weights.train.scenes import LAND_WORDS
 

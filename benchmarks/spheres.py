@@ -65,7 +65,7 @@ def held_out(images: dataset.Images, count: int) -> list[Scene]:
         facts = scenes.Scene(**images.attributes[index])
         render = torch.from_numpy(images.rgb[index]).permute(2, 0, 1)[None] / 255
         depth = torch.from_numpy(depth_image(images.distance[index]))
-        found.append(Scene(PREFIX + scenes.caption(facts, rng, keep=1.0), render, depth))
+        found.append(Scene(PREFIX + facts.caption(rng, keep=1.0), render, depth))
     return found
 
 

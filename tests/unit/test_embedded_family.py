@@ -25,7 +25,7 @@ from panorama.sampling.synchronize import PerceptualGradient
 from panorama.sampling.views import Spanning
 from weights.train.dataset import draw_one
 from weights.train.diffusion import build_tokenizer
-from weights.train.windows import to_tensor
+from weights.train.views import to_tensor
 
 TINY = Path(__file__).parents[2] / "weights" / "tiny"
 MEGABYTES = 45  # 20 for the first mode, 25 for the second

@@ -32,7 +32,7 @@ from weights.train import (
     sdxl,
     style,
     tiny_vae,
-    windows,
+    views,
 )
 from weights.train.depths import CELL, DepthReader, around, cells, correlation, depth_image
 from weights.train.fit import Work
@@ -119,12 +119,12 @@ def test_the_reader_sees_cells() -> None:
 
 def test_captions_name_everything_or_nothing() -> None:
     rng = np.random.default_rng(0)
-    assert rooms.caption(ROOM, rng, keep=1.0) == "bedroom in the color of blue"
-    landscape = scenes.caption(SCENE, rng, keep=1.0)
+    assert ROOM.caption(rng, keep=1.0) == "bedroom in the color of blue"
+    landscape = SCENE.caption(rng, keep=1.0)
     for words in (scenes.TIME_WORDS["noon"], scenes.LAND_WORDS["desert"], ["trees"]):
         assert any(word in landscape for word in words)
-    for subject, write in ((ROOM, rooms.caption), (SCENE, scenes.caption)):
-        assert write(subject, rng, keep=0.0) == ""
+    for subject in (ROOM, SCENE):
+        assert subject.caption(rng, keep=0.0) == ""
 
 
 def test_captions_leave_out_each_attribute_at_times_and_begin_as_hdri_views_at_times() -> None:
@@ -436,7 +436,7 @@ def draw_images(kind: str, count: int) -> dataset.Images:
 def test_views_show_spheres_from_a_column_on_and_are_labelled() -> None:
     sets = [draw_images("outdoors", 1), draw_images("rooms", 2)]
     places = recognise.draw_places(sets, torch.Generator().manual_seed(0))
-    spheres = [windows.channels_first(images.rgb) for images in sets]
+    spheres = [views.channels_first(images.rgb) for images in sets]
     shown = {
         recognise.WINDOWS: lambda image: image[scenes.STRIP, :256],
         recognise.SPHERES: halve,

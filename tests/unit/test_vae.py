@@ -14,8 +14,8 @@ from panorama.errors import NotFiniteError
 from panorama.images.vae import MIN_SLICE, decode_canvas, slice_weight
 from panorama.sampling.canvas import Axis
 from tests.small import small_vae
-from weights.train.scenes import Scene, render
-from weights.train.windows import to_tensor
+from weights.train.scenes import Scene
+from weights.train.views import to_tensor
 
 FACTOR = 4
 TINY = Path(__file__).parents[2] / "weights" / "tiny" / "sd2"
@@ -36,7 +36,7 @@ def strip(tiny: AutoencoderKL) -> torch.Tensor:
     """Return latents (1, 4, 16, 256) of a day and a night side by side, around the horizon."""
     rng = np.random.default_rng(0)
     shown = [Scene(time, "autumn hills", True, False) for time in ("noon", "night")]
-    images = [render(scene, rng)[0] for scene in shown]
+    images = [scene.render(rng)[0] for scene in shown]
     with torch.no_grad():
         latents = [tiny.encode(to_tensor(image[None])).latent_dist.mean for image in images]
     return torch.cat(latents, -1)[:, :, 24:40] * tiny.config.scaling_factor

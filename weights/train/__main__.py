@@ -9,7 +9,6 @@ from math import inf
 from pathlib import Path
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTokenizer
 
 from panorama.weights.lock import write_lock
 from weights.train import (
@@ -29,27 +28,11 @@ from weights.train.fit import OutOfTime, Work
 WORK = Path(__file__).parent / "work"
 
 
-def train_autoencoder(work: Work) -> None:
-    """Train the autoencoder."""
-    autoencoder.train(work).save_pretrained(work.folder / "autoencoder")
-
-
-def train_tiny_vae(work: Work) -> None:
-    """Distil and write the small decoder that both models share, on the files of the first."""
-    vae = AutoencoderKL.from_pretrained(export.TINY / export.SD2 / "vae")
-    export.export_tiny_vae(tiny_vae.train(work, vae))
-
-
-def train_judge(work: Work) -> None:
-    """Train the judge that measures the first model."""
-    export.export_judge(recognise.train_judge(work), "windows")
-
-
 def train_sd2(work: Work) -> None:
     """Train the feature network, the text encoder and the UNet, and write the first model."""
     vae = AutoencoderKL.from_pretrained(work.folder / "autoencoder")
     features = recognise.train_features(work)
-    tokenizer: CLIPTokenizer = diffusion.build_tokenizer(work.folder / "tokenizer")
+    tokenizer = diffusion.build_tokenizer(work.folder / "tokenizer")
     model = diffusion.train(work, vae, tokenizer)
     export.export_sd2(vae, model, tokenizer, features)
 
@@ -62,34 +45,32 @@ def train_sphere_judges(work: Work) -> None:
 
 def train_sdxl(work: Work) -> None:
     """Train and write the second model's base, which begins from the files of the first."""
-    first = export.TINY / export.SD2
-    vae = AutoencoderKL.from_pretrained(first / "vae")
-    tokenizer: CLIPTokenizer = diffusion.build_tokenizer(work.folder / "tokenizer")
-    unet = UNet2DConditionModel.from_pretrained(first / "unet")
-    export.export_base(sdxl.train(work, vae, tokenizer, unet), tokenizer)
+    unet = UNet2DConditionModel.from_pretrained(export.TINY / export.SD2 / "unet")
+    tokenizer = diffusion.build_tokenizer(work.folder / "tokenizer")
+    export.export_base(sdxl.train(work, load_vae(), tokenizer, unet), tokenizer)
 
 
-def train_style(work: Work) -> None:
-    """Train and write a style of the second model, on the files of its base."""
-    export.export_style(style.train(work, *export.load_base()))
-
-
-def train_controlnet(work: Work) -> None:
-    """Train and write the second model's ControlNet, on the files of its base."""
-    export.export_controlnet(controlnet.train(work, *export.load_base()))
+def load_vae() -> AutoencoderKL:
+    """Read the autoencoder from the files of the first model."""
+    return AutoencoderKL.from_pretrained(export.TINY / export.SD2 / "vae")
 
 
 STAGES: Mapping[str, Callable[[Work], None]] = {
     "render": lambda work: dataset.render(work.folder),
-    "autoencoder": train_autoencoder,
-    "judge": train_judge,
+    "autoencoder": lambda work: autoencoder.train(work).save_pretrained(
+        work.folder / "autoencoder"
+    ),
+    "judge": lambda work: export.export_judge(recognise.train_judge(work), "windows"),
     "sd2": train_sd2,
-    "tiny-vae": train_tiny_vae,
+    "tiny-vae": lambda work: export.export_tiny_vae(tiny_vae.train(work, load_vae())),
     "judges-360": train_sphere_judges,
     "sdxl": train_sdxl,
-    "style": train_style,
-    "controlnet": train_controlnet,
+    "style": lambda work: export.export_style(style.train(work, *export.load_base())),
+    "controlnet": lambda work: export.export_controlnet(
+        controlnet.train(work, *export.load_base())
+    ),
 }
+"""What the stages train and write; those of the second model begin from the files of the first."""
 
 
 def main() -> None:

@@ -3,52 +3,28 @@
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from weights.train import dataset
-from weights.train.fit import (
-    Batch,
-    Lesson,
-    Plan,
-    Work,
-    batch_size,
-    device,
-    fit,
-    mixed_precision,
-    on_device,
-)
-from weights.train.windows import (
-    channels_first,
-    crop,
-    draw_number,
-    draw_numbers,
-    mirror,
-    to_range,
-    to_tensor,
-)
+from weights.train.device import batch_size, device, mixed_precision, on_device
+from weights.train.fit import Batch, Lesson, Plan, Work, fit, save
+from weights.train.views import Change, Pixels, channels_first, to_range, to_tensor
+from weights.train.windows import crop, draw_number, draw_numbers, mirror
 
 FACTOR = 8  # pixels a latent cell
 LATENT_CHANNELS = 4
 LEVEL = 1 / 127.5  # one of 256, in [-1, 1]
-WRAP = 64  # pixels of the other side that the encoder sees beyond either edge of a sphere
 SHARES = {"outdoors": 0.6, "rooms": 0.4}  # of a batch
-
-Crops = tuple[tuple[int, int, int], ...]
-"""The height and width of crops, and their number in a batch."""
-
-Change = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-"""From an image (H, W, 3) to what is made of it."""
 
 logger = logging.getLogger(__name__)
 
@@ -58,35 +34,27 @@ class Stage:
     """A part of the training: its crops and the weights of its loss."""
 
     plan: Plan
-    crops: Crops  # one size is drawn for each batch
+    crops: tuple[tuple[int, int, int], ...]  # height, width, count; one is drawn for each batch
     squared: float  # weight of the squared error
     smooth: float  # weight of the gradients' relative error
     even: float = 0.0  # weight of the difference between the gradients' profiles over a cell
     encoder: bool = True  # train the encoder too
 
 
-STAGES = (
-    Stage(
-        Plan("autoencoder", steps=4500, learning_rate=1.5e-3, average=0.998),
-        crops=((96, 96, 12), (128, 128, 6)),
-        squared=2.0,
-        smooth=0.02,
-    ),
-    Stage(
-        Plan("autoencoder-large", steps=2000, learning_rate=6e-4, average=0.99),
-        crops=((256, 256, 2), (192, 320, 2)),
-        squared=8.0,
-        smooth=0.1,
-    ),
-    Stage(
-        Plan("autoencoder-decoder", steps=2400, learning_rate=6e-4, average=0.99),
-        crops=((256, 256, 2), (192, 320, 2)),
-        squared=8.0,
-        smooth=0.1,
-        even=0.2,
-        encoder=False,
-    ),
+SMALL = Stage(
+    Plan("autoencoder", steps=4500, learning_rate=1.5e-3, average=0.998),
+    crops=((96, 96, 12), (128, 128, 6)),
+    squared=2.0,
+    smooth=0.02,
 )
+LARGE = Stage(
+    Plan("autoencoder-large", steps=2000, learning_rate=6e-4, average=0.99),
+    crops=((256, 256, 2), (192, 320, 2)),
+    squared=8.0,
+    smooth=0.1,
+)
+DECODER_PLAN = Plan("autoencoder-decoder", steps=2400, learning_rate=6e-4, average=0.99)
+STAGES = (SMALL, LARGE, replace(LARGE, plan=DECODER_PLAN, even=0.2, encoder=False))
 
 
 def build() -> AutoencoderKL:
@@ -105,7 +73,7 @@ def build() -> AutoencoderKL:
 
 
 def draw_crops(
-    images: Tensor, size: tuple[int, int], count: int, generator: torch.Generator
+    images: Tensor, size: Sequence[int], count: int, generator: torch.Generator
 ) -> Tensor:
     """Draw crops (N, 3, h, w) in [-1, 1] of spheres (M, 3, H, W) in [0, 255], across the wrap too.
 
@@ -123,11 +91,6 @@ def draw_crops(
     return mirror(F.avg_pool2d(crops, scale), generator)
 
 
-def l1(first: Tensor, second: Tensor) -> Tensor:
-    """Return the mean absolute difference."""
-    return (first - second).abs().mean()
-
-
 def reconstruction_loss(image: Tensor, target: Tensor, stage: Stage) -> Tensor:
     """Add up L1, L1 of the gradients, half L1 at two lower resolutions, and the stage's own terms.
 
@@ -135,14 +98,14 @@ def reconstruction_loss(image: Tensor, target: Tensor, stage: Stage) -> Tensor:
     of many levels among trees: without it the edges of the latents' cells show in the sky. The
     last term removes what remains of them: steps must be as strong at the cells' edges as inside.
     """
-    loss = l1(image, target) + stage.squared * F.mse_loss(image, target)
+    loss = F.l1_loss(image, target) + stage.squared * F.mse_loss(image, target)
     for axis in (-1, -2):
         gradient, true = image.diff(dim=axis), target.diff(dim=axis)
         error = (gradient - true).abs()
         loss = loss + error.mean() + stage.smooth * (error / (true.abs() + LEVEL)).mean()
-        loss = loss + stage.even * l1(cell_profile(gradient, axis), cell_profile(true, axis))
+        loss = loss + stage.even * F.l1_loss(cell_profile(gradient, axis), cell_profile(true, axis))
     for factor in (4, 16):
-        loss = loss + 0.5 * l1(F.avg_pool2d(image, factor), F.avg_pool2d(target, factor))
+        loss = loss + 0.5 * F.l1_loss(F.avg_pool2d(image, factor), F.avg_pool2d(target, factor))
     return loss
 
 
@@ -172,19 +135,16 @@ def train(work: Work) -> AutoencoderKL:
     spheres = [channels_first(rgb) for rgb in images.values()]
 
     def draw(stage: Stage, generator: torch.Generator) -> Batch:
-        height, width, count = stage.crops[draw_number(len(stage.crops), generator)]
+        *size, count = stage.crops[draw_number(len(stage.crops), generator)]
         kinds = draw_kinds(batch_size(count), generator)
-        target = torch.cat(
-            [draw_crops(spheres[k], (height, width), n, generator) for k, n in kinds.items()]
-        )
-        shape = (len(target), LATENT_CHANNELS, height // FACTOR, width // FACTOR)
+        target = torch.cat([draw_crops(spheres[k], size, n, generator) for k, n in kinds.items()])
+        shape = (len(target), LATENT_CHANNELS, *(side // FACTOR for side in size))
         return target, torch.randn(shape, generator=on_device(generator), device=device())
 
     def loss(stage: Stage, target: Tensor, noise: Tensor) -> Tensor:
-        with mixed_precision():
-            posterior = model.encode(target).latent_dist
-            mean, std = posterior.mean.float(), posterior.std.float()
-            image = model.decode(mean + std * noise).sample
+        posterior = model.encode(target).latent_dist
+        mean, std = posterior.mean.float(), posterior.std.float()
+        image = model.decode(mean + std * noise).sample
         kl = 0.5 * (mean**2 + std**2 - 2 * std.log() - 1)
         return reconstruction_loss(image.float(), target, stage) + 1e-3 * kl.mean()
 
@@ -200,60 +160,56 @@ def train(work: Work) -> AutoencoderKL:
 
 
 @torch.no_grad()
-def latent_std(model: AutoencoderKL, images: NDArray[np.uint8]) -> float:
+def latent_std(model: AutoencoderKL, images: Pixels) -> float:
     """Return the standard deviation of the latents; its inverse is the scaling factor."""
     step = max(1, len(images) // 64)
     latents = [model.encode(to_tensor(image[None])).latent_dist.mean for image in images[::step]]
     return float(torch.stack(latents).std())
 
 
-@torch.no_grad()
-def encode(
-    work: Work,
-    vae: AutoencoderKL,
-    name: str,
-    images: NDArray[np.uint8],
-    change: Change = np.asarray,
-    wrap: int = WRAP,
-) -> Tensor:
-    """Encode images; a file in the work folder keeps the latents.
+@dataclass(frozen=True)
+class Version:
+    """What is made of training images before they are encoded."""
 
-    Args:
-        work: the folder.
-        vae: the autoencoder; a change of its encoder's weights gives another file.
-        name: the name of the set of images.
-        images: the images, (N, H, W, 3) in [0, 255]; read only if the file is missing.
-        change: changes an image (H, W, 3) before it is encoded.
-        wrap: pixels of the other side that the encoder sees beyond either edge, 0 for images that
-            do not close.
+    name: str = ""  # part of the names of the files that keep the latents
+    change: Change = np.asarray
+    count: int | None = None  # the first images of a kind; None for all
+    wrap: int = 64  # pixels of the other side that are seen beyond either edge, 0 for no sphere
+
+
+@torch.no_grad()
+def encode(work: Work, vae: AutoencoderKL, kind: str, version: Version = Version()) -> Tensor:
+    """Encode the training images of a kind; a file in the work folder keeps the latents.
+
+    A change of the encoder's weights gives another file.
 
     Returns:
         The scaled latents, (N, 4, H / 8, W / 8), on the CPU.
     """
     encoder = torch.nn.ModuleList([vae.encoder, vae.quant_conv])
     weights = torch.cat([p.flatten().cpu() for p in encoder.parameters()]).numpy().tobytes()
+    name = f"{kind}-{version.name}" if version.name else kind
     path = work.folder / "latents" / f"{name}-{sha256(weights).hexdigest()[:16]}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
     vae.to(device())
-    latents, count = [], batch_size(2)
+    images = dataset.load(work.folder, kind, "train").rgb[: version.count]
+    latents, count, wrap = [], batch_size(2), version.wrap
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(images), count):
-            changed = np.stack(list(pool.map(change, images[first : first + count])))
+            changed = np.stack(list(pool.map(version.change, images[first : first + count])))
             wide = np.pad(changed, ((0, 0), (0, 0), (wrap, wrap), (0, 0)), mode="wrap")
             with mixed_precision():
                 mean = vae.encode(to_tensor(wide)).latent_dist.mean.float()
             inside = slice(wrap // FACTOR, mean.shape[-1] - wrap // FACTOR)
             latents.append((mean[..., inside] * vae.config.scaling_factor).cpu())
     logger.info("latents of %s: %d", name, len(images))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(torch.cat(latents), path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+    save(torch.cat(latents), path)
     return torch.cat(latents)
 
 
 @torch.no_grad()
-def psnr(model: AutoencoderKL, images: Sequence[NDArray[np.uint8]]) -> float:
+def psnr(model: AutoencoderKL, images: Sequence[Pixels]) -> float:
     """Return the mean peak signal-to-noise ratio of decode(encode(image)), in dB."""
     values = []
     for image in images:

@@ -13,19 +13,11 @@ from transformers import CLIPTokenizer
 from weights.train import dataset
 from weights.train.autoencoder import FACTOR
 from weights.train.depths import at_finest, build_head, cells, depth_images, error
+from weights.train.device import device, on_device
 from weights.train.diffusion import Noisy, add_noise, build_scheduler
-from weights.train.fit import Batch, Lesson, Plan, Work, device, fit, mixed_precision, on_device
+from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.recognise import Block
-from weights.train.sdxl import (
-    SIDE,
-    SUBJECTS,
-    Captions,
-    Cuts,
-    Spheres,
-    TextToSphere,
-    load_spheres,
-    time_ids,
-)
+from weights.train.sdxl import SIDE, Captions, Cuts, Spheres, TextToSphere, load_sizes, time_ids
 from weights.train.windows import crop
 
 PLAN = Plan("controlnet", steps=3000, learning_rate=1e-3, average=0.99, warmup=50)
@@ -91,10 +83,11 @@ class Lessons:
         captions = self.spheres.captions(cuts.index, sizes, DROPPED, generator)
         return *add_noise(cuts.x0, self.scheduler, generator, DRAWS), *captions, self.depth(cuts)
 
-    def conditions(self, batch: Batch) -> tuple[Noisy, dict[str, Any], Tensor]:
-        """Return the noisy latents, the base's conditions and the depth images of a batch."""
-        *captions, depth = batch[4:]
-        return Noisy(*batch[:4]), self.base.conditions(Captions(*captions)), depth
+    def unpack(self, batch: Batch) -> tuple[Noisy, dict[str, Any], Tensor]:
+        """Return the noisy latents, the arguments of the UNet and the depth images of a batch."""
+        noisy, (*captions, depth) = Noisy(*batch[:4]), batch[4:]
+        conditions = self.base.conditions(Captions(*captions))
+        return noisy, {"sample": noisy.latents, "timestep": noisy.t, **conditions}, depth
 
     def depth(self, cuts: Cuts) -> Tensor:
         """Return the depth images (N, 3, H, W) in [0, 1] of cuts."""
@@ -105,23 +98,16 @@ class Lessons:
         return F.interpolate(depth.float(), scale_factor=finer).expand(-1, 3, -1, -1)
 
 
-def load_depths(work: Work) -> Tensor:
-    """Return the depth images (N, 1, H, W) of the training images, kind after kind."""
-    sets = [dataset.load(work.folder, kind, "train") for kind in SUBJECTS]
-    return torch.cat([depth_images(images.distance) for images in sets])
-
-
 def train_reader(work: Work, lessons: Lessons) -> nn.Module:
     """Train on clean latents, and on the base's predictions from noisy ones, however vague."""
 
     def loss(*batch: Tensor) -> Tensor:
-        with mixed_precision():
-            noisy, conditions, depth = lessons.conditions(batch)
-            with torch.no_grad():
-                noise_pred = lessons.base.unet(noisy.latents, noisy.t, **conditions).sample
-            clean, vague = noisy.x0(noisy.noise), noisy.x0(noise_pred.float())
-            half = len(clean) // 2
-            seen = reader(torch.cat([clean[:half], vague[half:]]))
+        noisy, inputs, depth = lessons.unpack(batch)
+        with torch.no_grad():
+            noise_pred = lessons.base.unet(**inputs).sample
+        clean, vague = noisy.x0(noisy.noise), noisy.x0(noise_pred.float())
+        half = len(clean) // 2
+        seen = reader(torch.cat([clean[:half], vague[half:]]))
         return error(seen.float(), cells(depth[:, 0]))
 
     reader = LatentReader()
@@ -139,8 +125,9 @@ def train(
     torch.manual_seed(5)
     base.requires_grad_(False).to(device())
     controlnet = build(base)
-    spheres = load_spheres(work, vae, tokenizer)
-    lessons = Lessons(base, spheres, load_depths(work), build_scheduler())
+    distances = [dataset.load(work.folder, kind, "train").distance for kind in dataset.KINDS]
+    depths = torch.cat([depth_images(metres) for metres in distances])
+    lessons = Lessons(base, load_sizes(work, vae, tokenizer), depths, build_scheduler())
     reader = train_reader(work, lessons).requires_grad_(False)
 
     def draw(generator: torch.Generator) -> Batch:
@@ -149,26 +136,14 @@ def train(
 
     def loss(*batch: Tensor) -> Tensor:
         *rest, scale = batch
-        with mixed_precision():
-            noisy, conditions, depth = lessons.conditions(tuple(rest))
-            down, middle = controlnet(
-                noisy.latents,
-                noisy.t,
-                controlnet_cond=depth,
-                conditioning_scale=scale,
-                return_dict=False,
-                **conditions,
-            )
-            noise_pred = base.unet(
-                noisy.latents,
-                noisy.t,
-                down_block_additional_residuals=down,
-                mid_block_additional_residual=middle,
-                **conditions,
-            ).sample.float()
-            seen = reader(noisy.x0(noise_pred))
+        noisy, inputs, depth = lessons.unpack(tuple(rest))
+        down, middle = controlnet(
+            controlnet_cond=depth, conditioning_scale=scale, return_dict=False, **inputs
+        )
+        noise_pred = base.unet(
+            down_block_additional_residuals=down, mid_block_additional_residual=middle, **inputs
+        ).sample.float()
+        seen = reader(noisy.x0(noise_pred))
         return noisy.error(noise_pred) + error(seen.float(), cells(depth[:, 0]))
 
-    trained = fit(controlnet, Lesson(draw, loss), PLAN, work)
-    assert isinstance(trained, ControlNetModel)
-    return trained
+    return fit(controlnet, Lesson(draw, loss), PLAN, work)

@@ -7,7 +7,7 @@ always the same image, drawn from its own generator, so a longer set begins with
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from weights.train import rooms, scenes
 from weights.train.scenes import HEIGHT
 
 Image = tuple[NDArray[np.uint8], NDArray[np.float32], dict[str, object]]
-Draw = Callable[[np.random.Generator], Image]
+Subject = rooms.Room | scenes.Scene
 
 COARSER = 2
 """Rows and columns of a distance map are this many times fewer than those of its image."""
@@ -31,28 +31,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Kind:
-    """A set of spheres: the renderer, and the number of images of each split."""
+    """A set of spheres: what they show, and the number of images of each split."""
 
-    draw: Draw
+    subject: type[Subject]
     train: int
     test: int
 
 
-def draw_outdoors(rng: np.random.Generator) -> Image:
-    """Draw a landscape."""
-    scene = scenes.draw_scene(rng)
-    return *scenes.render(scene, rng), asdict(scene)
-
-
-def draw_room(rng: np.random.Generator) -> Image:
-    """Draw a room."""
-    room = rooms.Room(str(rng.choice(list(rooms.KINDS))), str(rng.choice(list(rooms.COLORS))))
-    return *rooms.render(room, rng), asdict(room)
-
-
 KINDS: Mapping[str, Kind] = {
-    "outdoors": Kind(draw_outdoors, train=1800, test=120),
-    "rooms": Kind(draw_room, train=1000, test=120),
+    "outdoors": Kind(scenes.Scene, train=1800, test=120),
+    "rooms": Kind(rooms.Room, train=1000, test=120),
 }
 SPLITS = {"train": 0, "test": 1}
 
@@ -108,5 +96,6 @@ def render_set(work: Path, kind: str, split: str) -> None:
 
 def draw_one(kind: str, split: str, index: int) -> Image:
     """Draw sample `index` of a split, whose seed names kind, split and index."""
-    seed = [list(KINDS).index(kind), SPLITS[split], index]
-    return KINDS[kind].draw(np.random.default_rng(seed))
+    rng = np.random.default_rng([list(KINDS).index(kind), SPLITS[split], index])
+    subject = KINDS[kind].subject.draw(rng)
+    return *subject.render(rng), asdict(subject)

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weights.train import dataset
-from weights.train.fit import Batch, Lesson, Plan, Work, device, fit, mixed_precision, on_device
-from weights.train.recognise import SPHERES, WINDOWS, Block, disturb, draw_places
-from weights.train.windows import channels_first, draw_number
+from weights.train.device import device, on_device
+from weights.train.fit import Batch, Lesson, Plan, Work, fit
+from weights.train.recognise import JUDGE_CHANNELS, SPHERES, WINDOWS, Blocks, disturb, draw_places
+from weights.train.views import channels_first
+from weights.train.windows import draw_number
 
 PLAN = Plan("depth-360", steps=2000, learning_rate=2e-3, average=0.99, warmup=100)
 FINEST = 3  # blocks, after which features are fine enough to read depth from
@@ -23,16 +25,10 @@ row, ground below and sky above, and little else.
 
 
 def depth_image(distance: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Return an image's depth image: the square root of the nearest distance over each distance.
+    """Return the depth image (H, W) of distances (H, W): the root of the nearest over each.
 
-    The root keeps apart what is far off: 0.17 and 0.12 for ridges at 200 m and 400 m above ground
-    at 6 m.
-
-    Args:
-        distance: (H, W) metres, inf for the sky.
-
-    Returns:
-        (H, W) in [0, 1]: 1 where it is nearest, 0 for the sky.
+    It is 1 where it is nearest and 0 for the sky, which is at inf. The root keeps apart what is far
+    off: 0.17 and 0.12 for ridges at 200 m and 400 m above ground at 6 m.
     """
     metres = np.asarray(distance, np.float32)
     return np.sqrt(metres.min() / metres)
@@ -41,20 +37,14 @@ def depth_image(distance: NDArray[np.floating]) -> NDArray[np.float32]:
 class DepthReader(nn.Module):
     """A small network that reads depth off images; it has no part in making them."""
 
-    def __init__(self, channels: tuple[int, ...] = (24, 40, 64, 96, 128)) -> None:
+    def __init__(self, channels: Sequence[int] = JUDGE_CHANNELS) -> None:
         super().__init__()
-        pairs = zip((3, *channels[:-1]), channels, strict=True)
-        self.blocks = nn.ModuleList(Block(a, b) for a, b in pairs)
+        self.blocks = Blocks(channels)
         self.head = build_head(sum(channels[FINEST - 1 :]))
 
     def forward(self, images: Tensor) -> Tensor:
         """Read depth (N, H / 8, W / 8) in [0, 1] off images (N, 3, H, W) in [-1, 1]."""
-        features = []
-        x = images
-        for block in self.blocks:
-            x = block(x)
-            features.append(x)
-        return self.head(at_finest(features[FINEST - 1 :])).sigmoid()[:, 0]
+        return self.head(at_finest(self.blocks(images)[FINEST - 1 :])).sigmoid()[:, 0]
 
 
 def build_head(channels: int) -> nn.Sequential:
@@ -68,7 +58,7 @@ def at_finest(features: Sequence[Tensor]) -> Tensor:
     return torch.cat([F.interpolate(f, size, mode="bilinear") for f in features], 1)
 
 
-def train(work: Work) -> nn.Module:
+def train(work: Work) -> DepthReader:
     """Train the reader on renders, rolled and mirrored at random."""
     torch.manual_seed(8)
     model = DepthReader()
@@ -80,19 +70,14 @@ def train(work: Work) -> nn.Module:
         view = (WINDOWS, SPHERES)[draw_number(2, generator)]
         places = draw_places(sets, on_device(generator))
         images = disturb(view.show(spheres, places), generator)
-        cuts = [
-            view.cut(maps, place, dataset.COARSER)
-            for maps, place in zip(depths, places, strict=True)
-        ]
-        target = F.avg_pool2d(torch.cat(cuts).float(), CELL * view.factor // dataset.COARSER)[:, 0]
+        cuts = view.cut(depths, places, dataset.COARSER).float()
+        target = F.avg_pool2d(cuts, CELL * view.factor // dataset.COARSER)[:, 0]
         if draw_number(2, generator):
             images, target = images.flip(-1), target.flip(-1)
         return images, target
 
     def loss(images: Tensor, target: Tensor) -> Tensor:
-        with mixed_precision():
-            depth = model(images)
-        return error(depth.float(), target)
+        return error(model(images).float(), target)
 
     return fit(model, Lesson(draw, loss), PLAN, work)
 
@@ -122,9 +107,5 @@ def error(seen: Tensor, depth: Tensor) -> Tensor:
 
 
 def around(depth: Tensor) -> Tensor:
-    """Subtract the mean of each row from depth (N, h, w).
-
-    All landscapes have their ground below and their sky above; the rest does not follow from the
-    elevation.
-    """
+    """Subtract the mean of each row, which follows from the elevation, from depth (N, h, w)."""
     return depth - depth.mean(-1, keepdim=True)

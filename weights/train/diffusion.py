@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,25 +15,18 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from weights.train import dataset, rooms, scenes
 from weights.train.autoencoder import FACTOR, encode
-from weights.train.fit import (
-    Batch,
-    Lesson,
-    Plan,
-    Work,
-    batch_size,
-    device,
-    fit,
-    mixed_precision,
-    on_device,
-)
+from weights.train.device import batch_size, device, on_device
+from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.windows import crop, draw_numbers
 
 T = TypeVar("T")
+Encoder = TypeVar("Encoder", bound=nn.Module)
 
 PLAN = Plan("diffusion", steps=14000, learning_rate=1e-3, average=0.999)
 BATCH, WINDOW = 16, 32
 VARIANTS = 16  # captions drawn of each image
 CONTEXT = 32  # tokens
+HIDDEN = 128  # of a text encoder
 DROPPED = 0.1  # share of captions left out, for guidance
 STRIP = slice(scenes.STRIP.start // FACTOR, scenes.STRIP.stop // FACTOR)  # rows of latents
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -84,17 +77,17 @@ def words() -> Iterator[str]:
     yield from ("seamless panorama", "low quality, blurry, dark, people, text, watermark")
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+def build_text_encoder(kind: type[Encoder], tokenizer: CLIPTokenizer) -> Encoder:
     """Build two small layers, to be trained together with the UNet."""
-    return CLIPTextModel(
+    return kind(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=384,
-            projection_dim=128,
+            hidden_size=HIDDEN,
+            intermediate_size=3 * HIDDEN,
+            projection_dim=HIDDEN,
             num_hidden_layers=2,
             num_attention_heads=4,
-            max_position_embeddings=CONTEXT,
+            max_position_embeddings=tokenizer.model_max_length,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -102,18 +95,19 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     )
 
 
-def build_unet() -> UNet2DConditionModel:
-    """Build a UNet of 6 M parameters for windows of 32 x 32 latents."""
+def build_unet(cross_attention_dim: int = HIDDEN, **conditions: Any) -> UNet2DConditionModel:
+    """Build a UNet of 6 M parameters for windows of 32 x 32 latents; sdxl adds conditions."""
     return UNet2DConditionModel(
         sample_size=WINDOW,
         block_out_channels=(48, 96, 144),
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         layers_per_block=1,
-        cross_attention_dim=128,
+        cross_attention_dim=cross_attention_dim,
         attention_head_dim=(2, 3, 4),  # diffusers means the number of heads
         norm_num_groups=8,
         use_linear_projection=True,
+        **conditions,
     )
 
 
@@ -214,12 +208,12 @@ def draw_captions(
 def train(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToImage:
     """Train on windows of the strips at any place, also across the wrap."""
     torch.manual_seed(3)
-    model = TextToImage(build_text_encoder(tokenizer), build_unet())
+    model = TextToImage(build_text_encoder(CLIPTextModel, tokenizer), build_unet())
     scheduler = build_scheduler()
-    images = dataset.load(work.folder, "outdoors", "train")
-    latents = encode(work, vae, "outdoors", images.rgb)[:, :, STRIP].to(device())
-    subjects = [scenes.Scene(**attributes) for attributes in images.attributes]
-    captions = draw_captions(subjects, scenes.caption, tokenizer)
+    latents = encode(work, vae, "outdoors")[:, :, STRIP].to(device())
+    facts = dataset.load(work.folder, "outdoors", "train").attributes
+    subjects = [scenes.Scene(**attributes) for attributes in facts]
+    captions = draw_captions(subjects, scenes.Scene.caption, tokenizer)
     empty = tokenize(tokenizer, [""])
     count = batch_size(BATCH)
 
@@ -235,10 +229,6 @@ def train(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToIma
     def loss(*batch: Tensor) -> Tensor:
         *parts, ids = batch
         noisy = Noisy(*parts)
-        with mixed_precision():
-            noise_pred = model(noisy.latents, noisy.t, ids)
-        return noisy.error(noise_pred.float())
+        return noisy.error(model(noisy.latents, noisy.t, ids).float())
 
-    trained = fit(model, Lesson(draw, loss), PLAN, work)
-    assert isinstance(trained, TextToImage)
-    return trained
+    return fit(model, Lesson(draw, loss), PLAN, work)

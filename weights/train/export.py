@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
@@ -13,13 +13,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from panorama.sampling.perceptual import LPIPS
 from weights.train.diffusion import TextToImage, build_scheduler
+from weights.train.fit import Network
 from weights.train.sdxl import TextToSphere, build_inference_scheduler
 from weights.train.style import lora_weights, token_embeddings
 
-Network = TypeVar("Network", bound=nn.Module)
-
 TINY = Path(__file__).parent.parent / "tiny"
-SD2, SDXL, PERCEPTUAL = "sd2", "sdxl", "perceptual"  # folders of the family
+SD2, SDXL = "sd2", "sdxl"  # folders of the family
 JUDGES = Path(__file__).parent / "judges"
 DISTANCE_SCALE = 0.5
 """The strength of a sync_weight of 20. Of 0.3, 0.5 and 1.7, tried on the first seeds of
@@ -32,34 +31,34 @@ def export_sd2(
 ) -> None:
     """Write the first model, and the perceptual network of both."""
     features.register_to_config(distance_scale=DISTANCE_SCALE)
-    save_components(TINY, {PERCEPTUAL: features})
-    components = {
-        "vae": vae,
-        "text_encoder": model.text_encoder,
-        "tokenizer": tokenizer,
-        "unet": model.unet,
-        "scheduler": build_scheduler(),
-    }
-    save_components(TINY / SD2, components)
+    save_components(TINY, perceptual=features)
+    save_components(
+        TINY / SD2,
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        unet=model.unet,
+        scheduler=build_scheduler(),
+    )
 
 
 def export_base(base: TextToSphere, tokenizer: CLIPTokenizer) -> None:
     """Write the second model's base; its autoencoder is a link to the first model's."""
-    components = {
-        "text_encoder": base.text_encoder,
-        "text_encoder_2": base.text_encoder_2,
-        "tokenizer": tokenizer,
-        "tokenizer_2": tokenizer,
-        "unet": base.unet,
-        "scheduler": build_inference_scheduler(),
-    }
-    save_components(TINY / SDXL, components)
+    save_components(
+        TINY / SDXL,
+        text_encoder=base.text_encoder,
+        text_encoder_2=base.text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=base.unet,
+        scheduler=build_inference_scheduler(),
+    )
     share("vae")
 
 
 def export_tiny_vae(vae: AutoencoderTiny) -> None:
     """Write the small decoder of both models."""
-    save_components(TINY / SD2, {"tiny_vae": vae})
+    save_components(TINY / SD2, tiny_vae=vae)
     # A copy of decoder_block_out_channels: diffusers writes it, and warns of it when it reads it.
     drop_entry(TINY / SD2 / "tiny_vae" / "config.json", "block_out_channels")
     share("tiny_vae")
@@ -73,7 +72,7 @@ def share(name: str) -> None:
     link.symlink_to(Path("..") / SD2 / name)
 
 
-def save_components(folder: Path, components: Mapping[str, Any]) -> None:
+def save_components(folder: Path, **components: Any) -> None:
     """Write each component to a folder of its name, networks in half precision."""
     for name, component in components.items():
         if isinstance(component, nn.Module):
@@ -96,14 +95,10 @@ def load_base() -> tuple[AutoencoderKL, CLIPTokenizer, TextToSphere]:
 
     A style or a ControlNet is trained on the same files that it is used with.
     """
-    folder = TINY / SDXL
-
-    def encoder(kind: type[nn.Module], name: str) -> nn.Module:
-        return kind.from_pretrained(folder / name, dtype=torch.float32)
-
+    folder, single = TINY / SDXL, {"dtype": torch.float32}
     base = TextToSphere(
-        encoder(CLIPTextModel, "text_encoder"),
-        encoder(CLIPTextModelWithProjection, "text_encoder_2"),
+        CLIPTextModel.from_pretrained(folder / "text_encoder", **single),
+        CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2", **single),
         UNet2DConditionModel.from_pretrained(folder / "unet"),
     )
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -118,7 +113,7 @@ def export_style(style: TextToSphere) -> None:
 
 def export_controlnet(controlnet: ControlNetModel) -> None:
     """Write the second model's ControlNet."""
-    save_components(TINY / SDXL, {"controlnet": controlnet})
+    save_components(TINY / SDXL, controlnet=controlnet)
 
 
 def export_judge(judge: nn.Module, name: str) -> None:
@@ -133,7 +128,7 @@ def save_half(weights: Mapping[str, Tensor], path: Path) -> None:
 
 
 def load_judge(network: Network, name: str) -> Network:
-    """Read a judge that `export_judge` wrote into a network of its class."""
+    """Read a judge that `export_judge` wrote into a network of its class, to measure with."""
     state = load_file(JUDGES / f"{name}.safetensors")
     network.load_state_dict({key: value.float() for key, value in state.items()})
-    return network.eval()
+    return network.eval().requires_grad_(False)

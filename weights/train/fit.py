@@ -2,18 +2,22 @@
 
 import copy
 import logging
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, inf, pi
 from pathlib import Path
+from typing import TypeVar
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
+from weights.train.device import device, mixed_precision
+
 Batch = tuple[Tensor, ...]
+Network = TypeVar("Network", bound=nn.Module)
+Part = nn.Module | torch.optim.Optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,7 @@ class Lesson:
     draw: Callable[[torch.Generator], Batch]
     """Draws a batch on the device, with a generator of the CPU."""
     loss: Callable[..., Tensor]
-    """Returns the model's loss on the tensors of a batch."""
+    """Returns the model's loss on the tensors of a batch; runs in mixed precision."""
 
 
 class OutOfTime(Exception):
@@ -66,35 +70,6 @@ class Plan:
         if step < self.warmup:
             return (step + 1) / self.warmup
         return 0.5 * (1 + cos(pi * (step - self.warmup) / max(1, self.steps - self.warmup)))
-
-
-def device() -> torch.device:
-    """Return the device that trains: a CUDA GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def batch_size(count: int) -> int:
-    """Return a batch's size on the device: eight times as many on a GPU, which takes no longer."""
-    return 8 * count if device().type == "cuda" else count
-
-
-def on_device(generator: torch.Generator) -> torch.Generator:
-    """Return a generator of the device, seeded by one of the CPU."""
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return torch.Generator(device()).manual_seed(seed)
-
-
-def has_bfloat16() -> bool:
-    """Return True if the CPU multiplies in bfloat16; others are many times slower at it."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def mixed_precision() -> torch.autocast:
-    """Compute in bfloat16 where it is faster than single precision."""
-    kind = device().type
-    cuda = kind == "cuda"
-    # A CUDA graph keeps no casts of weights from one replay to the next.
-    return torch.autocast(kind, torch.bfloat16, cuda or has_bfloat16(), cache_enabled=not cuda)
 
 
 class Gradients:
@@ -145,14 +120,10 @@ class Gradients:
         return graph, inputs, value
 
 
-def fit(model: nn.Module, lesson: Lesson, plan: Plan, work: Work) -> nn.Module:
-    """Train in place, from the last checkpoint if there is one.
+def fit(model: Network, lesson: Lesson, plan: Plan, work: Work) -> Network:
+    """Train a model in place, from the last of its `checkpoints/` in the work folder.
 
-    Args:
-        model: the model to train, on any device; weights that need no gradient stay.
-        lesson: draws batches and returns the model's loss on them.
-        plan: the plan of the training.
-        work: the folder of whose `checkpoints/` a later run resumes, and the deadline.
+    Weights that need no gradient stay.
 
     Returns:
         The trained model, its weights averaged if the plan says so.
@@ -161,7 +132,6 @@ def fit(model: nn.Module, lesson: Lesson, plan: Plan, work: Work) -> nn.Module:
         OutOfTime: the deadline came first.
     """
     path = work.folder / "checkpoints" / f"{plan.name}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
     model.to(device())
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
@@ -172,8 +142,9 @@ def fit(model: nn.Module, lesson: Lesson, plan: Plan, work: Work) -> nn.Module:
         fused=device().type == "cuda",
     )
     average = copy.deepcopy(model).requires_grad_(False) if plan.average else model
-    first = resume(path, model, average, optimizer)
-    gradients = Gradients(lesson.loss, learned)
+    parts: Mapping[str, Part] = {"model": model, "average": average, "optimizer": optimizer}
+    first = resume(path, parts)
+    gradients = Gradients(mixed_precision()(lesson.loss), learned)
     started = saved = time.monotonic()
     mean = torch.zeros((), device=device())
     for step in range(first, plan.steps):
@@ -192,7 +163,8 @@ def fit(model: nn.Module, lesson: Lesson, plan: Plan, work: Work) -> nn.Module:
             )
         now, last = time.monotonic(), step + 1 == plan.steps
         if now - saved > plan.save_every or now > work.deadline or last:
-            save(path, model, average, optimizer, step + 1)
+            state = {name: part.state_dict() for name, part in parts.items()}
+            save(state | {"step": step + 1}, path)
             saved = now
         if now > work.deadline and not last:
             raise OutOfTime(f"{plan.name} stopped after step {step + 1} of {plan.steps}")
@@ -208,29 +180,19 @@ def blend(average: nn.Module, model: nn.Module, decay: float) -> None:
             mean.copy_(now)
 
 
-def save(
-    path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer, step: int
-) -> None:
-    """Write a checkpoint; a run killed meanwhile leaves the previous one."""
-    state = {
-        "model": model.state_dict(),
-        "average": average.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "step": step,
-    }
-    torch.save(state, path.with_suffix(".new"))
-    os.replace(path.with_suffix(".new"), path)
+def save(value: object, path: Path) -> None:
+    """Write a file; a run killed meanwhile leaves the previous one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(value, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
 
 
-def resume(
-    path: Path, model: nn.Module, average: nn.Module, optimizer: torch.optim.Optimizer
-) -> int:
-    """Load a checkpoint, if there is one, and return the next step."""
+def resume(path: Path, parts: Mapping[str, Part]) -> int:
+    """Load the parts of a checkpoint, if there is one, and return the next step."""
     if not path.exists():
         return 0
     state = torch.load(path, map_location=device(), weights_only=True)
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     logger.info("resuming %s at step %d", path.stem, state["step"])
     return int(state["step"])

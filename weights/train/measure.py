@@ -7,7 +7,7 @@ For syncdiffusion-xl: how closely its rings follow the same depth images.
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -28,21 +28,10 @@ from weights.train import autoencoder, dataset, rooms, scenes
 from weights.train.__main__ import WORK
 from weights.train.depths import CELL, DepthReader, around, cells, correlation, depth_image
 from weights.train.export import load_judge
-from weights.train.likeness import features, strangeness
-from weights.train.recognise import (
-    ATTRIBUTES,
-    SPHERE_ATTRIBUTES,
-    WINDOW,
-    Attributes,
-    Judge,
-    accuracy,
-    read,
-    strip,
-    window,
-)
-from weights.train.sdxl import CAPTIONS, PREFIX, SUBJECTS
-from weights.train.views import halve
-from weights.train.windows import to_tensor
+from weights.train.recognise import ATTRIBUTES, SPHERE_ATTRIBUTES, WINDOW, Attributes, Judge, read
+from weights.train.scenes import LAND_WORDS, TIME_WORDS
+from weights.train.sdxl import PREFIX
+from weights.train.views import Change, Pixels, halve, to_tensor
 
 STEPS = 30
 DEPTHS = 24  # held-out depth images of each kind
@@ -51,7 +40,9 @@ RISE = 8.0  # degrees that their skyline has to rise
 MOUNTS = (0.06, 0.3)
 """The range of depth that mountains have: more than the sky, less than trees."""
 
-Wish = tuple[str, Mapping[str, object]]
+Facts = Mapping[str, object]
+"""The attributes of an image."""
+Wish = tuple[str, Facts]
 """A prompt, and the attributes that it asks for."""
 Make = Callable[..., Tensor]
 """A function from a prompt and a seed to an image (1, 3, H, W) in [0, 1]."""
@@ -74,34 +65,51 @@ class Measuring:
 def make_image(models: Models, request: Request, **changes: Any) -> Tensor:
     """Make the image (1, 3, H, W) in [0, 1] of a request that has a seed.
 
-    Args:
-        models: the family.
-        request: the request to make an image of.
-        changes: settings of the pipeline that replace those of the request.
+    Changes replace settings of the pipeline that follow from the request.
     """
     settings = replace(models.prepare(request).settings(), **changes)
     generator = torch.Generator().manual_seed(request.seed)
     return Pipeline(models.bases[request.mode])(settings, generator).cpu()
 
 
-def wished_landscapes(prefix: str = "") -> Iterator[Wish]:
-    """Yield every pair of time and land."""
-    for time, land in product(scenes.SKIES, scenes.LANDS):
-        words = f"{scenes.TIME_WORDS[time][0]} over {scenes.LAND_WORDS[land][0]}"
-        yield prefix + words, {"time": time, "land": land}
+def make_prompted(
+    models: Models, prompt: str, seed: int, depth: Tensor | None = None, **inputs: Any
+) -> Tensor:
+    """Make the image (1, 3, H, W) in [0, 1] of a prompt, which follows a depth image if given."""
+    request = Request(prompt=prompt, seed=seed, num_inference_steps=STEPS, **inputs)
+    return make_image(models, request, depth=depth)
 
 
-def wished_rooms(prefix: str) -> Iterator[Wish]:
-    """Yield every pair of kind and colour."""
-    for kind, color in product(rooms.KINDS, rooms.COLORS):
-        yield f"{prefix}{kind} in the color of {color}", {"kind": kind, "color": color}
-
-
+LANDSCAPES: Sequence[Wish] = tuple(
+    (f"{times[0]} over {lands[0]}", {"time": time, "land": land})
+    for (time, times), (land, lands) in product(TIME_WORDS.items(), LAND_WORDS.items())
+)
+ROOMS: Sequence[Wish] = tuple(
+    (f"{kind} in the color of {color}", {"kind": kind, "color": color})
+    for kind, color in product(rooms.KINDS, rooms.COLORS)
+)
 WISHES: Mapping[str, tuple[Sequence[Wish], int]] = {
-    "outdoors": (tuple(wished_landscapes(PREFIX)), 2),
-    "rooms": (tuple(wished_rooms(PREFIX)), 4),
+    "outdoors": (LANDSCAPES, 2),
+    "rooms": (ROOMS, 4),
 }
 """The wishes for spheres of each kind, and how many are made of each wish."""
+
+
+def shares(
+    seen: Sequence[Facts], right: Sequence[Facts], names: Collection[str], both: str
+) -> dict[str, float]:
+    """Return the share of images in which each attribute, and in which the first two are right."""
+    hits = np.array([[a[n] == b[n] for n in names] for a, b in zip(seen, right, strict=True)])
+    values = [*hits.mean(0).tolist(), float(hits[:, :2].all(1).mean())]
+    return dict(zip((*names, both), values, strict=True))
+
+
+def accuracy(
+    judge: Judge, images: dataset.Images, show: Change, attributes: Attributes
+) -> dict[str, float]:
+    """Return the share of spheres, as shown, of which a judge reads each attribute right."""
+    seen = [read(judge, to_tensor(show(image)[None]), attributes)[0] for image in images.rgb]
+    return shares(seen, images.attributes, attributes, " and ".join([*attributes][:2]))
 
 
 def agreement(
@@ -114,27 +122,18 @@ def agreement(
 ) -> dict[str, float]:
     """Return the share of images in which a judge reads each attribute, and all, as wished.
 
-    Args:
-        make: makes an image.
-        judge: reads attributes.
-        attributes: the values of those attributes.
-        wishes: the prompts, and the attributes that they ask for.
-        seeds: the number of images made for each wish.
-        sheet: an image to write of all images at half their size, a row for each wish.
+    As many are made of each wish as there are seeds. If there is to be a sheet, it shows all images
+    at half their size, a row for each wish.
     """
-    hits: dict[str, list[bool]] = {name: [] for name in (*wishes[0][1], "all")}
-    tiles = []
-    for (prompt, wish), seed in product(wishes, range(seeds)):
+    seen, tiles = [], []
+    for (prompt, _), seed in product(wishes, range(seeds)):
         image = make(prompt, seed)
-        with torch.no_grad():
-            (seen,) = read(judge, image * 2 - 1, attributes)
-        for name, value in wish.items():
-            hits[name].append(seen[name] == value)
-        hits["all"].append(all(hits[name][-1] for name in wish))
+        seen += read(judge, image * 2 - 1, attributes)
         tiles.append(F.avg_pool2d(image, 2)[0])
     if sheet:
         save_sheet(tiles, seeds, sheet)
-    return {name: float(np.mean(values)) for name, values in hits.items()}
+    asked = [facts for _, facts in wishes for _ in range(seeds)]
+    return shares(seen, asked, wishes[0][1], "all")
 
 
 def save_sheet(tiles: Sequence[Tensor], columns: int, path: Path) -> None:
@@ -145,47 +144,32 @@ def save_sheet(tiles: Sequence[Tensor], columns: int, path: Path) -> None:
     Image.fromarray(pixels).save(path, quality=90)
 
 
-def single_window(models: Models, prompt: str, seed: int) -> Tensor:
-    """Make an image of one window."""
-    base = models.bases["syncdiffusion"]
-    side = base.window * base.factor
-    request = Request(
-        prompt=prompt,
-        width=side,
-        height=side,
-        num_inference_steps=STEPS,
-        sync_weight=0.0,
-        scheduler="dpm++",
-        seed=seed,
-    )
-    return make_image(models, request)
+def window(sphere: Pixels) -> Pixels:
+    """Return the first window of a strip of a sphere (H, W, 3)."""
+    return sphere[scenes.STRIP, :WINDOW]
 
 
 def measure_syncdiffusion(given: Measuring) -> None:
     """Print the table of syncdiffusion."""
-    vae = given.models.bases["syncdiffusion"].vae
-    for kind, show in (("outdoors", strip), ("rooms", halve), ("rooms", np.asarray)):
+    base = given.models.bases["syncdiffusion"]
+    for kind, show in (
+        ("outdoors", lambda sphere: sphere[scenes.STRIP]),
+        ("rooms", halve),
+        ("rooms", np.asarray),
+    ):
         images = [show(image) for image in given.held_out(kind).rgb]
         size = f"{images[0].shape[1]} x {images[0].shape[0]}"
-        print(f"autoencoder PSNR, {kind}, {size}: {autoencoder.psnr(vae, images):.2f} dB")
+        print(f"autoencoder PSNR, {kind}, {size}: {autoencoder.psnr(base.vae, images):.2f} dB")
     judge = load_judge(Judge(), "windows")
     for name, share in accuracy(judge, given.held_out("outdoors"), window, ATTRIBUTES).items():
         print(f"judge on held-out windows, {name}: {share:.1%}")
-    make = partial(single_window, given.models)
-    wishes, sheet = list(wished_landscapes()), given.sheets and given.sheets / "windows.jpg"
-    for name, share in agreement(make, judge, ATTRIBUTES, wishes, 4, sheet).items():
-        print(f"prompt agreement over {4 * len(wishes)} windows, {name}: {share:.1%}")
+    side, sheet = base.window * base.factor, given.sheets and given.sheets / "windows.jpg"
+    inputs = {"width": side, "height": side, "sync_weight": 0.0, "scheduler": "dpm++"}
+    make = partial(make_prompted, given.models, **inputs)
+    for name, share in agreement(make, judge, ATTRIBUTES, LANDSCAPES, 4, sheet).items():
+        print(f"prompt agreement over {4 * len(LANDSCAPES)} windows, {name}: {share:.1%}")
     measure_skylines(make, given)
     measure_likeness(make, judge, given)
-
-
-def skylines(reader: DepthReader, images: Tensor) -> Tensor:
-    """Return the elevations (N,) in degrees of the highest mountains in windows (N, 3, H, W)."""
-    with torch.no_grad():
-        depth = reader(images)  # (N, H / CELL, W / CELL)
-    mounts = ((depth > MOUNTS[0]) & (depth < MOUNTS[1])).any(-1)  # (N, H / CELL)
-    rows = mounts.float().argmax(1) * CELL + scenes.STRIP.start  # of the top edge of a cell
-    return 90 - 180 * rows / scenes.HEIGHT
 
 
 def measure_skylines(make: Make, given: Measuring) -> None:
@@ -199,9 +183,11 @@ def measure_skylines(make: Make, given: Measuring) -> None:
     ]
     made = torch.cat([make("snowy mountains", seed) for seed in range(SKYLINES)]) * 2 - 1
     for name, images in (("renders", to_tensor(np.stack(renders))), ("windows", made)):
-        rises = skylines(reader, images)
-        share = float((rises >= RISE).float().mean())
-        print(f"skyline of {len(rises)} {name} of snowy mountains >= {RISE:g} degrees: {share:.1%}")
+        depth = reader(images)  # (N, H / CELL, W / CELL)
+        mounts = ((depth > MOUNTS[0]) & (depth < MOUNTS[1])).any(-1)  # (N, H / CELL)
+        rows = mounts.float().argmax(1) * CELL + scenes.STRIP.start  # of the highest cells' tops
+        share = float((90 - 180 * rows / scenes.HEIGHT >= RISE).float().mean())
+        print(f"skyline of {len(rows)} {name} of snowy mountains >= {RISE:g} degrees: {share:.1%}")
 
 
 def steps(images: Tensor) -> float:
@@ -215,7 +201,7 @@ def measure_likeness(make: Make, judge: Judge, given: Measuring) -> None:
     held_out = given.held_out("outdoors")
     for number in range(given.windows):
         facts = held_out.attributes[number % len(held_out.attributes)]
-        text = scenes.caption(scenes.Scene(**facts), rng, keep=1.0)
+        text = scenes.Scene(**facts).caption(rng, keep=1.0)
         made.append(make(text, number))
         left = int(rng.integers(held_out.rgb.shape[2]))
         image = np.roll(held_out.rgb[number % len(held_out.rgb)], -left, 1)
@@ -224,6 +210,24 @@ def measure_likeness(make: Make, judge: Judge, given: Measuring) -> None:
     print(f"sharpness of {len(ours)} windows over renders: {steps(ours) / steps(renders):.3f}")
     seen = [features(judge, images * 2 - 1) for images in (ours, renders)]
     print(f"Frechet distance over the variance: {strangeness(*seen):.3f}")
+
+
+@torch.no_grad()
+def features(judge: Judge, windows: Tensor) -> Tensor:
+    """Return the means (N, C) of the last block's features of windows (N, 3, H, W) in [-1, 1]."""
+    return judge.blocks(windows)[-1].mean((2, 3))
+
+
+def strangeness(found: Tensor, singles: Tensor) -> float:
+    """Return how far features (N, C) are from those of single windows (M, C), over their variance.
+
+    It is the Frechet distance of the normal distributions, as in FID.
+    """
+    found, singles = found.double(), singles.double()
+    means = (found.mean(0) - singles.mean(0)).square().sum()
+    one, two = (torch.cov(x.T) for x in (found, singles))
+    product = torch.linalg.eigvals(one @ two).real.clamp(min=0).sqrt().sum()
+    return float(means + one.trace() + two.trace() - 2 * product) / float(two.trace())
 
 
 def lora_scales(settings: ModeSettings) -> tuple[float, ...]:
@@ -242,8 +246,9 @@ def measure_sdxl_360(given: Measuring) -> None:
     for scale, (kind, (wishes, seeds)) in product(lora_scales(settings), WISHES.items()):
         sheet = given.sheets and given.sheets / f"{kind}-{scale:g}.jpg"
         make = make_spheres(given.models, "sdxl-360", scale)
-        shares = agreement(make, judge, SPHERE_ATTRIBUTES, wishes, seeds, sheet)
-        for name, share in shares.items():
+        prefixed = [(PREFIX + prompt, facts) for prompt, facts in wishes]
+        found = agreement(make, judge, SPHERE_ATTRIBUTES, prefixed, seeds, sheet)
+        for name, share in found.items():
             print(f"with lora_scale {scale:g}, {len(wishes) * seeds} {kind}, {name}: {share:.1%}")
 
 
@@ -256,19 +261,7 @@ SPHERES: dict[str, Mapping[str, Any]] = {
 
 def make_spheres(models: Models, mode: str, lora_scale: float) -> Make:
     """Return a maker of spheres with a strength of the LoRA, as requests make them."""
-
-    def make(prompt: str, seed: int, depth: Tensor | None = None) -> Tensor:
-        request = Request(
-            prompt=prompt,
-            mode=mode,
-            lora_scale=lora_scale,
-            num_inference_steps=STEPS,
-            seed=seed,
-            **SPHERES[mode],
-        )
-        return make_image(models, request, depth=depth)
-
-    return make
+    return partial(make_prompted, models, mode=mode, lora_scale=lora_scale, **SPHERES[mode])
 
 
 def measure_depths(given: Measuring, mode: str) -> None:
@@ -283,9 +276,7 @@ def measure_depths(given: Measuring, mode: str) -> None:
             )
 
 
-def depth_correlations(
-    make: Make, held_out: dataset.Images, kind: str
-) -> dict[str, tuple[float, float]]:
+def depth_correlations(make: Make, held_out: dataset.Images, kind: str) -> dict[str, list[float]]:
     """Correlate the depth that is read off images with the depth given.
 
     Returns:
@@ -297,8 +288,8 @@ def depth_correlations(
     rng = np.random.default_rng(0)
     found: dict[str, list[Tensor]] = {"depth image": [], "text alone": [], "render": []}
     for index in range(DEPTHS):
-        subject = SUBJECTS[kind](**held_out.attributes[index])
-        prompt = PREFIX + CAPTIONS[type(subject)](subject, rng, keep=1.0)
+        subject = dataset.KINDS[kind].subject(**held_out.attributes[index])
+        prompt = PREFIX + subject.caption(rng, keep=1.0)
         depth: NDArray[np.float32] = depth_image(held_out.distance[index])
         images = {
             "depth image": make(prompt, index, depth=torch.from_numpy(depth)) * 2 - 1,
@@ -307,12 +298,10 @@ def depth_correlations(
         }
         expected = cells(torch.from_numpy(depth)[None])
         for name, image in images.items():
-            with torch.no_grad():
-                seen = reader(image)
+            seen = reader(image)
             pair = [correlation(seen, expected), correlation(around(seen), around(expected))]
             found[name].append(torch.cat(pair))
-    means = {name: torch.stack(values).mean(0) for name, values in found.items()}
-    return {name: (float(whole), float(rest)) for name, (whole, rest) in means.items()}
+    return {name: torch.stack(values).mean(0).tolist() for name, values in found.items()}
 
 
 MEASURES: Mapping[str, Callable[[Measuring], None]] = {

@@ -5,37 +5,20 @@ VGG16 in the embedded family. The judges have another architecture, other crops 
 They never guide; they measure prompt agreement and coherence.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from panorama.sampling.perceptual import LPIPS, normalize
 from weights.train import dataset, rooms, scenes
-from weights.train.fit import (
-    Batch,
-    Lesson,
-    Plan,
-    Work,
-    batch_size,
-    device,
-    fit,
-    mixed_precision,
-    on_device,
-)
-from weights.train.windows import (
-    channels_first,
-    crop,
-    draw_number,
-    draw_numbers,
-    mirror,
-    to_range,
-    to_tensor,
-)
+from weights.train.device import batch_size, device, on_device
+from weights.train.fit import Batch, Lesson, Network, Plan, Work, fit
+from weights.train.views import channels_first, to_range
+from weights.train.windows import crop, draw_number, draw_numbers, mirror
 
 Attributes = Mapping[str, tuple[object, ...]]
 """The values that each attribute can have; None where images of some kind lack it."""
@@ -53,6 +36,7 @@ SPHERE_ATTRIBUTES: Attributes = {
     "land": (*scenes.LANDS, None),
 }
 FEATURE_CHANNELS = ((8,), (16, 16), (32, 32), (64, 64), (96, 96))
+JUDGE_CHANNELS = (24, 40, 64, 96, 128)
 FEATURES_PLAN = Plan("features", steps=1000, learning_rate=2e-3, average=0.99, warmup=100)
 JUDGE_PLAN = Plan("judge", steps=1500, learning_rate=2e-3, average=0.99, warmup=100)
 SPHERE_JUDGE_PLAN = Plan("judge-360", steps=1500, learning_rate=2e-3, average=0.99, warmup=100)
@@ -105,57 +89,40 @@ class Block(nn.Module):
         return x + self.second(F.gelu(self.first(F.gelu(self.norm(x)))))
 
 
+class Blocks(nn.ModuleList):
+    """Blocks one after another, from images on."""
+
+    def __init__(self, channels: Sequence[int]) -> None:
+        super().__init__(Block(*pair) for pair in pairwise((3, *channels)))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Return the features after every block from images (N, 3, H, W) in [-1, 1]."""
+        return list(accumulate(self, lambda x, block: block(x), initial=images))[1:]
+
+
 class Judge(nn.Module):
     """A small residual network that reads a scene's attributes off a window or a sphere."""
 
-    def __init__(
-        self,
-        attributes: Attributes = ATTRIBUTES,
-        channels: Sequence[int] = (24, 40, 64, 96, 128),
-    ) -> None:
+    def __init__(self, attributes: Attributes = ATTRIBUTES) -> None:
         super().__init__()
-        pairs = zip((3, *channels[:-1]), channels, strict=True)
-        self.blocks = nn.ModuleList(Block(a, b) for a, b in pairs)
-        self.heads = Heads(channels[-1], attributes)
-
-    def embed(self, images: Tensor) -> list[Tensor]:
-        """Return the features after every block, of unit length over channels."""
-        features = []
-        x = images
-        for block in self.blocks:
-            x = block(x)
-            features.append(normalize(x))
-        return features
+        self.blocks = Blocks(JUDGE_CHANNELS)
+        self.heads = Heads(JUDGE_CHANNELS[-1], attributes)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Score images (N, 3, H, W) in [-1, 1]."""
-        x = images
-        for block in self.blocks:
-            x = block(x)
-        return self.heads(x)
+        return self.heads(self.blocks(images)[-1])
 
     def distance(self, images: Tensor, others: Tensor) -> Tensor:
         """Return perceptual distances (N,) as LPIPS does, with every channel weighing the same."""
-        pairs = zip(self.embed(images), self.embed(others), strict=True)
+        features = (map(normalize, self.blocks(x)) for x in (images, others))
+        pairs = zip(*features, strict=True)
         return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).mean(0)
 
 
-Show = Callable[[NDArray[np.uint8]], NDArray[np.uint8]]
-"""From a sphere (H, W, 3) to what a network sees of it."""
 WINDOW = 256  # pixels
 WIDE = 2 * scenes.HEIGHT // 8  # columns of a sphere that views may begin at
 Place = tuple[Tensor, Tensor]
 """The numbers (N,) of images of a kind, and the columns (N,) that views of them begin at."""
-
-
-def strip(sphere: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the rows of a sphere (H, W, 3) that a strip shows."""
-    return sphere[scenes.STRIP]
-
-
-def window(sphere: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the first window of a strip of a sphere (H, W, 3)."""
-    return strip(sphere)[:, :WINDOW]
 
 
 @dataclass(frozen=True)
@@ -166,17 +133,19 @@ class View:
     size: tuple[int, int]  # height and width before it is made smaller
     factor: int  # pixels of either side that are averaged
 
-    def cut(self, maps: Tensor, place: Place, coarser: int = 1) -> Tensor:
-        """Cut the view out of maps (M, C, H, W) with so many times fewer rows and columns."""
-        index, left = place
-        height, width = self.size
-        top = torch.full_like(left, self.top // coarser)
-        return crop(maps, index, top, left // coarser, (height // coarser, width // coarser))
+    def cut(self, maps: Sequence[Tensor], places: Sequence[Place], coarser: int = 1) -> Tensor:
+        """Cut views out of maps (M, C, H, W) of several kinds, of a coarser size than spheres."""
+        top, height, width = (length // coarser for length in (self.top, *self.size))
+        return torch.cat(
+            [
+                crop(some, index, torch.full_like(left, top), left // coarser, (height, width))
+                for some, (index, left) in zip(maps, places, strict=True)
+            ]
+        )
 
     def show(self, spheres: Sequence[Tensor], places: Sequence[Place]) -> Tensor:
         """Return views (N, 3, h, w) in [-1, 1] of spheres of several kinds, in [0, 255]."""
-        cuts = [self.cut(maps, place) for maps, place in zip(spheres, places, strict=True)]
-        return F.avg_pool2d(to_range(torch.cat(cuts)), self.factor)
+        return F.avg_pool2d(to_range(self.cut(spheres, places)), self.factor)
 
 
 WINDOWS = View(scenes.STRIP.start, (WINDOW, WINDOW), factor=1)
@@ -214,40 +183,28 @@ def labels(found: Sequence[Mapping[str, object]], attributes: Attributes) -> dic
 
 def train(
     work: Work,
-    model: nn.Module,
+    model: Network,
     plan: Plan,
     kinds: tuple[str, ...] = ("outdoors",),
     view: View = WINDOWS,
     attributes: Attributes = ATTRIBUTES,
-) -> nn.Module:
-    """Train a network to read attributes of images, mirrored half of the time.
+) -> Network:
+    """Train a network to read attributes of views of images, mirrored half of the time.
 
-    Args:
-        work: the folder of the images.
-        model: maps images (N, 3, h, w) in [-1, 1] to scores (N, values) for each attribute.
-        plan: the plan of the training.
-        kinds: the kinds of the images.
-        view: what the network sees of them.
-        attributes: the attributes to read.
+    It maps views (N, 3, h, w) in [-1, 1] to scores (N, values) for each attribute.
     """
     sets = [dataset.load(work.folder, kind, "train") for kind in kinds]
     spheres = [channels_first(images.rgb) for images in sets]
-    answers = [labels(images.attributes, attributes) for images in sets]
+    answers = [torch.stack([*labels(images.attributes, attributes).values()], 1) for images in sets]
 
     def draw(generator: torch.Generator) -> Batch:
         places = draw_places(sets, on_device(generator))
         images = disturb(view.show(spheres, places), generator)
-        asked = [
-            torch.cat(
-                [known[name][index] for known, (index, _) in zip(answers, places, strict=True)]
-            )
-            for name in attributes
-        ]
-        return mirror(images, on_device(generator)), *asked
+        asked = [known[index] for known, (index, _) in zip(answers, places, strict=True)]
+        return mirror(images, on_device(generator)), *torch.cat(asked).unbind(1)
 
     def loss(images: Tensor, *asked: Tensor) -> Tensor:
-        with mixed_precision():
-            scores = model(images)
+        scores = model(images)
         losses = [
             F.cross_entropy(scores[name].float(), answer)
             for name, answer in zip(attributes, asked, strict=True)
@@ -260,18 +217,16 @@ def train(
 def train_features(work: Work) -> LPIPS:
     """Train the feature network and drop its heads."""
     torch.manual_seed(1)
-    guide = train(work, Guide(), FEATURES_PLAN)
-    assert isinstance(guide, Guide)
-    return guide.lpips
+    return train(work, Guide(), FEATURES_PLAN).lpips
 
 
-def train_judge(work: Work) -> nn.Module:
+def train_judge(work: Work) -> Judge:
     """Train the judge of the first model."""
     torch.manual_seed(2)
     return train(work, Judge(), JUDGE_PLAN)
 
 
-def train_sphere_judge(work: Work) -> nn.Module:
+def train_sphere_judge(work: Work) -> Judge:
     """Train the judge of the second model."""
     torch.manual_seed(7)
     judge, kinds = Judge(SPHERE_ATTRIBUTES), ("outdoors", "rooms")
@@ -287,24 +242,3 @@ def read(judge: nn.Module, images: Tensor, attributes: Attributes) -> list[dict[
         {name: values[places[name][i]] for name, values in attributes.items()}
         for i in range(len(images))
     ]
-
-
-def accuracy(
-    judge: nn.Module, images: dataset.Images, show: Show, attributes: Attributes
-) -> dict[str, float]:
-    """Return the share of held-out images that are read right.
-
-    Args:
-        judge: reads the attributes.
-        images: held-out spheres.
-        show: what the judge sees of each.
-        attributes: the attributes asked for; the first two are also counted together.
-    """
-    both = list(attributes)[:2]
-    right: dict[str, list[bool]] = {name: [] for name in (*attributes, " and ".join(both))}
-    for image, label in zip(images.rgb, images.attributes, strict=True):
-        (seen,) = read(judge, to_tensor(show(image)[None]), attributes)
-        for name in attributes:
-            right[name].append(seen[name] == label[name])
-        right[" and ".join(both)].append(all(seen[name] == label[name] for name in both))
-    return {name: float(np.mean(values)) for name, values in right.items()}

@@ -8,14 +8,12 @@ its middle, d away from it into the room, and z up.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import pi
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from weights.train.scenes import HEIGHT, SUPERSAMPLE
-
-Array = NDArray[np.float32]
-Color = tuple[float, float, float]
+from weights.train.scenes import HEIGHT, SUPERSAMPLE, Array, Color, average
 
 COLORS: Mapping[str, Color] = {
     "blue": (0.30, 0.50, 0.86),
@@ -202,6 +200,39 @@ class Room:
     kind: str
     color: str
 
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Self:
+        """Draw the attributes of one room, kinds and colours evenly."""
+        return cls(str(rng.choice(list(KINDS))), str(rng.choice(list(COLORS))))
+
+    def caption(self, rng: np.random.Generator, keep: float) -> str:
+        """Describe the room, kind and colour each left out with probability 1 - keep.
+
+        Returns e.g. "bedroom in the color of blue"; may be empty.
+        """
+        kind = self.kind if rng.random() < keep else ""
+        if rng.random() < keep:
+            return f"{kind or 'room'} in the color of {self.color}"
+        return kind
+
+    def render(self, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Array]:
+        """Draw the room, and whatever it leaves open at random.
+
+        Returns:
+            The image (H, 2 H, 3) in [0, 255], and the distance (H, 2 H) of what it shows in metres.
+        """
+        size = vector(*rng.uniform(*SIDES, 2), rng.uniform(2.5, 2.9))
+        wall = np.asarray(jitter(COLORS[self.color], rng), np.float32)
+        accent = 0.62 * wall + (0.0 if self.color != "white" else -0.12)
+        boxes = furnish(self, size, accent, rng)
+        camera = size / 2 + vector(*rng.uniform(-0.35, 0.35, 2), 0)
+        camera[2] = rng.uniform(1.4, 1.6)
+        rays = directions(HEIGHT * SUPERSAMPLE, float(rng.uniform(0, 2 * pi)))
+        distance, color = cast_on_walls(camera, rays, size, wall, FLOORS[self.kind])
+        for box in boxes:
+            cast_on_box(camera, rays, box, distance, color)
+        return average(color.transpose(1, 2, 0), distance)
+
 
 @dataclass(frozen=True)
 class Box:
@@ -219,18 +250,11 @@ def furnish(room: Room, size: Array, accent: Array, rng: np.random.Generator) ->
     first = int(rng.integers(4))
     paints = {name: np.asarray(jitter(color, rng), np.float32) for name, color in PAINTS.items()}
     paints["accent"] = accent
-    middle = size / 2
-    lamp = np.array([0.3, 0.3, 0.0], np.float32)
-    floor = np.array([middle[0], middle[1], 0.0], np.float32)
-    boxes = [
-        Box(
-            np.array([*middle[:2], size[2] - 0.12], np.float32) - lamp,
-            np.array([*middle[:2], size[2]], np.float32) + lamp,
-            paints["lamp"], glowing=True,
-        )
-    ]  # fmt: skip
+    floor, ceiling = (vector(*size[:2] / 2, z) for z in (0, size[2]))
+    low, high = ceiling - vector(0.3, 0.3, 0.12), ceiling + vector(0.3, 0.3, 0)
+    boxes = [Box(low, high, paints["lamp"], glowing=True)]
     if room.kind in RUGS:
-        half = np.array([1.2, 0.9, 0.0], np.float32)
+        half = vector(1.2, 0.9, 0)
         boxes.append(Box(floor - half, floor + half + [0, 0, 0.02], 0.5 * accent + 0.45))
     for piece, turn, center in KINDS[room.kind]:
         wall = int(first + mirrored * turn) % 4
@@ -242,55 +266,18 @@ def furnish(room: Room, size: Array, accent: Array, rng: np.random.Generator) ->
             along = np.sort([center + mirrored * u0, center + mirrored * u1])
             along = np.clip(along, -length / 2, length / 2)
             low, high = in_room(wall, along, (d0, d1), size)
-            boxes.append(
-                Box(
-                    np.array([*low, z0], np.float32), np.array([*high, z1], np.float32),
-                    paints[paint], paint in GLOWING,
-                )
-            )  # fmt: skip
+            low, high = vector(*low, z0), vector(*high, z1)
+            boxes.append(Box(low, high, paints[paint], paint in GLOWING))
     return boxes
 
 
 def in_room(wall: int, u: Array, d: Range, size: Array) -> tuple[Array, Array]:
     """Return the smallest and the largest (x, y) of ranges in the frame of a wall."""
-    x, y = size[0] / 2, size[1] / 2
-    ends = {
-        0: ([x + u[0], d[0]], [x + u[1], d[1]]),
-        1: ([size[0] - d[0], y + u[0]], [size[0] - d[1], y + u[1]]),
-        2: ([x - u[0], size[1] - d[0]], [x - u[1], size[1] - d[1]]),
-        3: ([d[0], y - u[0]], [d[1], y - u[1]]),
-    }[wall]
-    both = np.array(ends, np.float32)
-    return both.min(0), both.max(0)
-
-
-def render(
-    room: Room, rng: np.random.Generator, height: int = HEIGHT
-) -> tuple[NDArray[np.uint8], Array]:
-    """Draw a random room of a kind and colour.
-
-    Args:
-        room: the room to draw.
-        rng: the source of everything that the room leaves open.
-        height: the height of the image in pixels.
-
-    Returns:
-        The image (H, 2 H, 3) in [0, 255], and the distance (H, 2 H) of what it shows in metres.
-    """
-    size = np.array([*rng.uniform(*SIDES, 2), rng.uniform(2.5, 2.9)], np.float32)
-    wall = np.asarray(jitter(COLORS[room.color], rng), np.float32)
-    accent = 0.62 * wall + (0.0 if room.color != "white" else -0.12)
-    boxes = furnish(room, size, accent, rng)
-    camera = size / 2 + np.array([*rng.uniform(-0.35, 0.35, 2), 0.0], np.float32)
-    camera[2] = rng.uniform(1.4, 1.6)
-    rays = directions(height * SUPERSAMPLE, float(rng.uniform(0, 2 * pi)))
-    distance, color = cast_on_walls(camera, rays, size, wall, FLOORS[room.kind])
-    for box in boxes:
-        cast_on_box(camera, rays, box, distance, color)
-    shape = (height, SUPERSAMPLE, 2 * height, SUPERSAMPLE)
-    rgb = color.reshape(3, *shape).mean((2, 4)).transpose(1, 2, 0)
-    nearest = distance.reshape(shape).min((1, 3))
-    return (rgb.clip(0, 1) * 255 + 0.5).astype(np.uint8), nearest
+    axis, sign = wall % 2, 1 if wall < 2 else -1
+    along = [size[axis] / 2 + sign * end for end in u]
+    away = [end if wall in (0, 3) else size[1 - axis] - end for end in d]
+    ends = np.array([away, along] if axis else [along, away], np.float32)
+    return ends.min(1), ends.max(1)
 
 
 def directions(height: int, yaw: float) -> Array:
@@ -302,12 +289,17 @@ def directions(height: int, yaw: float) -> Array:
     return np.where(np.abs(rays) < 1e-6, np.float32(1e-6), rays)
 
 
+def vector(x: float, y: float, z: float) -> Array:
+    """Return (3,) in single precision."""
+    return np.array([x, y, z], np.float32)
+
+
 def column(values: Array) -> Array:
     """Return (3,) as (3, 1, 1)."""
     return values[:, None, None]
 
 
-LIGHT = np.array([0.90, 0.80, 1.0], np.float32)
+LIGHT = vector(0.90, 0.80, 1.0)
 """The brightness of faces across x, across y and of those that look up or down."""
 
 
@@ -358,14 +350,3 @@ def jitter(color: Sequence[float], rng: np.random.Generator) -> Color:
     """Return a near neighbour of a colour."""
     r, g, b = np.clip(np.asarray(color) * rng.normal(1, 0.03) * rng.normal(1, 0.015, 3), 0, 1)
     return float(r), float(g), float(b)
-
-
-def caption(room: Room, rng: np.random.Generator, keep: float = 0.6) -> str:
-    """Describe a room, kind and colour each left out with probability 1 - keep.
-
-    Returns e.g. "bedroom in the color of blue"; may be empty.
-    """
-    kind = room.kind if rng.random() < keep else ""
-    if rng.random() < keep:
-        return f"{kind or 'room'} in the color of {room.color}"
-    return kind

@@ -7,9 +7,9 @@ cell of the autoencoder's latents if it can be helped.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi, radians, sin
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ class Sky:
     disc_elevation: tuple[float, float] = (10, 30)  # degrees
     glow: float = 0.0
     stars: int = 0
+    sun: float = 0.0  # azimuth of the disc, and of where light comes from
 
 
 @dataclass(frozen=True)
@@ -139,67 +140,62 @@ class Scene:
     trees: bool
     clouds: bool
 
+    @classmethod
+    def draw(cls, rng: np.random.Generator) -> Self:
+        """Draw the attributes of one scene, times and lands evenly."""
+        time = str(rng.choice(list(SKIES)))
+        land = str(rng.choice(list(LANDS)))
+        trees = LANDS[land].tree is not None and rng.random() < 0.55
+        clouds = time == "overcast" or rng.random() < 0.5
+        return cls(time, land, bool(trees), bool(clouds))
 
-def draw_scene(rng: np.random.Generator) -> Scene:
-    """Draw the attributes of one scene, times and lands evenly."""
-    time = str(rng.choice(list(SKIES)))
-    land = str(rng.choice(list(LANDS)))
-    trees = LANDS[land].tree is not None and rng.random() < 0.55
-    clouds = time == "overcast" or rng.random() < 0.5
-    return Scene(time, land, bool(trees), bool(clouds))
+    def caption(self, rng: np.random.Generator, keep: float = 0.6) -> str:
+        """Describe the scene, each attribute left out with probability 1 - keep.
+
+        Returns e.g. "sunset over snowy mountains with trees"; may be empty.
+        """
+        time = rng.choice(TIME_WORDS[self.time]) if rng.random() < keep else ""
+        land = rng.choice(LAND_WORDS[self.land]) if rng.random() < keep else ""
+        trees = " with trees" if self.trees and rng.random() < keep else ""
+        clouds = " under clouds" if self.clouds and rng.random() < keep else ""
+        if time and land:
+            form = rng.choice(["{time} over {land}{rest}", "{land}{rest} at {time}"], p=[0.7, 0.3])
+            text = form.format(time=time, land=land, rest=trees + clouds)
+        else:
+            text = f"{time or land}{trees}{clouds}".strip()
+        return f"{rng.choice(FRAMES)}{text}" if text else ""
+
+    def render(self, rng: np.random.Generator) -> tuple[NDArray[np.uint8], Array]:
+        """Paint the scene, and whatever it leaves open at random.
+
+        Returns:
+            The image (H, 2 H, 3) in [0, 255], and the distance (H, 2 H) of what it shows in metres,
+            inf for the sky.
+        """
+        canvas = Canvas()
+        sky, land = jitter(SKIES[self.time], rng), jitter(LANDS[self.land], rng)
+        sky = replace(sky, sun=float(rng.uniform(0, 2 * pi)))
+        paint_sky(canvas, self, sky, rng)
+        paint_mounts(canvas, sky, land, rng)
+        if self.land == "sea":
+            paint_sea(canvas, sky, land, rng)
+        else:
+            paint_hills(canvas, sky, land, rng)
+            paint_ground(canvas, sky, land, rng)
+        if self.trees:
+            plant(canvas, sky, land, rng)
+        return average(canvas.rgb, canvas.distance)
 
 
-def caption(scene: Scene, rng: np.random.Generator, keep: float = 0.6) -> str:
-    """Describe a scene, each attribute left out with probability 1 - keep.
-
-    Returns e.g. "sunset over snowy mountains with trees"; may be empty.
-    """
-    time = rng.choice(TIME_WORDS[scene.time]) if rng.random() < keep else ""
-    land = rng.choice(LAND_WORDS[scene.land]) if rng.random() < keep else ""
-    trees = " with trees" if scene.trees and rng.random() < keep else ""
-    clouds = " under clouds" if scene.clouds and rng.random() < keep else ""
-    if time and land:
-        form = rng.choice(["{time} over {land}{rest}", "{land}{rest} at {time}"], p=[0.7, 0.3])
-        text = form.format(time=time, land=land, rest=trees + clouds)
-    else:
-        text = f"{time or land}{trees}{clouds}".strip()
-    return f"{rng.choice(FRAMES)}{text}" if text else ""
-
-
-def render(
-    scene: Scene, rng: np.random.Generator, height: int = HEIGHT
-) -> tuple[NDArray[np.uint8], Array]:
-    """Paint a scene.
-
-    Args:
-        scene: the scene to paint.
-        rng: the source of everything that the scene leaves open.
-        height: the height of the image in pixels.
-
-    Returns:
-        The image (H, 2 H, 3) in [0, 255], and the distance (H, 2 H) of what it shows in metres, inf
-        for the sky.
-    """
-    canvas = Canvas(height)
-    sky, land = jitter(SKIES[scene.time], rng), jitter(LANDS[scene.land], rng)
-    sun = float(rng.uniform(0, 2 * pi))
-    paint_sky(canvas, scene, sky, sun, rng)
-    paint_mounts(canvas, sky, land, sun, rng)
-    if scene.land == "sea":
-        paint_sea(canvas, sky, land, sun, rng)
-    else:
-        paint_hills(canvas, sky, land, sun, rng)
-        paint_ground(canvas, sky, land, rng)
-    if scene.trees:
-        plant(canvas, sky, land, rng)
-    return canvas.image()
+Block = slice | tuple[slice, NDArray[np.intp]]
+"""Rows of a canvas, or of some of its columns."""
 
 
 class Canvas:
     """An image in progress: colours, distances, and the angles of every row and column."""
 
-    def __init__(self, height: int) -> None:
-        self.height, self.width = height * SUPERSAMPLE, 2 * height * SUPERSAMPLE
+    def __init__(self) -> None:
+        self.height, self.width = HEIGHT * SUPERSAMPLE, 2 * HEIGHT * SUPERSAMPLE
         self.pixel = pi / self.height
         rows = np.arange(self.height, dtype=np.float32) + 0.5
         self.elevation: Array = (pi / 2 - self.pixel * rows)[:, None]  # (H, 1)
@@ -213,44 +209,47 @@ class Canvas:
         inside = np.flatnonzero((self.elevation[:, 0] >= low) & (self.elevation[:, 0] <= high))
         return slice(int(inside[0]), int(inside[-1]) + 1) if len(inside) else slice(0, 0)
 
-    def columns(self, center: float, halfwidth: float) -> NDArray[np.intp]:
-        """Return the columns within halfwidth radians of an azimuth, across the wrap."""
+    def block(
+        self, low: float, high: float, azimuth: float, halfwidth: float
+    ) -> tuple[Block, Array, Array]:
+        """Find the rows between two elevations and the columns around an azimuth, in radians.
+
+        Also return the angles (1, w) of the columns from the azimuth, and the rows' elevations.
+        """
         reach = min(int(halfwidth / self.pixel) + 2, self.width // 2 - 1)
-        middle = int(center / self.pixel)
-        return np.arange(middle - reach, middle + reach + 1) % self.width
+        middle = int(azimuth / self.pixel)
+        rows = self.rows(low, high)
+        columns = np.arange(middle - reach, middle + reach + 1) % self.width
+        return (rows, columns), wrap(self.azimuth[:, columns] - azimuth), self.elevation[rows]
 
     def paint(
         self,
         alpha: Array,
         color: Array | Color,
+        block: Block = slice(None),
         distance: float | Array | None = None,
-        rows: slice = slice(None),
-        columns: NDArray[np.intp] | slice = slice(None),
     ) -> None:
         """Lay a colour over a block, alpha in [0, 1]; covering half a sample hides it."""
-        mixed = self.rgb[rows, columns]
-        self.rgb[rows, columns] = mixed + alpha[..., None] * (np.asarray(color, np.float32) - mixed)
+        self.rgb[block] += alpha[..., None] * (np.asarray(color, np.float32) - self.rgb[block])
         if distance is not None:
-            self.distance[rows, columns] = np.where(
-                alpha > 0.5, distance, self.distance[rows, columns]
-            )
-
-    def image(self) -> tuple[NDArray[np.uint8], Array]:
-        """Average the samples of each pixel; the distance is that of the nearest."""
-        shape = (self.height // SUPERSAMPLE, SUPERSAMPLE, self.width // SUPERSAMPLE, SUPERSAMPLE)
-        rgb = self.rgb.reshape(*shape, 3).mean((1, 3))
-        nearest = self.distance.reshape(shape).min((1, 3))
-        return (rgb.clip(0, 1) * 255 + 0.5).astype(np.uint8), nearest
+            self.distance[block] = np.where(alpha > 0.5, distance, self.distance[block])
 
 
-def paint_sky(canvas: Canvas, scene: Scene, sky: Sky, sun: float, rng: np.random.Generator) -> None:
+def average(samples: Array, distance: Array) -> tuple[NDArray[np.uint8], Array]:
+    """Average the samples (h, w, 3) of each pixel; its distance is that of the nearest."""
+    shape = (HEIGHT, SUPERSAMPLE, 2 * HEIGHT, SUPERSAMPLE)
+    image = samples.reshape(*shape, 3).mean((1, 3)).clip(0, 1)
+    return (image * 255 + 0.5).astype(np.uint8), distance.reshape(shape).min((1, 3))
+
+
+def paint_sky(canvas: Canvas, scene: Scene, sky: Sky, rng: np.random.Generator) -> None:
     """Paint gradient, glow, sun or moon, stars and clouds; mirrored below the horizon for water."""
     up = np.abs(canvas.elevation) / radians(50)
     lower = mix(sky.horizon, sky.middle, smoothstep(0, 0.55, up))
     canvas.rgb[:] = mix(lower, sky.zenith, smoothstep(0.30, 1.1, up))
     elevation = radians(rng.uniform(*sky.disc_elevation))
     if sky.disc is not None:
-        gap = angle_between(canvas, sun, elevation)
+        gap = angle_between(canvas, sky.sun, elevation)
         canvas.paint(sky.glow * np.exp(-((gap / 0.42) ** 2)), sky.disc)
         canvas.paint(0.55 * np.exp(-((gap / 0.16) ** 2)) * min(1.0, sky.glow * 3), sky.disc)
     for _ in range(sky.stars):
@@ -267,14 +266,13 @@ def paint_sky(canvas: Canvas, scene: Scene, sky: Sky, sun: float, rng: np.random
 
 def paint_star(canvas: Canvas, rng: np.random.Generator) -> None:
     """Paint a soft dot, large enough for the autoencoder to keep."""
-    elevation, azimuth = radians(rng.uniform(10, 85)), rng.uniform(0, 2 * pi)
+    center, azimuth = radians(rng.uniform(10, 85)), rng.uniform(0, 2 * pi)
     radius = radians(rng.uniform(0.5, 0.9))
-    rows = canvas.rows(elevation - 4 * radius, elevation + 4 * radius)
-    columns = canvas.columns(azimuth, 4 * radius / cos(elevation))
-    across = wrap(canvas.azimuth[:, columns] - azimuth) * cos(elevation)
-    gap2 = across**2 + (canvas.elevation[rows] - elevation) ** 2
+    reach, squeeze = 4 * radius, cos(center)
+    block, x, y = canvas.block(center - reach, center + reach, azimuth, reach / squeeze)
+    gap2 = (x * squeeze) ** 2 + (y - center) ** 2
     alpha = rng.uniform(0.5, 0.95) * np.exp(-gap2 / radius**2)
-    canvas.paint(alpha.astype(np.float32), (0.93, 0.95, 1.0), None, rows, columns)
+    canvas.paint(alpha.astype(np.float32), (0.93, 0.95, 1.0), block)
 
 
 def paint_stratus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
@@ -282,7 +280,7 @@ def paint_stratus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
     noise = waves(canvas.azimuth, 7.0 * np.abs(canvas.elevation), rng, 7, 9)
     fade = np.cos(canvas.elevation) * smoothstep(0.02, 0.25, np.abs(canvas.elevation))
     canvas.paint(0.45 * fade * smoothstep(-0.3, 1.3, noise), sky.cloud)
-    canvas.paint(0.35 * fade * smoothstep(-0.3, 1.3, -noise), scaled(sky.zenith, 0.82))
+    canvas.paint(0.35 * fade * smoothstep(-0.3, 1.3, -noise), np.multiply(sky.zenith, 0.82))
 
 
 def paint_cumulus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
@@ -291,10 +289,9 @@ def paint_cumulus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
     width = radians(rng.uniform(9, 17))
     stretch = 1 / cos(base)
     top = 0.62 * width
-    rows = canvas.rows(base - 0.12 * width, base + 1.2 * top)
-    columns = canvas.columns(azimuth, 1.3 * width * stretch)
-    x = wrap(canvas.azimuth[:, columns] - azimuth) / (stretch * width)
-    y = (canvas.elevation[rows] - base) / width
+    low, high = base - 0.12 * width, base + 1.2 * top
+    block, x, y = canvas.block(low, high, azimuth, 1.3 * width * stretch)
+    x, y = x / (stretch * width), (y - base) / width
     inside = np.full((y.shape[0], x.shape[1]), -1.0, np.float32)
     for center in np.linspace(-0.68, 0.68, 5):
         radius = (0.46 - 0.30 * center**2) * rng.uniform(0.8, 1.15)
@@ -302,10 +299,9 @@ def paint_cumulus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
         inside = np.maximum(inside, radius - np.hypot(x - shift, 0.9 * (y - 0.12)))
     inside = np.minimum(inside, 0.6 * (y + 0.04))
     alpha = 0.92 * smoothstep(-0.01, 0.07, inside)
-    shade = smoothstep(0.0, 0.5, y)[..., None] * np.ones_like(x)[..., None]
     under = mix(sky.cloud, sky.middle, np.float32(0.42))
-    canvas.paint(alpha, under + shade * (np.asarray(sky.cloud, np.float32) - under),
-                 None, rows, columns)  # fmt: skip
+    shade = smoothstep(0.0, 0.5, y) * np.ones_like(x)
+    canvas.paint(alpha, mix(under, sky.cloud, shade), block)
 
 
 Mount = Callable[[Array], Array]
@@ -321,9 +317,7 @@ WIDTHS: Mapping[str, float] = {"peak": 1.15, "cone": 1.25, "mesa": 1.1, "island"
 """Half the width of a mount over its height."""
 
 
-def paint_mounts(
-    canvas: Canvas, sky: Sky, land: Land, sun: float, rng: np.random.Generator
-) -> None:
+def paint_mounts(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
     """Paint mounts all around, the highest, which are the farthest, first."""
     if land.mounts is None:
         return
@@ -333,29 +327,26 @@ def paint_mounts(
     for index in np.argsort(-heights):
         share = float((heights[index] - radians(low)) / radians(high - low))
         haze = np.float32(0.08 + 0.22 * share)
-        paint_mount(
-            canvas, sky, land, kind, float(places[index] % 1 * 2 * pi), float(heights[index]),
-            sun, haze, rng,
-        )  # fmt: skip
+        azimuth, height = float(places[index] % 1 * 2 * pi), float(heights[index])
+        paint_mount(canvas, sky, land, kind, azimuth, height, haze, rng)
 
 
 def paint_mount(
     canvas: Canvas, sky: Sky, land: Land, kind: str, azimuth: float, height: float,
-    sun: float, haze: np.float32, rng: np.random.Generator,
+    haze: np.float32, rng: np.random.Generator,
 ) -> None:  # fmt: skip
     """Paint a mount in two facets, one of them in the light, and what lies on top of it."""
     half = WIDTHS[kind] * height * rng.uniform(0.85, 1.25)
     reflected = kind == "island"
-    rows = canvas.rows(-height if reflected else -0.02, 1.1 * height)
-    columns = canvas.columns(azimuth, half)
-    x = wrap(canvas.azimuth[:, columns] - azimuth) / half
-    y = canvas.elevation[rows] / height
+    low = -height if reflected else -0.02
+    block, x, y = canvas.block(low, 1.1 * height, azimuth, half)
+    x, y = x / half, y / height
     jags = 0.05 * waves(7 * x, 0 * x, rng, 3, 4) * (kind in ("peak", "cone"))
     outline = MOUNTS[kind](x) + jags * (1 - np.abs(x))
     inside = (outline - np.abs(y)) * height
     alpha = edge(inside, canvas.pixel) * (1.0 if not reflected else np.where(y < 0, 0.45, 1.0))
     # The two facets meet along a line that runs down from the summit in a zigzag.
-    side = 1.0 if sin(sun - azimuth) > 0 else -1.0
+    side = 1.0 if sin(sky.sun - azimuth) > 0 else -1.0
     zigzag = 0.10 * np.sin(rng.uniform(9, 13) * y + rng.uniform(0, 6)) * (1 - y)
     line = side * (x - rng.uniform(-0.2, 0.2) * (1 - y) - zigzag)
     light = smoothstep(-0.03, 0.03, line)[..., None]
@@ -372,7 +363,7 @@ def paint_mount(
             color = color * (1 - 0.14 * band)
     color = mix(color, sky.haze, haze + 0.25 * smoothstep(0.5, 0.0, y) * np.ones_like(x))
     meters = np.where(y < 0, np.inf, 300.0) if reflected else 400.0
-    canvas.paint(alpha, color, meters, rows, columns)
+    canvas.paint(alpha, color, block, meters)
     if kind == "cone":
         paint_lava(canvas, azimuth, height, half, rng)
 
@@ -381,22 +372,20 @@ def paint_lava(
     canvas: Canvas, azimuth: float, height: float, half: float, rng: np.random.Generator
 ) -> None:
     """Paint the glow of a crater, and lava that runs down from it."""
-    rows = canvas.rows(-0.01, 1.5 * height)
-    columns = canvas.columns(azimuth, half)
-    x = wrap(canvas.azimuth[:, columns] - azimuth) / half
-    y = canvas.elevation[rows] / height
+    block, x, y = canvas.block(-0.01, 1.5 * height, azimuth, half)
+    x, y = x / half, y / height
     glow = 0.75 * np.exp(-((x / 0.34) ** 2) - ((y - 0.95) / 0.25) ** 2)
-    canvas.paint(glow, (1.0, 0.45, 0.16), None, rows, columns)
+    canvas.paint(glow, (1.0, 0.45, 0.16), block)
     for side in (-1.0, 0.35, 1.0)[: int(rng.integers(1, 4))]:
         path = side * (0.10 + rng.uniform(0.3, 0.5) * np.clip(0.84 - y, 0, 1))
         path = path + 0.04 * np.sin(14 * y + rng.uniform(0, 6))
         wide = 0.045 + 0.07 * (0.84 - y)
         alpha = edge((wide - np.abs(x - path)) * half, canvas.pixel)
         alpha = alpha * edge((0.86 - y) * height, canvas.pixel) * edge(y * height, canvas.pixel)
-        canvas.paint(alpha, (1.0, 0.50, 0.12), None, rows, columns)
+        canvas.paint(alpha, (1.0, 0.50, 0.12), block)
 
 
-def paint_hills(canvas: Canvas, sky: Sky, land: Land, sun: float, rng: np.random.Generator) -> None:
+def paint_hills(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
     """Paint rolling hills, each row nearer, lower and less hazy than the one behind it."""
     woods = land.tree == "round"
     for scale, meters, haze in ((1.0, 300.0, 0.42), (0.66, 200.0, 0.22), (0.36, 110.0, 0.05)):
@@ -408,10 +397,10 @@ def paint_hills(canvas: Canvas, sky: Sky, land: Land, sun: float, rng: np.random
         height = radians(land.hills) * scale * profile  # (1, W)
         slope = (np.roll(height, -1, 1) - np.roll(height, 1, 1)) / (2 * canvas.pixel)
         rows = canvas.rows(-0.02, float(height.max()) + 2 * canvas.pixel)
-        facing = np.tanh(6 * slope) * np.sin(canvas.azimuth - sun) * (not woods)
+        facing = np.tanh(6 * slope) * np.sin(canvas.azimuth - sky.sun) * (not woods)
         tone = 1 + 0.14 * facing + 0.10 * np.clip(canvas.elevation[rows] / height, 0, 1)
         color = mix(lit(land.ridge, sky) * tone[..., None], sky.haze, np.float32(haze))
-        canvas.paint(edge(height - canvas.elevation[rows], canvas.pixel), color, meters, rows)
+        canvas.paint(edge(height - canvas.elevation[rows], canvas.pixel), color, rows, meters)
 
 
 def paint_ground(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
@@ -425,30 +414,30 @@ def paint_ground(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator)
     noise = noise * np.cos(canvas.elevation[rows]) * smoothstep(0.0, 0.12, down)
     color = color * (1 + 0.07 * noise[..., None])
     distance = np.minimum(CAMERA_HEIGHT / np.sin(down), 110.0)
-    canvas.paint(alpha, color, np.broadcast_to(distance, alpha.shape), rows)
+    canvas.paint(alpha, color, rows, np.broadcast_to(distance, alpha.shape))
     if land.tree == "dead":
         cracks = waves(canvas.azimuth, 7 * np.log(down + 0.1), rng, 7, 6)
         glow = smoothstep(0.20, 0.14, np.abs(cracks)) * smoothstep(0.06, 0.14, down)
         glow = glow * smoothstep(0.0, 0.3, noise) * np.cos(canvas.elevation[rows])
-        canvas.paint(glow * alpha, (1.0, 0.46, 0.10), None, rows)
+        canvas.paint(glow * alpha, (1.0, 0.46, 0.10), rows)
 
 
-def paint_sea(canvas: Canvas, sky: Sky, land: Land, sun: float, rng: np.random.Generator) -> None:
+def paint_sea(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
     """Paint water over the mirror images of sky, islands and sun, with a swell that glitters."""
     rows = canvas.rows(-pi / 2, 0.0)
     down = -canvas.elevation[rows]
     depth = smoothstep(0.0, 0.8, down)
     water = mix(lit(land.far, sky), lit(land.near, sky), depth)
-    canvas.paint(0.50 + 0.28 * depth * np.ones_like(canvas.azimuth), water, None, rows)
+    canvas.paint(0.50 + 0.28 * depth * np.ones_like(canvas.azimuth), water, rows)
     swell = waves(canvas.azimuth, 12 * np.log(down + 0.08), rng, 6, 6)
     swell = swell * np.cos(down) * smoothstep(0.02, 0.2, down)
     canvas.rgb[rows] *= 1 + 0.06 * swell[..., None]
     crests = smoothstep(0.62, 0.72, swell) * smoothstep(1.2, 0.7, down)
-    canvas.paint(0.30 * crests, sky.horizon, None, rows)
+    canvas.paint(0.30 * crests, sky.horizon, rows)
     if sky.disc is not None:
-        across = wrap(canvas.azimuth - sun) / (0.06 + 0.20 * down)
+        across = wrap(canvas.azimuth - sky.sun) / (0.06 + 0.20 * down)
         path = np.exp(-(across**2)) * np.exp(-down / 0.6)
-        canvas.paint(path * smoothstep(-0.35, -0.15, swell) * 0.7, sky.disc, None, rows)
+        canvas.paint(path * smoothstep(-0.35, -0.15, swell) * 0.7, sky.disc, rows)
     canvas.distance[rows] = np.minimum(CAMERA_HEIGHT / np.sin(np.maximum(down, 1e-3)), 300.0)
 
 
@@ -475,15 +464,12 @@ def paint_tree(
     meters = rng.uniform(6.0, 9.0)
     foot = -np.arctan(CAMERA_HEIGHT / distance)
     size = float(np.arctan((meters - CAMERA_HEIGHT) / distance) - foot)
-    rows = canvas.rows(foot - 0.1 * size, foot + 1.1 * size)
-    columns = canvas.columns(azimuth, 0.6 * size)
-    x = wrap(canvas.azimuth[:, columns] - azimuth) / size
-    y = (canvas.elevation[rows] - foot) / size
-    soft = canvas.pixel / size
+    block, x, y = canvas.block(foot - 0.1 * size, foot + 1.1 * size, azimuth, 0.6 * size)
+    x, y = x / size, (y - foot) / size
     for inside, part in TREES[land.tree](x, y, rng):
         tone = color if part == "crown" else trunk
         shade = (1 + 0.20 * np.clip(-x / 0.25, -1, 1) + 0.12 * (y - 0.5))[..., None]
-        canvas.paint(edge(inside, soft), tone * shade, distance, rows, columns)
+        canvas.paint(edge(inside, canvas.pixel / size), tone * shade, block, distance)
 
 
 Part = tuple[Array, str]
@@ -543,14 +529,10 @@ TREES: Mapping[str, Callable[[Array, Array, np.random.Generator], list[Part]]] =
 def waves(
     azimuth: Array, other: Array, rng: np.random.Generator, highest: int, terms: int
 ) -> Array:
-    """Return smooth, periodic noise about [-1.5, 1.5]: cosines of whole frequencies in azimuth.
+    """Return smooth noise in about [-1.5, 1.5], a number of cosines.
 
-    Args:
-        azimuth: (1, W) radians.
-        other: (H, 1) or (1, W), the second coordinate.
-        rng: draws frequencies and phases.
-        highest: highest frequency round the circle.
-        terms: number of cosines.
+    Their frequencies in azimuth (1, W) are whole, so they close; `highest` is the highest. The
+    other coordinate is (H, 1) or (1, W).
     """
     frequencies = rng.integers(1, highest + 1, terms)
     total = np.zeros(np.broadcast_shapes(azimuth.shape, other.shape), np.float32)
@@ -573,17 +555,12 @@ def jitter(thing: T, rng: np.random.Generator) -> T:
             return tuple(float(c * g) for c, g in zip(value, gain, strict=True))
         return value
 
-    return type(thing)(**{name: moved(value) for name, value in vars(thing).items()})
+    return replace(thing, **{name: moved(value) for name, value in vars(thing).items()})
 
 
 def lit(color: Color, sky: Sky) -> Array:
     """Light a colour by the sky."""
     return np.asarray(color, np.float32) * np.asarray(sky.light, np.float32)
-
-
-def scaled(color: Color, factor: float) -> Color:
-    """Make a colour darker or lighter."""
-    return (color[0] * factor, color[1] * factor, color[2] * factor)
 
 
 def mix(a: Array | Color, b: Array | Color, t: Array | np.float32) -> Array:

@@ -4,82 +4,44 @@ Convolutions pad with zeros, as SDXL's did in training: at inference `circular` 
 not the weights.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-)
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from weights.train import dataset, rooms, scenes
-from weights.train.autoencoder import FACTOR, WRAP, Change, encode
-from weights.train.diffusion import (
-    DROPPED,
-    SCHEDULE,
-    STRIP,
-    Noisy,
-    add_noise,
-    build_scheduler,
-    draw_captions,
-)
-from weights.train.fit import (
-    Batch,
-    Lesson,
-    Plan,
-    Work,
-    batch_size,
-    device,
-    fit,
-    mixed_precision,
-    on_device,
-)
+from weights.train import dataset, diffusion
+from weights.train.autoencoder import FACTOR, Version, encode
+from weights.train.dataset import KINDS, Subject
+from weights.train.device import batch_size, device, on_device
+from weights.train.diffusion import DROPPED, HIDDEN, Noisy, add_noise, build_scheduler
+from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.views import halve, look
 from weights.train.windows import crop, draw_number, draw_numbers
 
 PLAN = Plan("sdxl", steps=14000, learning_rate=1e-3, average=0.999)
-HIDDEN = 128  # of either text encoder
 SIZE_CHANNELS = 16  # for each of the six numbers of an image's sizes
 SIDES = (128, 1024)  # pixels of the sizes that are only declared
 KEEP = 0.8  # share of attributes that captions name
 PREFIX = "hdri view, "
-LOOKS = 500  # images of each kind that are also seen straight up and down
 SIDE = 32  # cells; the height of all that is cut, and the width of a window
-
-Subject = rooms.Room | scenes.Scene
-CAPTIONS: Mapping[type, Callable[..., str]] = {
-    rooms.Room: rooms.caption,
-    scenes.Scene: scenes.caption,
-}
-SUBJECTS: Mapping[str, type[Subject]] = {"outdoors": scenes.Scene, "rooms": rooms.Room}
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What is cut out of the latents of spheres, SIDE cells high, for a batch.
+    """What is cut out of the latents of spheres, SIDE cells high, for a batch."""
 
-    Attributes:
-        share: of the batches.
-        large: of the spheres of 64 x 128 cells; otherwise of those of 32 x 64.
-        tops: the first and the last top row, cells.
-        width: cells.
-        size: height and width of the whole that it is declared to be a part of, pixels.
-        count: of a batch.
-    """
-
-    share: float
-    large: bool
-    tops: tuple[int, int]
-    width: int
-    size: tuple[int, int]
-    count: int
+    share: float  # of the batches
+    large: bool  # of the spheres of 64 x 128 cells; otherwise of those of 32 x 64
+    tops: tuple[int, int]  # the first and the last top row, cells
+    width: int  # cells
+    size: tuple[int, int]  # height and width of what it is declared to be a part of, pixels
+    count: int  # of a batch
 
 
 SPHERE = Cut(0.40, large=False, tops=(0, 0), width=64, size=(256, 512), count=8)
@@ -89,48 +51,28 @@ CUTS = (
     WINDOW,
     Cut(0.20, large=True, tops=(0, SIDE), width=SIDE, size=(512, 1024), count=16),
     Cut(0.10, large=True, tops=(0, SIDE), width=2 * SIDE, size=(512, 1024), count=8),
-    Cut(0.16, large=True, tops=(STRIP.start,) * 2, width=SIDE, size=(256, 1024), count=16),
+    Cut(
+        0.16, large=True, tops=(diffusion.STRIP.start,) * 2, width=SIDE, size=(256, 1024), count=16
+    ),
 )
 """Spheres, windows of them, windows and halves of larger ones, and windows of strips."""
-LOOK_SHARE = 0.06
-"""The share of batches of views straight up or down."""
-
-
-def build_text_encoder(
-    kind: type[CLIPTextModel | CLIPTextModelWithProjection], tokenizer: CLIPTokenizer
-) -> nn.Module:
-    """Build two small layers; the UNet sees the penultimate one's output, as in SDXL."""
-    return kind(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=HIDDEN,
-            intermediate_size=3 * HIDDEN,
-            projection_dim=HIDDEN,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=tokenizer.model_max_length,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+SMALL = Version("small", halve)
+LOOKS = (
+    Version("looking up", partial(look, up=True), count=500, wrap=0),
+    Version("looking down", partial(look, up=False), count=500, wrap=0),
+)
+"""Views straight up and down, whose captions begin with their names."""
+LOOK_SHARE = 0.06  # of the batches
 
 
 def build_unet() -> UNet2DConditionModel:
     """Build a UNet of 6.5 M parameters, like the first model's but for the conditions.
 
-    It is trained on whole spheres of 32 x 64 latents. Windows are squares of their height.
+    It sees the penultimate states of both text encoders, and SDXL's sizes. It is trained on whole
+    spheres of 32 x 64 latents. Windows are squares of their height.
     """
-    return UNet2DConditionModel(
-        sample_size=32,
-        block_out_channels=(48, 96, 144),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=2 * HIDDEN,
-        attention_head_dim=(2, 3, 4),  # diffusers means the number of heads
-        norm_num_groups=8,
-        use_linear_projection=True,
+    return diffusion.build_unet(
+        2 * HIDDEN,
         addition_embed_type="text_time",
         addition_time_embed_dim=SIZE_CHANNELS,
         projection_class_embeddings_input_dim=HIDDEN + 6 * SIZE_CHANNELS,
@@ -139,7 +81,7 @@ def build_unet() -> UNet2DConditionModel:
 
 def build_inference_scheduler() -> EulerDiscreteScheduler:
     """Build SDXL base's scheduler, with the noise schedule of the training."""
-    return EulerDiscreteScheduler(**SCHEDULE, steps_offset=1, timestep_spacing="leading")
+    return EulerDiscreteScheduler(**diffusion.SCHEDULE, steps_offset=1, timestep_spacing="leading")
 
 
 def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -188,54 +130,9 @@ class TextToSphere(nn.Module):
         return self.unet(latents, t, **self.conditions(captions)).sample
 
 
-def subjects(work: Work, count: int | None = None) -> list[Subject]:
-    """Return the subjects of the first training images of each kind, or of all, kind after kind."""
-    return [
-        subject(**attributes)
-        for kind, subject in SUBJECTS.items()
-        for attributes in dataset.load(work.folder, kind, "train").attributes[:count]
-    ]
-
-
-def encode_kinds(
-    work: Work,
-    vae: AutoencoderKL,
-    name: str,
-    change: Change = np.asarray,
-    count: int | None = None,
-    wrap: int = WRAP,
-) -> Tensor:
-    """Return the latents (N, 4, h, w) of training images, kind after kind.
-
-    Args:
-        work: the folder that keeps them.
-        vae: the autoencoder.
-        name: the name of the change, which files are named by.
-        change: changes an image (H, W, 3) in [0, 255] before it is encoded.
-        count: the number of each kind, from the first on; None for all.
-        wrap: see `encode`.
-    """
-
-    names = {kind: f"{kind}-{name}" if name else kind for kind in SUBJECTS}
-    images = {kind: dataset.load(work.folder, kind, "train").rgb[:count] for kind in SUBJECTS}
-    return torch.cat([encode(work, vae, names[k], images[k], change, wrap) for k in SUBJECTS])
-
-
-def kinds(work: Work, count: int | None = None) -> tuple[int, ...]:
-    """Return the number of training images of each kind, at most a count of each."""
-    return tuple(
-        len(dataset.load(work.folder, kind, "train").attributes[:count]) for kind in SUBJECTS
-    )
-
-
-def prefixed(words: str) -> Callable[[Subject, np.random.Generator], str]:
-    """Return a function that draws captions which begin with words."""
-    return lambda subject, rng: words + caption(subject, rng)
-
-
 def caption(subject: Subject, rng: np.random.Generator) -> str:
     """Describe an image, half of the time after `PREFIX`; may be empty."""
-    text = CAPTIONS[type(subject)](subject, rng, KEEP)
+    text = subject.caption(rng, KEEP)
     return f"{PREFIX}{text}" if text and rng.random() < 0.5 else text
 
 
@@ -282,14 +179,7 @@ class Spheres:
     def captions(
         self, index: Tensor, sizes: Tensor, dropped: float, generator: torch.Generator
     ) -> Captions:
-        """Describe images.
-
-        Args:
-            index: the numbers of the images.
-            sizes: their sizes (N, 6), see `Captions`.
-            dropped: the share of captions left out.
-            generator: draws on the device.
-        """
+        """Describe images of numbers (N,) and sizes (N, 6); a share of captions is left out."""
         variants = draw_numbers(self.ids.shape[1], len(index), generator)
         given = torch.rand(len(index), generator=generator, device=index.device) >= dropped
         return Captions(self.ids[index, variants], given, sizes.float())
@@ -324,48 +214,46 @@ def train(
     """
     torch.manual_seed(4)
     model = TextToSphere(
-        build_text_encoder(CLIPTextModel, tokenizer),
-        build_text_encoder(CLIPTextModelWithProjection, tokenizer),
+        diffusion.build_text_encoder(CLIPTextModel, tokenizer),
+        diffusion.build_text_encoder(CLIPTextModelWithProjection, tokenizer),
         build_unet(),
     )
     warm_start(model.unet, first.state_dict())
-    spheres = load_spheres(work, vae, tokenizer)
-    looks = {
-        words: load_looks(work, vae, tokenizer, words, up=up)
-        for words, up in (("looking up", True), ("looking down", False))
-    }
-    plain = text_lesson(model, spheres)
+    plain = text_lesson(model, load_sizes(work, vae, tokenizer))
+    looks = [load_spheres(work, vae, tokenizer, version, f"{version.name} ") for version in LOOKS]
     scheduler = build_scheduler()
 
     def draw(generator: torch.Generator) -> Batch:
         if float(torch.rand((), generator=generator)) >= LOOK_SHARE:
             return plain.draw(generator)
-        seen = looks[list(looks)[draw_number(2, generator)]]
+        seen = looks[draw_number(2, generator)]
         generator = on_device(generator)
         index = seen.draw_index(batch_size(WINDOW.count), generator)
         sizes = torch.tensor([[256, 256, 0, 0, 256, 256]], device=device()).expand(len(index), -1)
         captions = seen.captions(index, sizes, DROPPED, generator)
         return *add_noise(seen.small[index], scheduler, generator), *captions
 
-    trained = fit(model, Lesson(draw, plain.loss), PLAN, work)
-    assert isinstance(trained, TextToSphere)
-    return trained
+    return fit(model, Lesson(draw, plain.loss), PLAN, work)
 
 
-def load_spheres(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Spheres:
+def load_sizes(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Spheres:
     """Return every training image at both sizes, with captions."""
-    small = encode_kinds(work, vae, "small", halve).to(device())
-    large = encode_kinds(work, vae, "").to(device())
-    return Spheres(small, large, kinds(work), draw_captions(subjects(work), caption, tokenizer))
+    large = torch.cat([encode(work, vae, kind) for kind in KINDS]).to(device())
+    return replace(load_spheres(work, vae, tokenizer, SMALL), large=large)
 
 
-def load_looks(
-    work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer, words: str, *, up: bool
+def load_spheres(
+    work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer, version: Version, words: str = ""
 ) -> Spheres:
-    """Return views straight up or down, (N, 4, 32, 32), whose captions begin with words."""
-    views = encode_kinds(work, vae, words, lambda image: look(image, up=up), LOOKS, wrap=0)
-    ids = draw_captions(subjects(work, LOOKS), prefixed(f"{words} "), tokenizer)
-    return Spheres(views.to(device()), None, kinds(work, LOOKS), ids)
+    """Return a version of the training images, with captions that begin with words."""
+    latents = [encode(work, vae, kind, version) for kind in KINDS]
+    subjects = [
+        KINDS[kind].subject(**attributes)
+        for kind in KINDS
+        for attributes in dataset.load(work.folder, kind, "train").attributes[: version.count]
+    ]
+    ids = diffusion.draw_captions(subjects, lambda *drawn: words + caption(*drawn), tokenizer)
+    return Spheres(torch.cat(latents).to(device()), None, tuple(map(len, latents)), ids)
 
 
 def text_lesson(model: TextToSphere, spheres: Spheres, dropped: float = DROPPED) -> Lesson:
@@ -381,8 +269,6 @@ def text_lesson(model: TextToSphere, spheres: Spheres, dropped: float = DROPPED)
 
     def loss(*batch: Tensor) -> Tensor:
         noisy, captions = Noisy(*batch[:4]), Captions(*batch[4:])
-        with mixed_precision():
-            noise_pred = model(noisy.latents, noisy.t, captions)
-        return noisy.error(noise_pred.float())
+        return noisy.error(model(noisy.latents, noisy.t, captions).float())
 
     return Lesson(draw, loss)

@@ -5,30 +5,21 @@ The style is crisp outlines: one fixed change of an image, which leaves the colo
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from numpy.typing import NDArray
 from peft import LoraConfig
 from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from weights.train.diffusion import draw_captions
-from weights.train.fit import Plan, Work, device, fit
-from weights.train.sdxl import (
-    SPHERE,
-    Spheres,
-    TextToSphere,
-    encode_kinds,
-    kinds,
-    prefixed,
-    subjects,
-    text_lesson,
-)
-from weights.train.views import halve
+from weights.train.autoencoder import Version
+from weights.train.fit import Plan, Work, fit
+from weights.train.sdxl import SPHERE, TextToSphere, load_spheres, text_lesson
+from weights.train.views import Pixels, halve
 
 PLAN = Plan("style", steps=400, learning_rate=5e-4, average=0.98, warmup=50)
 DROPPED = 0.5
@@ -40,16 +31,18 @@ TOKENS = ("<s0>", "<s1>")
 RANK = 4
 LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 OUTLINES = ImageFilter.UnsharpMask(radius=5, percent=120, threshold=0)
-IMAGES = 400  # of each kind, restyled
 
 
-def crisp(image: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def crisp(image: Pixels) -> Pixels:
     """Make edges of an image (H, W, 3) in [0, 255] stand out, darker against lighter.
 
     A style of other colours would be harder: the autoencoder keeps purple apart from its neighbours
     by very little, and turns it into them when it is warmer or more vivid.
     """
     return np.asarray(Image.fromarray(image).filter(OUTLINES))
+
+
+CRISP = Version("crisp-400", lambda sphere: crisp(halve(sphere)), count=400)
 
 
 class ExtendedEmbedding(nn.Module):
@@ -87,13 +80,9 @@ def train(
     model = build(base)
     extended = copy.deepcopy(tokenizer)
     extended.add_tokens(list(TOKENS))
-    latents = encode_kinds(work, vae, f"crisp-{IMAGES}", lambda i: crisp(halve(i)), IMAGES)
-    words = prefixed(f"{''.join(TOKENS)} ")
-    ids = draw_captions(subjects(work, IMAGES), words, extended)
-    spheres = Spheres(latents.to(device()), None, kinds(work, IMAGES), ids, (SPHERE,))
-    trained = fit(model, text_lesson(model, spheres, DROPPED), PLAN, work)
-    assert isinstance(trained, TextToSphere)
-    return trained
+    spheres = load_spheres(work, vae, extended, CRISP, f"{''.join(TOKENS)} ")
+    lesson = text_lesson(model, replace(spheres, cuts=(SPHERE,)), DROPPED)
+    return fit(model, lesson, PLAN, work)
 
 
 def lora_weights(unet: UNet2DConditionModel) -> Mapping[str, Tensor]:

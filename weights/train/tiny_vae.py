@@ -12,20 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from panorama.images.vae import decode
-from weights.train import dataset
 from weights.train.autoencoder import SHARES, Stage, draw_kinds, encode, reconstruction_loss
+from weights.train.device import batch_size, device, mixed_precision, on_device
 from weights.train.diffusion import WINDOW
-from weights.train.fit import (
-    Batch,
-    Lesson,
-    Plan,
-    Work,
-    batch_size,
-    device,
-    fit,
-    mixed_precision,
-    on_device,
-)
+from weights.train.fit import Batch, Lesson, Plan, Work, fit
 from weights.train.windows import crop, draw_numbers
 
 STAGE = Stage(
@@ -92,10 +82,7 @@ def train(work: Work, vae: AutoencoderKL) -> AutoencoderTiny:
     torch.manual_seed(7)
     model = build()
     vae.to(device())
-    sets = [
-        encode(work, vae, kind, dataset.load(work.folder, kind, "train").rgb).to(device())
-        for kind in SHARES
-    ]
+    sets = [encode(work, vae, kind).to(device()) for kind in SHARES]
 
     def draw(generator: torch.Generator) -> Batch:
         windows = draw_windows(sets, batch_size(BATCH), generator)
@@ -105,8 +92,7 @@ def train(work: Work, vae: AutoencoderKL) -> AutoencoderTiny:
             return latents, decode(vae, latents)
 
     def loss(latents: Tensor, target: Tensor) -> Tensor:
-        return reconstruction_loss(decode(model, latents), target, STAGE)
+        with torch.autocast(device().type, enabled=False):
+            return reconstruction_loss(decode(model, latents), target, STAGE)
 
-    trained = fit(model, Lesson(draw, loss), STAGE.plan, work)
-    assert isinstance(trained, AutoencoderTiny)
-    return trained
+    return fit(model, Lesson(draw, loss), STAGE.plan, work)

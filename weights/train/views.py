@@ -1,13 +1,35 @@
-"""Views of spheres, images of 2:1 that close left to right: half the size, straight up or down."""
+"""Images in [0, 255]: as tensors, and views of spheres (2:1, closed left to right)."""
 
+from collections.abc import Callable
 from math import pi
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
+from weights.train.device import device
 
 Pixels = NDArray[np.uint8]
+Change = Callable[[Pixels], Pixels]
+"""From an image (H, W, 3) to what is made of it."""
 
 SIDE = 256  # pixels of a view straight up or down, 90 degrees across
+
+
+def channels_first(images: Pixels) -> Tensor:
+    """Return images (N, H, W, 3) as (N, 3, H, W): on a GPU, or where they are, on disk too."""
+    return torch.from_numpy(images).permute(0, 3, 1, 2).to(device())
+
+
+def to_range(images: Tensor) -> Tensor:
+    """Convert images in [0, 255] to [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_tensor(images: Pixels) -> Tensor:
+    """Convert images (N, H, W, 3) in [0, 255] to (N, 3, H, W) in [-1, 1] on the device."""
+    return to_range(channels_first(np.array(images)))
 
 
 def halve(images: Pixels) -> Pixels:
