@@ -271,7 +271,7 @@ def test_readme_shows_progress_in_python():
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with what commands need of the repository; links where they only read."""
+    """A folder with what commands need, as links where they only read."""
     for name in (
         *("script", "docs", "panorama", "benchmarks", "predict.py", ".cog", ".venv"),
         *("requirements.txt", "requirements-dev.txt"),
