@@ -19,6 +19,8 @@ Batch = tuple[Tensor, ...]
 Network = TypeVar("Network", bound=nn.Module)
 Part = nn.Module | torch.optim.Optimizer
 
+SAVE_EVERY = 180.0  # seconds
+
 logger = logging.getLogger(__name__)
 
 
@@ -58,8 +60,6 @@ class Plan:
     warmup: int = 200
     weight_decay: float = 0.01
     average: float = 0.0  # decay of the exponential moving average of the weights, 0 for none
-    clip: float = 1.0
-    save_every: float = 180.0  # seconds
 
     def seed(self, step: int) -> int:
         """Return the seed of a step's batch."""
@@ -151,7 +151,7 @@ def fit(model: Network, lesson: Lesson, plan: Plan, work: Work) -> Network:
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * plan.rate(step)
         value = gradients(lesson.draw(torch.Generator().manual_seed(plan.seed(step))))
-        nn.utils.clip_grad_norm_(learned, plan.clip, foreach=True)
+        nn.utils.clip_grad_norm_(learned, 1.0, foreach=True)
         optimizer.step()
         if plan.average:
             blend(average, model, min(plan.average, (step + 1) / (step + 10)))
@@ -162,7 +162,7 @@ def fit(model: Network, lesson: Lesson, plan: Plan, work: Work) -> Network:
                 "%s %d/%d loss %.4f %.2f s a step", plan.name, step + 1, plan.steps, mean, pace
             )
         now, last = time.monotonic(), step + 1 == plan.steps
-        if now - saved > plan.save_every or now > work.deadline or last:
+        if now - saved > SAVE_EVERY or now > work.deadline or last:
             state = {name: part.state_dict() for name, part in parts.items()}
             save(state | {"step": step + 1}, path)
             saved = now
