@@ -154,7 +154,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             default=None,
         ),
         upscale: int = Input(
-            description="Enlarge the panorama by this factor. Each doubling redraws the details, through windows of the model, and keeps the composition.",
+            description="Enlarge the panorama by this factor, to at most 16384 pixels a side. Each doubling redraws the details through windows of the model and keeps the composition, and takes four times as long as the one before.",
             default=1,
             choices=[1, 2, 4, 8],
         ),
