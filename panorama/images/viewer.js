@@ -25,7 +25,7 @@ function lookAround(image, settings) {
   container.focus();
 
   // Pannellum would draw the first view before it limits its field.
-  viewer.on("load", () => viewer.setHfov(viewer.getHfov(), false));
+  viewer.on("load", viewer.resize);
   // Without WebGL, or if the image is too large for it.
   const giveUp = () => {
     document.body.append(panel);

@@ -5,7 +5,7 @@ import json
 import os
 from base64 import b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
@@ -48,7 +48,7 @@ KEYS = (27, 37, 38, 39, 40, 61, 65, 68, 83, 87, 107, 109, 173, 187, 189)
 class Scene:
     """How an image lies around the viewer: on a sphere or on a cylinder."""
 
-    width: float  # degrees
+    width: float  # degrees; 360 closes, and more overlaps
     height: float  # degrees
     radius: float = 0  # of the cylinder, in pixels; 0 for a sphere
 
@@ -66,11 +66,20 @@ class Scene:
             return settings
         end, top = self.width / 2, self.height / 2
         settings |= {"minPitch": -top, "maxPitch": top, "avoidShowingBackground": True}
-        if self.width == 360:
+        if self.width >= 360:
             return settings
         # Pannellum moves a view inwards, so that its corners stay inside, by at most this factor.
         widest = self.width / (2 - cos(radians(top)))
         return settings | {"minYaw": -end, "maxYaw": end, "maxHfov": min(120, widest)}
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """An image as the page holds it."""
+
+    scene: Scene | None  # None to show it flat
+    media_type: str
+    data: bytes
 
 
 def arrange(width: int, height: int, closed: "Axis") -> Scene | None:
@@ -99,23 +108,36 @@ def bend(image: Image.Image, scene: Scene) -> Image.Image:
     return bent
 
 
-def embed(image: ImageFile, data: bytes, scene: Scene | None) -> tuple[str, bytes]:
-    """Return the media type and the bytes of an image for the page, given those of its file.
+def overlap(image: Image.Image) -> Image.Image:
+    """Repeat each of the outer columns on the other side, between which pannellum interpolates."""
+    wide = Image.new("RGB", (image.width + 2, image.height))
+    wide.paste(image, (1, 0))
+    wide.paste(image.crop((image.width - 1, 0, image.width, image.height)), (0, 0))
+    wide.paste(image.crop((0, 0, 1, image.height)), (image.width + 1, 0))
+    return wide
 
-    A PNG becomes a lossless WebP, which is smaller. Other files stay as they are on a sphere.
+
+def embed(image: ImageFile, data: bytes, scene: Scene | None) -> Embedded:
+    """Prepare an image for the page, given the bytes of its file.
+
+    A PNG becomes a lossless WebP, which is smaller. JPEG and WebP files stay as they are, unless
+    they lie on a cylinder.
     """
     kind = image.format or ""
     options = ENCODE[kind]
-    if options["format"] == "WEBP" and max(image.size) > WEBP_SIDE:
-        options = {"format": "PNG"}
-    pixels: Image.Image = image
+    if options["format"] == kind and not (scene and scene.radius):
+        return Embedded(scene, Image.MIME[kind], data)
+    pixels = image.convert("RGB")
     if scene and scene.radius:
-        pixels = bend(image.convert("RGB"), scene)
-    elif options["format"] == kind:
-        return Image.MIME[kind], data
+        pixels = bend(pixels, scene)
+    if scene and scene.width == 360:
+        pixels = overlap(pixels)
+        scene = replace(scene, width=360 * pixels.width / image.width)
+    if options["format"] == "WEBP" and max(pixels.size) > WEBP_SIDE:
+        options = {"format": "PNG"}
     buffer = io.BytesIO()
-    pixels.convert("RGB").save(buffer, **options)
-    return Image.MIME[options["format"]], buffer.getvalue()
+    pixels.save(buffer, **options)
+    return Embedded(scene, Image.MIME[options["format"]], buffer.getvalue())
 
 
 def view(image: Panorama | str | os.PathLike[str], html_file: str | os.PathLike[str]) -> None:
@@ -142,8 +164,7 @@ def page(data: bytes, name: str = "panorama") -> bytes:
         ValueError: it is not a whole image; the error calls it by the name.
     """
     image = read_whole(data, name)
-    scene = arrange(*image.size, closed_axis(image))
-    media_type, embedded = embed(image, data, scene)
+    embedded = embed(image, data, arrange(*image.size, closed_axis(image)))
     metadata = metadata_of(image)
     facts = list_facts(image.size, metadata)
     library, script = read_part("pannellum/pannellum.js"), read_part("viewer.js")
@@ -158,9 +179,9 @@ def page(data: bytes, name: str = "panorama") -> bytes:
         library=library,
         library_style=read_part("pannellum/pannellum.css"),
         script=script,
-        settings=json.dumps(scene and scene.settings()),
-        media_type=media_type,
-        image=b64encode(embedded).decode(),
+        settings=json.dumps(embedded.scene and embedded.scene.settings()),
+        media_type=embedded.media_type,
+        image=b64encode(embedded.data).decode(),
     )
     return text.encode("utf-8", "replace")
 
