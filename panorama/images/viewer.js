@@ -38,9 +38,11 @@ function lookAround(image, settings) {
   document.addEventListener(
     "keydown",
     (event) => {
-      if (event.ctrlKey || event.metaKey || event.altKey) event.stopPropagation(); // the browser's
-      else if (event.key === "f") viewer.toggleFullscreen();
-      else if (event.key === "i") panel.open = !panel.open;
+      const { altKey, ctrlKey, metaKey, key } = event;
+      // Pannellum would take the browser's own shortcuts, and zoom at Control and Shift.
+      if (altKey || ctrlKey || metaKey || key === "Shift") event.stopPropagation();
+      else if (key === "f") viewer.toggleFullscreen();
+      else if (key === "i") panel.open = !panel.open;
     },
     true,
   );

@@ -40,8 +40,6 @@ ENCODE: Mapping[str, Mapping[str, Any]] = {
     "WEBP": {"format": "WEBP", "quality": QUALITY},
 }
 """How Pillow encodes an image for the page, by the format of its file."""
-KEYS = (27, 37, 38, 39, 40, 61, 65, 68, 83, 87, 107, 109, 173, 187, 189)
-"""The keys of pannellum, without Control and Shift, which zoom in it."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,6 @@ class Scene:
         """Return the settings of pannellum that show the image and nothing beyond it."""
         settings = {
             "autoLoad": True,
-            "capturedKeyNumbers": KEYS,
             "ignoreGPanoXMP": True,
             "haov": self.width,
             "vaov": self.height,
