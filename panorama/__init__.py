@@ -16,10 +16,12 @@ from panorama.__version__ import __version__
 
 if TYPE_CHECKING:
     from panorama.errors import NotFiniteError as NotFiniteError
+    from panorama.images.cubemap import export as export
     from panorama.images.files import Panorama as Panorama
     from panorama.images.files import read_metadata as read_metadata
     from panorama.images.safety import ImageWithheldError as ImageWithheldError
     from panorama.images.vae import to_pil as to_pil
+    from panorama.images.viewer import view as view
     from panorama.modes import Models as Models
     from panorama.modes import load as load
     from panorama.pipeline import Pipeline as Pipeline
@@ -34,9 +36,11 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "errors": ("NotFiniteError",),
+    "images.cubemap": ("export",),
     "images.files": ("Panorama", "read_metadata"),
     "images.safety": ("ImageWithheldError",),
     "images.vae": ("to_pil",),
+    "images.viewer": ("view",),
     "modes": ("Models", "load"),
     "pipeline": ("Pipeline", "Settings"),
     "request": ("ModeSettings", "Request", "ResolvedRequest"),

@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from panorama.environment import load_models
-from panorama.errors import shorten
-from panorama.images.files import SUFFIXES
+from panorama.errors import Parser, shorten
+from panorama.images.files import SUFFIXES, Panorama, check_place, write_atomically
+from panorama.images.viewer import PAGE, page
 from panorama.request import EVERY_MODE, INPUTS, Input, Request
 from panorama.weights import WeightsError
 
@@ -30,14 +31,6 @@ INDENT = 4  # columns, of the text on an input
 WIDEST = 100  # columns of the help
 VALUES = {str: "TEXT", bool: "true", int: "INTEGER", float: "NUMBER", Path: "@FILE"}
 """What stands for a value of each type in the help."""
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that reports an error in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the message to stderr and exit with 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FILE",
         dest="output",
         type=Path,
-        help="its ending sets output_format; defaults to output.png",
+        help=f"its ending sets output_format, or is {PAGE} for a viewer; defaults to output.png",
     )
     parser.add_argument(
         "--previews",
@@ -91,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"seed: {job.request.seed}\ncost: {job.cost:.0f}", flush=True)
     try:
         panorama = models.run(job, partial(report, options.previews))
-        panorama.save(output, request.output_quality)
+        save(panorama, output, request)
     except KeyboardInterrupt:
         return 130
     except Exception:
@@ -179,15 +172,22 @@ def imply_format(path: Path | None) -> dict[str, str]:
 
 def check_output(path: Path, output_format: str) -> None:
     """Raise ValueError, before any work, if no image of a format can be written to a path."""
-    if SUFFIXES.get(path.suffix.lower()) != output_format:
+    suffix = path.suffix.lower()
+    if suffix != PAGE and SUFFIXES.get(suffix) != output_format:
         raise ValueError(
-            f"-o {path}: must be a file that ends in {', '.join(SUFFIXES)}, and as output_format "
-            f"says if that is given; try output.{output_format}"
+            f"-o {path}: must be a file that ends in {', '.join(SUFFIXES)} or {PAGE}, and as "
+            f"output_format says if that is given; try output.{output_format}"
         )
-    if not path.parent.is_dir():
-        raise ValueError(f"-o {path}: must be in a folder that exists; try output.{output_format}")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"-o {path}: must be writable; try output.{output_format}")
+    check_place(path, f"output.{output_format}")
+
+
+def save(panorama: Panorama, path: Path, request: Request) -> None:
+    """Write a panorama as an image, or as a page that shows it."""
+    if path.suffix.lower() == PAGE:
+        data = panorama.encode(request.output_format, request.output_quality)
+        write_atomically(path, page(data))
+    else:
+        panorama.save(path, request.output_quality)
 
 
 def make_folder(path: Path) -> None:

@@ -1,6 +1,7 @@
 """Errors and the words that they share."""
 
-from typing import TYPE_CHECKING
+from argparse import ArgumentParser
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -11,6 +12,14 @@ LONGEST_TEXT = 10_000  # characters of a text that is read at all
 
 class NotFiniteError(RuntimeError):
     """A result holds NaN or infinity, so there is no image to return."""
+
+
+class Parser(ArgumentParser):
+    """A parser of a command line that reports an error in one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message to stderr and exit with 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def require_finite(tensor: "Tensor", what: str) -> None:

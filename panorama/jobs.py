@@ -105,6 +105,7 @@ class Job:
         versions = {name: version(name) for name in ("torch", "diffusers")}
         return {
             "inputs": inputs,
+            "closed": self.request.closed_axis,
             "tokens": self.request.tokens,
             "family": Path(family).name,  # a family given by its path may lie anywhere
             "versions": {"panorama": __version__, **versions},

@@ -313,9 +313,9 @@ class Request:
         default=None,
     )
     upscale: int = _input(
-        "Enlarge the panorama by this factor, to at most 16384 pixels a side. Each doubling redraws "
-        "the details through windows of the model and keeps the composition, and takes four times "
-        "as long as the one before.",
+        "Enlarge the panorama by this factor, to at most 16384 pixels a side. Each doubling "
+        "redraws the details through windows of the model and keeps the composition, and takes "
+        "four times as long as the one before.",
         default=1,
         choices=(1, 2, 4, 8),
         modes=SDXL_MODES,

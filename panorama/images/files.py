@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from xml.sax.saxutils import quoteattr
 
 from PIL import ExifTags, Image
+from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.WebPImagePlugin import WebPImageFile
@@ -58,11 +60,14 @@ class Panorama:
         if path.suffix.lower() not in SUFFIXES:
             endings = ", ".join(SUFFIXES)
             raise ValueError(f"{path}: must be a file that ends in {endings}; try {path}.png")
-        options = FORMATS[SUFFIXES[path.suffix.lower()]]
+        write_atomically(path, self.encode(SUFFIXES[path.suffix.lower()], quality))
+
+    def encode(self, output_format: str = "png", quality: int = QUALITY) -> bytes:
+        """Return the bytes of a file of the image with its metadata, in one of `FORMATS`."""
         xmp = xmp_packet(gpano_properties(*self.image.size, self.closed))
         buffer = io.BytesIO()
-        self.image.save(buffer, **options(self.metadata, xmp, quality))
-        write_atomically(path, buffer.getvalue())
+        self.image.save(buffer, **FORMATS[output_format](self.metadata, xmp, quality))
+        return buffer.getvalue()
 
 
 def png_options(metadata: Mapping[str, Any], xmp: str, quality: int) -> dict[str, Any]:
@@ -96,25 +101,76 @@ READERS = (PngImageFile, JpegImageFile, WebPImageFile)
 """Read no pixels before `load`. `Image.open` would refuse large images."""
 
 
+def open_image(file: str | os.PathLike[str] | bytes) -> ImageFile:
+    """Open an image by its path or its bytes.
+
+    Raises:
+        ValueError: it is not an image of one of `FORMATS`.
+        DecompressionBombError: it is a WebP of more than twice Pillow's `MAX_IMAGE_PIXELS`.
+    """
+    for reader in READERS:  # each raises SyntaxError for another format
+        with suppress(SyntaxError, KeyError, ValueError):
+            return reader(io.BytesIO(file) if isinstance(file, bytes) else os.fspath(file))
+    raise ValueError("it is none of them")
+
+
+def read_whole(data: bytes, name: str) -> ImageFile:
+    """Read an image with its pixels.
+
+    Raises:
+        ValueError: it is not a whole image; the error calls it by the name.
+    """
+    try:
+        image = open_image(data)
+        image.load()
+    except Exception as error:  # Pillow raises all kinds of errors on a broken file
+        raise ValueError(
+            f"{name}: must be a whole PNG, JPEG or WebP image ({error}); try output.png"
+        ) from error
+    return image
+
+
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read the metadata of an image that `Panorama.save` wrote.
 
     Returns:
         The `inputs` that its mode takes, as they were used, with files replaced by their hashes;
-        the LoRA's `tokens` that preceded the prompt, "" for none; the model `family`; `versions`;
-        the `device` that made the image, and the `threads` of its CPU.
+        the axis along which it is `closed`, "x", "y" or "" for none; the LoRA's `tokens` that
+        preceded the prompt, "" for none; the model `family`; `versions`; the `device` that made
+        the image, and the `threads` of its CPU.
 
     Raises:
         ValueError: the file is not an image with such metadata.
         DecompressionBombError: it is a WebP of more than twice Pillow's `MAX_IMAGE_PIXELS`.
     """
-    for reader in READERS:  # each raises SyntaxError for another format
-        with suppress(SyntaxError, KeyError, ValueError), reader(os.fspath(path)) as image:
-            exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
-            text = image.info.get(METADATA_KEY) or exif[ExifTags.Base.UserComment][len(ASCII) :]
-            metadata: dict[str, Any] = json.loads(text)
+    with suppress(ValueError), open_image(path) as image:
+        if metadata := metadata_of(image):
             return metadata
     raise ValueError(f"{path}: must be an image made by panorama; try one that Panorama.save wrote")
+
+
+def metadata_of(image: Image.Image) -> dict[str, Any]:
+    """Return the metadata of an opened image, {} if `Panorama.save` did not write it."""
+    with suppress(KeyError, ValueError):
+        exif = image.getexif().get_ifd(ExifTags.IFD.Exif)
+        text = image.info.get(METADATA_KEY) or exif[ExifTags.Base.UserComment][len(ASCII) :]
+        metadata = json.loads(text)
+        return metadata if isinstance(metadata, dict) else {}
+    return {}
+
+
+def closed_axis(image: Image.Image) -> "Axis":
+    """Return the axis along which an opened image closes, "" for none.
+
+    Its metadata say so, or its GPano fields. An image with neither closes left to right if it is
+    twice as wide as high, as 360 degree images are.
+    """
+    if (closed := metadata_of(image).get("closed")) in ("", "x", "y"):
+        return closed  # type: ignore[no-any-return]  # one of these texts
+    xmp = image.info.get("xmp", b"").decode(errors="replace")
+    found = re.findall(r'GPano:(?:FullPano|CroppedAreaImage)WidthPixels(?:="|>)(\d+)', xmp)
+    whole = len(set(found)) == 1 if found else image.width == 2 * image.height
+    return "x" if whole else ""
 
 
 def is_whole(path: Path) -> bool:
@@ -129,6 +185,14 @@ def is_whole(path: Path) -> bool:
         except Exception:  # they raise all kinds of errors on a broken file
             continue
     return False
+
+
+def check_place(path: Path, legal: str) -> None:
+    """Raise ValueError, with a legal path, if no file can be written to the path of `-o`."""
+    if not path.parent.is_dir():
+        raise ValueError(f"-o {path}: must be in a folder that exists; try {legal}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"-o {path}: must be writable; try {legal}")
 
 
 def write_atomically(path: Path, data: bytes) -> None:

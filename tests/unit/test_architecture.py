@@ -117,7 +117,7 @@ def test_every_package_that_is_imported_is_required():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extra = project["optional-dependencies"]["cog"]
     pinned = (ROOT / "requirements.txt").read_text().splitlines()
-    names = {"pillow": "PIL"}
+    names = {"pillow": "PIL", "pyequilib": "equilib"}
     for requirements in (pinned, project["dependencies"] + extra):
         required = {re.match(r"[\w-]*", line)[0] for line in requirements}
         packages = {names.get(name, name.replace("-", "_")) for name in required}
@@ -137,6 +137,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
         "panorama",
         "panorama.request",
         "panorama.images.files",
+        "panorama.images.__main__",
         "panorama.__main__",
         "panorama.weights.__main__",
     ],

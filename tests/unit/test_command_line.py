@@ -199,6 +199,18 @@ def test_the_name_and_the_format_imply_one_another(
             assert (max(tables) > 100) == ("output_quality=30" in arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "media_type"),
+    [([], "image/webp"), (["-i", "output_format=jpg"], "image/jpeg")],
+)
+def test_a_page_is_written_instead_of_an_image(models, arguments, media_type, tmp_path, capsys):
+    path = tmp_path / "out.html"
+    assert main(["-i", "prompt=sea", *arguments, "-o", str(path)]) == 0
+    assert capsys.readouterr().out.endswith(f"\n{path}\n")
+    assert list(tmp_path.iterdir()) == [path]
+    assert f'<script type="{media_type}" id="image">' in path.read_text()
+
+
 def test_previews_of_the_first_step_and_of_every_fifth_later_are_written(
     models, tmp_path, monkeypatch
 ):
