@@ -28,6 +28,7 @@ function lookAround(image, settings) {
   viewer.on("load", viewer.resize);
   // Without WebGL, or if the image is too large for it.
   const giveUp = () => {
+    if (!container.isConnected) return;
     document.body.append(panel);
     container.remove();
     showFlat(image);

@@ -190,7 +190,7 @@ def list_facts(size: tuple[int, int], metadata: Mapping[str, Any]) -> dict[str, 
     versions = versions if isinstance(versions, dict) else {}
     facts = {
         "Prompt": inputs.get("prompt"),
-        "Not": inputs.get("negative_prompt"),
+        "Negative prompt": inputs.get("negative_prompt"),
         "Mode": inputs.get("mode"),
         "Seed": inputs.get("seed"),
         "Family": metadata.get("family"),

@@ -173,11 +173,11 @@ def check(words: Sequence[str], parse: Any) -> None:
     program, *arguments = words
     if program.startswith("script/") and program != "script/python":
         assert os.access(ROOT / program, os.X_OK), program
-        module = re.search(r'-m ([\w.]+) "\$@"', (ROOT / program).read_text())
+        module = re.search(r'-m ([\w. ]+) "\$@"', (ROOT / program).read_text())
         if not module:
             assert not arguments or program == "script/supervise", words
             return
-        arguments = ["-m", module[1], *arguments]
+        arguments = ["-m", *module[1].split(), *arguments]
     elif program not in {"script/python", "python", "python3"}:
         assert program in TOOLS, words
         return check_tool(words, parse)

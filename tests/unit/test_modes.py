@@ -152,6 +152,7 @@ def test_metadata_make_the_same_image_again(models: Models, mode: str, tmp_path:
     metadata = json.loads(json.dumps(dict(panorama.metadata)))
     assert metadata == panorama.metadata
     assert set(metadata["inputs"]) == {n for n, rule in INPUTS.items() if mode in rule.modes}
+    assert metadata["closed"] == panorama.closed
     assert metadata["family"] == Path(models.family).name != models.family  # no local path
     assert metadata["tokens"] == ("" if mode == "syncdiffusion" else "<s0><s1>")
     assert set(metadata["versions"]) == {"panorama", "torch", "diffusers"}

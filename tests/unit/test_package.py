@@ -71,6 +71,9 @@ def test_an_installed_package_makes_an_image_without_the_repository(tmp_path):
     assert (result.returncode, result.stderr) == (0, "")
     with Image.open(tmp_path / "output.png") as image:
         assert image.size == (256, 256)
+    view = [python, "-m", "panorama.images", "view", "output.png"]
+    subprocess.run(view, cwd=tmp_path, env=clean, check=True)
+    assert (tmp_path / "output.html").exists()
     code = "import panorama; print(*panorama.load(modes=['sdxl-360']).bases)"
     result = subprocess.run(
         [python, "-c", code], cwd=tmp_path, env=clean, capture_output=True, text=True

@@ -325,3 +325,4 @@ def test_an_image_too_large_for_the_graphics_is_shown_flat(chromium, tmp_path):
                 .getExtension("WEBGL_lose_context").loseContext()"""
         )
         page.wait_for_function("document.images.length === 1 && flat.complete")
+        assert not page.locator("#panorama").count()
