@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from math import pi, radians, tan
@@ -36,6 +37,14 @@ def chromium() -> Iterator[Browser]:
         yield running
 
 
+def wait_until(page: Page, expression: str) -> None:
+    """Wait until an expression is true; playwright's own way polls by eval, which pages forbid."""
+    end = time.monotonic() + 30
+    while not page.evaluate(f"Boolean({expression})"):
+        assert time.monotonic() < end, expression
+        page.wait_for_timeout(20)
+
+
 @contextmanager
 def opened(
     chromium: Browser, folder: Path, image: Image.Image | Path, closed: Axis = ""
@@ -51,7 +60,7 @@ def opened(
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda told: problems.extend([told.text] * (told.type == "error")))
     page.goto(file.as_uri())
-    page.wait_for_function("!viewer || viewer.isLoaded()")
+    wait_until(page, "!viewer || viewer.isLoaded()")
     settle(page)
     yield page
     page.close()
@@ -252,7 +261,7 @@ def test_f_is_full_screen_where_the_panel_stays(ring):
     _, page = ring
     for inside in (True, False):
         page.keyboard.press("f")
-        page.wait_for_function(f"Boolean(document.fullscreenElement) === {str(inside).lower()}")
+        wait_until(page, f"Boolean(document.fullscreenElement) === {str(inside).lower()}")
         if inside:
             assert page.evaluate("document.fullscreenElement.contains(panel)")
 
@@ -301,7 +310,7 @@ def test_the_page_runs_no_script_but_its_own(chromium, sphere):
 
 def test_a_tall_image_is_shown_flat(chromium, tmp_path):
     with opened(chromium, tmp_path, pattern(256, 512), "y") as page:
-        page.wait_for_function("flat.complete")
+        wait_until(page, "flat.complete")
         assert page.evaluate("[flat.naturalWidth, flat.naturalHeight]") == [256, 512]
         assert page.locator("#flat").is_visible() and page.locator("#panel").is_visible()
         assert not page.locator("#help").count()
@@ -313,7 +322,7 @@ def test_without_webgl_the_image_is_shown_flat(chromium, tmp_path):
     with closing(launch(executable_path=browser.PATH, args=["--disable-3d-apis"])) as bare:
         page = bare.new_page()
         page.goto((tmp_path / "out.html").as_uri())
-        page.wait_for_function("document.images.length === 1 && flat.complete")
+        wait_until(page, "document.images.length === 1 && flat.complete")
         assert page.evaluate("flat.naturalHeight") == 256
         assert page.locator("#panel").is_visible()
 
@@ -324,5 +333,5 @@ def test_an_image_too_large_for_the_graphics_is_shown_flat(chromium, tmp_path):
             """() => document.querySelector("canvas").getContext("experimental-webgl")
                 .getExtension("WEBGL_lose_context").loseContext()"""
         )
-        page.wait_for_function("document.images.length === 1 && flat.complete")
+        wait_until(page, "document.images.length === 1 && flat.complete")
         assert not page.locator("#panorama").count()
