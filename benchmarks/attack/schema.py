@@ -58,14 +58,20 @@ def cheap(body: Any) -> Any:
     if isinstance(inputs := body.get("input"), dict):
         limits = {name: limits["maximum"] for name, limits in CHEAP.items() if name in inputs}
         small = {
-            name: most
-            for name, most in limits.items()
-            if isinstance(inputs[name], (int, float)) and most < inputs[name] <= 16384
+            name: most for name, most in limits.items() if most < number(inputs[name]) <= 16384
         }
         body["input"] = (
             inputs | small | {"num_inference_steps": inputs.get("num_inference_steps", 1)}
         )
     return body
+
+
+def number(value: Any) -> float:
+    """Return the number that Cog reads a value as, 0 if it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return 0
 
 
 def encoded(body: Any) -> bytes:
