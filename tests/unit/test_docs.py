@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -306,7 +307,8 @@ def test_commands_run_and_write_their_images(page, workplace):
     try:
         assert process.wait() == 0
     finally:
-        os.killpg(process.pid, signal.SIGKILL)  # a server may go on
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # a server may go on
     images = re.findall(r"[\w-]+\.(?:png|jpg)", " ".join(re.findall(r"-o \S+|open\(\"\S+", text)))
     for name in images:
         with Image.open(workplace / name) as image:
