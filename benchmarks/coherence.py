@@ -18,7 +18,6 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from benchmarks import spheres
@@ -30,6 +29,7 @@ from benchmarks.metrics import (
     seam_ratio,
     variety,
 )
+from panorama.images.vae import to_pil
 from panorama.modes import DEFAULT_FAMILY, load
 from panorama.pipeline import Pipeline
 from panorama.request import Request
@@ -150,8 +150,7 @@ def table_spheres(arguments: argparse.Namespace) -> None:
 def keep(image: Tensor, path: Path) -> None:
     """Write an image (1, 3, H, W) in [0, 1]."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = image[0].permute(1, 2, 0).mul(255).round().byte().numpy()
-    Image.fromarray(pixels).save(path)
+    to_pil(image).save(path)
 
 
 TABLES: Mapping[str, Sequence[Callable[[argparse.Namespace], None]]] = {

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from panorama.images.sphere import Face
+from panorama.images.vae import from_pil, to_pil
 from panorama.modes import Models, load
 from panorama.request import Request
 
@@ -42,10 +43,8 @@ def detail(image: Image.Image, side: int) -> Image.Image:
 
 def poles(image: Image.Image, side: int) -> Image.Image:
     """Return the views straight up and straight down, side by side."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-    faces = [Face(up, side // 2, 90.0).show(pixels)[0] for up in (True, False)]
-    both = torch.cat(faces, -1).clamp(0, 1).permute(1, 2, 0).mul(255).round().byte()
-    return Image.fromarray(both.numpy())
+    faces = [Face(up, side // 2, 90.0).show(from_pil(image)) for up in (True, False)]
+    return to_pil(torch.cat(faces, -1).clamp(0, 1))
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.activations import Activations, weights_of
 from benchmarks.gpu.lab import Lab, Run, published
-from panorama.base_model import BaseModel
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.presets import EXACT, FAST, WHOLE, Preset
 
@@ -62,7 +61,6 @@ class FakeLab(Lab):
 
 def working_memory(row: Row) -> int:
     """Return the most bytes that a step or the decoding takes besides the weights."""
-    lab = FakeLab(torch.device("cpu"), dry=False)
     settings = Settings(
         prompt="",
         height=row.height,
@@ -72,23 +70,29 @@ def working_memory(row: Row) -> int:
         layout=row.preset.layout(STRIDE),
         sync=row.preset.sync(1),
     )
+    run = fake_run(row.base, settings, checkpointing=row.checkpointing)
+    decoding = most(run, lambda: run.pipeline.decode(settings, run.noise))
+    return max(most(run, run.denoise), decoding)
+
+
+def fake_run(base: str, settings: Settings, **options: Any) -> Run:
+    """Return a run of "sd2" or "sdxl" on fake tensors, with the pipeline's options."""
+    lab = FakeLab(torch.device("cpu"), dry=False)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        built = lab.sd2 if row.base == "sd2" else lab.sdxl
+        built = lab.sd2 if base == "sd2" else lab.sdxl
     scheduler = type(built.scheduler).from_config(built.scheduler.config)  # its values are read
-    base = replace(built, scheduler=scheduler)
-    run = Run(Pipeline(base, checkpointing=row.checkpointing), settings)
+    run = Run(Pipeline(replace(built, scheduler=scheduler), **options), settings)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        noise, _ = run.noise, run.conditioning
-    decoding = most(base, lambda: run.pipeline.decode(settings, noise))
-    return max(most(base, run.denoise), decoding)
+        _ = run.noise, run.conditioning  # the run keeps them
+    return run
 
 
-def most(base: BaseModel, call: Callable[[], object]) -> int:
-    """Return the most bytes alive at once in a call; there are no values to check in it."""
+def most(run: Run, call: Callable[[], object]) -> int:
+    """Return the most bytes alive at once in a call beside the weights; it checks no values."""
     with ExitStack() as stack:
         stack.enter_context(patch.object(Tensor, "isfinite", lambda x: torch.ones(1)))
         stack.enter_context(patch("panorama.images.vae.require_finite"))
-        found = stack.enter_context(Activations(weights_of(base)))
+        found = stack.enter_context(Activations(weights_of(run.pipeline.base)))
         call()
     return found.most
 

@@ -110,6 +110,11 @@ def repetition(image: Tensor, window: int, *, ring: bool) -> float:
     return float(correlation[window // 2 :].max() / correlation[0])
 
 
+def at_size_of(image: Tensor, other: Tensor) -> Tensor:
+    """Average squares of pixels of an image until it is as large as another."""
+    return F.avg_pool2d(image, image.shape[-1] // other.shape[-1])
+
+
 def low_pass_psnr(image: Tensor, base: Tensor) -> float:
     """Return the PSNR in dB of an enlarged image, averaged down to the size of its base.
 
@@ -117,8 +122,7 @@ def low_pass_psnr(image: Tensor, base: Tensor) -> float:
         image: (1, 3, H, W) in [0, 1].
         base: (1, 3, h, w) in [0, 1], smaller by a whole factor, or as large.
     """
-    smaller = F.avg_pool2d(image, image.shape[-1] // base.shape[-1])
-    return float(-10 * (smaller - base).square().mean().log10())
+    return float(-10 * (at_size_of(image, base) - base).square().mean().log10())
 
 
 def polar_energy(image: Tensor) -> float:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from benchmarks.metrics import (
+    at_size_of,
     discontinuity_score,
     edge_ratio,
     equatorial_energy,
@@ -23,7 +23,7 @@ from benchmarks.metrics import (
     repetition,
     seam_ratio,
 )
-from panorama.images.vae import resize
+from panorama.images.vae import from_pil, resize
 from panorama.jobs import stages_of
 from panorama.modes import Models
 from panorama.pipeline import Pipeline
@@ -63,7 +63,7 @@ def held_out(images: dataset.Images, count: int) -> list[Scene]:
     rng, found = np.random.default_rng(0), []
     for index in range(count):
         facts = scenes.Scene(**images.attributes[index])
-        render = torch.from_numpy(images.rgb[index]).permute(2, 0, 1)[None] / 255
+        render = from_pil(Image.fromarray(images.rgb[index]))
         depth = torch.from_numpy(depth_image(images.distance[index]))
         found.append(Scene(PREFIX + facts.caption(rng, keep=1.0), render, depth))
     return found
@@ -79,8 +79,8 @@ class Maker:
 
     def __call__(self, scene: Scene, seed: int, name: str, **changes: Any) -> Tensor:
         """Make the image (1, 3, H, W) in [0, 1] of a scene."""
-        pixels = np.array(self.models.generate(self.request(scene.prompt, seed, **changes)).image)
-        image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+        request = self.request(scene.prompt, seed, **changes)
+        image = from_pil(self.models.generate(request).image)
         self.keep(image, f"{name}-{seed:02d}")
         return image
 
@@ -89,11 +89,6 @@ class Maker:
         return Request(
             prompt=prompt, mode="sdxl-360", seed=seed, num_inference_steps=self.steps, **changes
         )
-
-
-def at_size_of(image: Tensor, other: Tensor) -> Tensor:
-    """Average squares of pixels of an image until it is as large as another."""
-    return F.avg_pool2d(image, image.shape[-1] // other.shape[-1])
 
 
 def over_renders(measure: Callable[[Tensor], float], found: list[Scene], version: str) -> float:

@@ -148,7 +148,7 @@ def stages_of(job: Job, pipeline: Pipeline) -> list[Stage]:
 
 
 class Counter:
-    """Counts the steps of all stages, and reports each."""
+    """Count the steps of all stages, and report each."""
 
     def __init__(
         self,

@@ -33,9 +33,8 @@ class OwnFolder:
             if (lock := _lock(path)) is not None:
                 _remove(path, lock)
         lock = None
-        while (
-            lock is None
-        ):  # another process may take a folder for a dead one's before it is locked
+        # Another process may take a folder for a dead one's before it is locked.
+        while lock is None:
             self.path = Path(mkdtemp(prefix=FOLDER))
             lock = _lock(self.path)
         self._lock = lock
@@ -82,10 +81,10 @@ def drain_seconds() -> float:
 
 
 class Termination:
-    """SIGTERM, after which a running prediction has some seconds left, and then the process ends.
+    """End the process after a SIGTERM, and leave a running prediction some seconds before that.
 
-    Python runs signal handlers in the main thread, which Cog never returns to it. The signal's
-    number reaches a thread through a pipe instead.
+    Python runs signal handlers in the main thread, but Cog's main thread never returns to Python.
+    So another thread reads the signal's number from a pipe.
     """
 
     def __init__(self, seconds: float) -> None:

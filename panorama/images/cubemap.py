@@ -51,13 +51,13 @@ def export(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for name, pixels in pictures(np.asarray(image.convert("RGB")), size):
+    for name, pixels in faces_and_views(np.asarray(image.convert("RGB")), size):
         paths.append(folder / f"{name}.png")
         Image.fromarray(pixels).save(paths[-1])
     return paths
 
 
-def pictures(image: Pixels, size: int) -> Iterator[tuple[str, Pixels]]:
+def faces_and_views(image: Pixels, size: int) -> Iterator[tuple[str, Pixels]]:
     """Yield the names and pixels of the faces and views of an image (H, W, 3)."""
     straight, turned = (cube(image, size, yaw) for yaw in (0, 45))
     yield from straight.items()

@@ -175,16 +175,14 @@ def closed_axis(image: Image.Image) -> "Axis":
 
 def is_whole(path: Path) -> bool:
     """Return True if a file is a whole image: a PNG by its checksums, others by their pixels."""
-    for reader in READERS:
-        try:
-            with reader(path) as image:
-                image.verify() if isinstance(image, PngImageFile) else image.load()
-                return True
-        except Image.DecompressionBombError:
-            return True  # a WebP too large for Pillow, which was never broken so far as it was read
-        except Exception:  # they raise all kinds of errors on a broken file
-            continue
-    return False
+    try:
+        with open_image(path) as image:
+            image.verify() if isinstance(image, PngImageFile) else image.load()
+    except Image.DecompressionBombError:
+        return True  # a WebP too large for Pillow, which was never broken so far as it was read
+    except Exception:  # Pillow raises all kinds of errors on a broken file
+        return False
+    return True
 
 
 def check_place(path: Path, legal: str) -> None:

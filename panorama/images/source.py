@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
 from panorama import uploads
+from panorama.images.vae import from_pil
 
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 MAX_BYTES = 4 * uploads.MAX_PIXELS
@@ -46,5 +45,4 @@ def decode(data: bytes) -> Tensor:
     with uploads.opened(data, FORMATS) as image:
         rgba = image.convert("RGBA")
         opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
-        pixels = torch.from_numpy(np.array(opaque.convert("RGB")))  # (H, W, 3)
-    return pixels.permute(2, 0, 1)[None] / 255
+        return from_pil(opaque.convert("RGB"))

@@ -8,6 +8,7 @@ from functools import partial
 from math import ceil
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -137,6 +138,11 @@ def to_pil(image: Tensor) -> Image.Image:
     """Convert an image (1, 3, H, W) in [0, 1] to 8 bits, rounded to the nearest level."""
     levels = (image[0] * 255).round_().to(torch.uint8)  # (3, H, W)
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """Convert an RGB image of 8 bits to (1, 3, H, W) in [0, 1], the inverse of `to_pil`."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
 
 
 def resize(image: Tensor, size: tuple[int, int], closed: Axis = "") -> Tensor:

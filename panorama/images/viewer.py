@@ -106,7 +106,7 @@ def bend(image: Image.Image, scene: Scene) -> Image.Image:
 
 
 def overlap(image: Image.Image) -> Image.Image:
-    """Repeat each of the outer columns on the other side, between which pannellum interpolates."""
+    """Add a copy of each outer column on the other side, for pannellum to interpolate the seam."""
     wide = Image.new("RGB", (image.width + 2, image.height))
     wide.paste(image, (1, 0))
     wide.paste(image.crop((image.width - 1, 0, image.width, image.height)), (0, 0))

@@ -15,7 +15,7 @@ def interruptible(poll: Callable[[], None], *networks: nn.Module) -> Iterator[No
     A block is a module of at most DEPTH levels below its network, such as one of the UNet's down
     blocks. Hooks on every layer would cost a GPU time to launch its kernels.
 
-    An exception that it raises leaves the block. On exit, however it comes, the modules are as
+    An exception that it raises leaves the block. On exit, also by an exception, the modules are as
     they were.
     """
     with ExitStack() as stack:

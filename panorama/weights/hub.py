@@ -198,7 +198,7 @@ def wanted_hash(path: Path, file: File) -> tuple[str, str]:
 
 
 def stamp(path: Path, file: File) -> str:
-    """Return a text that is another one once a cached file, or what it should be, changes."""
+    """Return a text that changes when a cached file, or the hash it should have, changes."""
     found = path.stat()
     return f"{wanted_hash(path, file)[0]} {found.st_size} {found.st_mtime_ns} {found.st_ino}"
 

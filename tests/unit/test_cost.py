@@ -1,6 +1,5 @@
 """The cost of a request is what its evaluations turn out to be, and bounded before any work."""
 
-import json
 import re
 import shlex
 import time
@@ -18,6 +17,7 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import nn
 
+from benchmarks.gpu.lab import published
 from benchmarks.operations import Networks
 from panorama import weights
 from panorama.__main__ import parse_inputs
@@ -32,7 +32,6 @@ from panorama.sampling.views import Sliding
 from tests import small_sd2, small_sdxl
 
 ROOT = Path(__file__).parents[2]
-PUBLISHED = ROOT / "tests" / "data" / "sdxl"
 HEIGHT, WIDTH = 64, 256  # pixels: one by four windows of the small SD 2
 DEFAULTS = {"width": WIDTH, "height": 2 * HEIGHT, "guidance_scale": 3.0}  # legal for SDXL too
 WORST = {
@@ -144,7 +143,7 @@ def test_4096_x_2048_costs_at_most_14_images_of_sdxl() -> None:
     """In evaluations of the UNet for 1024 x 1024, 30 steps, at the sizes of `full`."""
     with torch.device("meta"):
         networks = [
-            kind.from_config(json.loads((PUBLISHED / f"{name}.json").read_text()))
+            kind.from_config(published(f"sdxl/{name}"))
             for kind, name in ((UNet2DConditionModel, "unet"), (AutoencoderKL, "vae"))
         ]
     base = BaseModel(*networks, (), EulerDiscreteScheduler())

@@ -15,7 +15,7 @@ from torch import Tensor
 from panorama.base_model import BaseModel
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.presets import WHOLE
-from panorama.sampling.views import Feathered
+from panorama.sampling.views import Feathered, Layout
 from tests.small_sdxl import assemble
 
 PUBLISHED = Path(__file__).parents[1] / "data" / "sdxl"
@@ -39,6 +39,19 @@ def base() -> BaseModel:
         torch.set_default_dtype(torch.float32)
 
 
+def sphere(height: int, width: int, layout: Layout, **options: Any) -> Settings:
+    """The settings of one step of a 360 image."""
+    return Settings(
+        prompt="hdri view, bedroom in the color of blue",
+        height=height,
+        width=width,
+        closed="x",
+        num_inference_steps=1,
+        layout=layout,
+        **options,
+    )
+
+
 def run(what: str, make: Callable[[torch.Generator], Tensor]) -> Tensor:
     """Make an image, and print the seconds and the memory that it took."""
     started = time.perf_counter()
@@ -53,15 +66,8 @@ def run(what: str, make: Callable[[torch.Generator], Tensor]) -> Tensor:
 @pytest.mark.timeout(3600)
 def test_one_step_at_true_size_runs_in_half_precision(base: BaseModel) -> None:
     assert base.unet.dtype == base.controlnet.dtype == torch.bfloat16
-    settings = Settings(
-        prompt="hdri view, bedroom in the color of blue",
-        height=HEIGHT,
-        width=WIDTH,
-        closed="x",
-        num_inference_steps=1,
-        layout=WHOLE.layout(16),
-        depth=torch.rand(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0)),
-    )
+    depth = torch.rand(HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    settings = sphere(HEIGHT, WIDTH, WHOLE.layout(16), depth=depth)
     image = run(f"{WIDTH} x {HEIGHT}, one step", lambda random: Pipeline(base)(settings, random))
     assert image.shape == (1, 3, HEIGHT, WIDTH)
     assert image.isfinite().all()
@@ -71,14 +77,7 @@ def test_one_step_at_true_size_runs_in_half_precision(base: BaseModel) -> None:
 @pytest.mark.timeout(3600)
 def test_one_step_of_refining_to_4096_x_2048_runs_in_half_precision(base: BaseModel) -> None:
     height, width = 4 * HEIGHT, 4 * WIDTH
-    settings = Settings(
-        prompt="hdri view, bedroom in the color of blue",
-        height=height,
-        width=width,
-        closed="x",
-        num_inference_steps=1,
-        layout=Feathered(),
-    )
+    settings = sphere(height, width, Feathered())
     pipeline = Pipeline(base, batch_size=1)
     smaller = torch.rand(1, 3, height // 2, width // 2)
     conditioning = pipeline.encode(settings)
