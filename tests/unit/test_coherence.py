@@ -13,9 +13,9 @@ from benchmarks.metrics import (
     discontinuity_score,
     low_pass_psnr,
     polar_energy,
-    seam_ratio,
 )
 from panorama.modes import load
+from panorama.quality import seam_ratio
 from tests.small_sdxl import save_family
 from weights.train.depths import DepthReader
 
