@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from PIL.Image import DecompressionBombError
+
 from panorama.images.files import is_whole, read_metadata
 from panorama.request import SEED_BITS
 
@@ -76,7 +78,7 @@ def read_scores(path: Path, family: str) -> Scores:
     """Read the quality of the whole images that a family made on the way to a path's image."""
     found = {}
     for image in folder_of(path).glob(f"[0-9]*{path.suffix}"):
-        with suppress(ValueError):  # for no image of ours
+        with suppress(ValueError, DecompressionBombError):  # see `read_metadata`
             metadata = read_metadata(image) if is_whole(image) else {}
             if metadata.get("family") == Path(family).name:
                 found[int(image.stem)] = metadata["quality"]

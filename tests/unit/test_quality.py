@@ -1,4 +1,4 @@
-"""What an image says of itself: each measure is that of its definition, and none harms the image."""
+"""What an image says of itself: measures by their definitions, which leave the image alone."""
 
 from dataclasses import replace
 from itertools import combinations
