@@ -28,7 +28,7 @@ from panorama.jobs import MODES, Counter, Job, Progress, Run, stages_of, timed
 from panorama.limits import Limits
 from panorama.loras import Fetcher, FetchError
 from panorama.pipeline import Pipeline, Settings
-from panorama.quality import Range, measure, warn
+from panorama.quality import Range, measure, unusual
 from panorama.request import INPUTS, ModeSettings, Request, ResolvedRequest, SpeedSettings
 from panorama.sampling.interrupt import interruptible
 
@@ -131,7 +131,8 @@ class Models:
             job: from `prepare`.
             on_step: called after every step; an exception that it raises ends the run and leaves
                 the networks as they were. Previews have to pass the safety checker too.
-            poll: called many times within a step; an exception that it raises does the same.
+            poll: called many times within a step; an exception that it raises does the same. Not
+                called while the finished image is measured.
 
         Raises:
             ImageWithheldError: the safety checker flagged the image.
@@ -153,7 +154,8 @@ class Models:
                     self._check(image, job.request)
             with timed(seconds, "measure"):
                 quality = measure(job, pipeline, stages[-1], image)
-        warn(quality, job.request, self.usual.get(job.request.mode))
+        for sentence in unusual(quality, job.request, self.usual.get(job.request.mode)):
+            logger.warning("%s", sentence)
         metadata = {**job.metadata(self.family, self.device), "quality": quality}
         return Panorama(image, job.request.closed_axis, metadata, seconds)
 

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from math import inf, isfinite, nan
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,21 +13,17 @@ from torch.nn import functional as F
 
 from panorama.jobs import MODES, Job, Stage
 from panorama.pipeline import Pipeline, Settings
-from panorama.request import ModeSettings, ResolvedRequest
+from panorama.request import INPUTS, ModeSettings, ResolvedRequest
 from panorama.sampling.canvas import Axis, Canvas
 from panorama.sampling.views import even_starts
 
 BAND = 64  # rows that are measured at once
-MAX_SEAM_RATIO = 1.5
-"""A seam above this ratio is logged, and loses against any below it."""
+MAX_SEAM = 1.5
+"""A seam shows if its ratio and its contrast are above this."""
 
-SEAM_SHOWS = "seam_ratio=%.3g: above %g the seam may show; try another seed"
-INCOHERENT = (
-    "intra_lpips=%.3g: the windows differ far more than is usual in this family, %g to %g; try "
-    "another seed, or a larger sync_weight"
-)
-
+T = TypeVar("T")
 Range = tuple[float, float]
+"""The least and the greatest of values."""
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +51,16 @@ def seam_ratio(image: Tensor, closed: Axis = "x") -> float:
     """
     steps = column_steps(image.mT if closed == "y" else image)
     return float(steps[0] / steps[1:].mean())
+
+
+def seam_contrast(image: Tensor, closed: Axis = "x") -> float:
+    """Return the step across the seam of (1, C, H, W) over the mean of the steps on its two sides.
+
+    An edge of the scene that happens to lie at the seam is some columns wide, so that its steps are
+    all large.
+    """
+    steps = column_steps(image.mT if closed == "y" else image)
+    return float(steps[0] / steps[[1, -1]].mean())
 
 
 def edge_ratio(image: Tensor, pipeline: Pipeline, settings: Settings, steps: int) -> float:
@@ -139,13 +145,17 @@ def measure(job: Job, pipeline: Pipeline, stage: Stage, image: Image.Image) -> d
     Returns:
         Those of the measures in docs/quality.md that the image has, by name.
     """
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]  # (1, 3, H, W), uint8
+    levels = attempt("the image", lambda: torch.from_numpy(np.array(image)))  # (H, W, 3), uint8
+    if levels is None:
+        return {}
+    pixels = levels.permute(2, 0, 1)[None]  # (1, 3, H, W)
     base, settings, scale = pipeline.base, stage.settings, job.request.upscale
     side = base.window * base.factor * scale
     windows = disjoint_windows(pixels, side, ring=bool(settings.closed))
     compares = MODES[job.request.mode].synchronised and base.perceptual is not None
     measures: Mapping[str, tuple[bool, Callable[[], float]]] = {
         "seam_ratio": (bool(settings.closed), lambda: seam_ratio(pixels, settings.closed)),
+        "seam_contrast": (bool(settings.closed), lambda: seam_contrast(pixels, settings.closed)),
         "intra_lpips": (
             compares and max(image.size) >= 2 * side,
             lambda: intra_lpips(base.perceptual, windows, scale),
@@ -157,46 +167,60 @@ def measure(job: Job, pipeline: Pipeline, stage: Stage, image: Image.Image) -> d
         "sharpness": (True, lambda: sharpness(pixels)),
     }
     found = {name: attempt(name, find) for name, (applies, find) in measures.items() if applies}
-    return {name: value for name, value in found.items() if isfinite(value)}
+    return {n: float(f"{x:.4g}") for n, x in found.items() if x is not None and isfinite(x)}
 
 
-def attempt(name: str, find: Callable[[], float]) -> float:
-    """Return a measure with four digits, or NaN, with a line in the log, if it fails."""
+def attempt(name: str, find: Callable[[], T]) -> T | None:
+    """Return what a function returns, or None, with a line in the log, if it fails."""
     try:
-        return float(f"{find():.4g}")
+        return find()
     except Exception as error:
         logger.warning("%s was not measured: %s: %s", name, type(error).__name__, error)
-        return nan
+        return None
 
 
-def warn(quality: Mapping[str, float], request: ResolvedRequest, usual: Range | None) -> None:
-    """Log what is unusual about an image, and what helps.
+def unusual(
+    quality: Mapping[str, float], request: ResolvedRequest, usual: Range | None
+) -> list[str]:
+    """Return a sentence for each measure of an image that is far from good, with what helps.
 
     Args:
         quality: from `measure`.
         request: what the image was made from.
-        usual: the least and the greatest usual intra_lpips of images that its family makes, in its
-            mode, from a prompt of one part alone; None if they are not known.
+        usual: the least and the greatest usual intra_lpips in its family and mode, None if unknown.
+            They hold for images of one prompt that start from noise.
     """
-    seam, distance = (quality.get(name, nan) for name in ("seam_ratio", "intra_lpips"))
-    if seam > MAX_SEAM_RATIO:
-        logger.warning(SEAM_SHOWS, seam, MAX_SEAM_RATIO)
-    if usual is None or request.image is not None or len(request.parts) > 1:
-        return
-    low, high = usual
-    far = high - low
-    if distance > high + far:
-        logger.warning(INCOHERENT, distance, low, high)
+    found, drawn = [], request.image is None
+    if seam_shows(quality):
+        found.append(
+            f"seam_ratio={quality['seam_ratio']:.3g}, above {MAX_SEAM}: the seam shows where the "
+            f"panorama closes; try {'another seed' if drawn else 'an image whose edges meet'}"
+        )
+    distance = quality.get("intra_lpips", nan)
+    if usual and drawn and len(request.parts) == 1 and distance > 2 * usual[1] - usual[0]:
+        stronger = INPUTS["sync_weight"].default
+        found.append(
+            f"intra_lpips={distance:.3g}, in this family usually {usual[0]:g} to {usual[1]:g}: "
+            "the windows do not match; try another seed"
+            + (f", or sync_weight={stronger:g}" if request.sync_weight < stronger else "")
+        )
+    return found
+
+
+def seam_shows(quality: Mapping[str, float]) -> bool:
+    """Return True if a panorama closes with a step that no edge of the scene explains."""
+    ratio = quality.get("seam_ratio", nan)
+    return ratio > MAX_SEAM and quality.get("seam_contrast", inf) > MAX_SEAM
 
 
 def badness(quality: Mapping[str, float]) -> tuple[bool, float, float]:
     """Return a key by which the best of several images of one request is the least.
 
-    An image whose seam is above `MAX_SEAM_RATIO` loses against any other. Otherwise the lower
-    intra_lpips wins, and where there is none, the lower seam_ratio.
+    An image whose seam shows loses against any other. Otherwise the lower intra_lpips wins, and
+    where there is none, the lower seam_ratio.
     """
-    seam, distance = (quality.get(name, inf) for name in ("seam_ratio", "intra_lpips"))
-    return seam > MAX_SEAM_RATIO, distance, seam
+    ratio, distance = (quality.get(name, inf) for name in ("seam_ratio", "intra_lpips"))
+    return seam_shows(quality), distance, ratio
 
 
 def can_compare(request: ResolvedRequest, settings: ModeSettings) -> bool:

@@ -1,7 +1,9 @@
 """What an image says of itself: measures by their definitions, which leave the image alone."""
 
+import re
+from contextlib import nullcontext
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,16 @@ from panorama.modes import Models, load
 from panorama.pipeline import Pipeline, Settings
 from panorama.quality import (
     BAND,
+    badness,
+    can_compare,
     disjoint_windows,
     edge_ratio,
     intra_lpips,
+    seam_contrast,
     seam_ratio,
+    seam_shows,
     sharpness,
+    unusual,
 )
 from panorama.request import Request
 from panorama.sampling.perceptual import LPIPS
@@ -53,6 +60,14 @@ def test_the_seam_ratio_is_that_of_its_definition(height: int) -> None:
     assert seam_ratio(image) == pytest.approx(expected)
     assert seam_ratio(image.mT, "y") == pytest.approx(expected)
     assert seam_ratio(floats / 255) == pytest.approx(expected)
+
+
+def test_the_seam_contrast_is_that_of_its_definition() -> None:
+    image = noise(BAND, 32)
+    before, seam, after = (image.double()[..., [-2, -1, 0, 1]]).diff(dim=-1).abs().mean((0, 1, 2))
+    expected = float(2 * seam / (before + after))
+    assert seam_contrast(image) == pytest.approx(expected)
+    assert seam_contrast(image.mT, "y") == pytest.approx(expected)
 
 
 def test_sharpness_is_that_of_its_definition_and_less_where_it_is_blurred() -> None:
@@ -193,14 +208,15 @@ def request(mode: str, **inputs: Any) -> Request:
     return Request(**defaults | speed | inputs)
 
 
+SEAM = {"seam_ratio", "seam_contrast"}
 EVERY = {"intra_lpips", "edge_ratio", "sharpness"}
 HAS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "strip": ("syncdiffusion", {}, EVERY),
-    "ring": ("syncdiffusion", {"loop_closure": True}, EVERY | {"seam_ratio"}),
+    "ring": ("syncdiffusion", {"loop_closure": True}, EVERY | SEAM),
     "xl": ("syncdiffusion-xl", {"upscale": 2}, EVERY),
     "one window": ("syncdiffusion-xl", {"width": HEIGHT}, {"sharpness"}),
-    "360": ("sdxl-360", {}, {"seam_ratio", "sharpness"}),
-    "enlarged 360": ("sdxl-360", {"upscale": 2}, {"seam_ratio", "edge_ratio", "sharpness"}),
+    "360": ("sdxl-360", {}, {*SEAM, "sharpness"}),
+    "enlarged 360": ("sdxl-360", {"upscale": 2}, {*SEAM, "edge_ratio", "sharpness"}),
 }
 
 
@@ -241,3 +257,140 @@ def test_a_measure_that_fails_is_left_out_and_the_image_is_the_same(
     assert set(whole.quality) - set(panorama.quality) == {"intra_lpips"}
     (record,) = caplog.records
     assert record.getMessage() == "intra_lpips was not measured: OutOfMemoryError: no memory"
+
+
+# --- warnings ---
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Models:
+    """The embedded family."""
+    return load("tiny", modes=["syncdiffusion"], device="cpu")
+
+
+def test_a_seam_shows_where_a_ring_is_cut_and_nowhere_else() -> None:
+    """The README's sunset, which closes. Its slopes would often pass for a seam by their ratio."""
+    sunset = pixels(ROOT / "docs" / "sunset.png")
+    turned = [sunset.roll(-8 * turn, -1) for turn in range(128)]
+
+    def shows(image: Tensor) -> bool:
+        found = {"seam_ratio": seam_ratio(image), "seam_contrast": seam_contrast(image)}
+        return seam_shows(found)
+
+    assert sum(seam_ratio(image) > 1.5 for image in turned) > 5
+    assert not any(map(shows, turned))
+    assert all(shows(image[..., :768]) for image in turned)
+
+
+@pytest.mark.parametrize("wraps", [True, False])
+def test_a_ring_that_is_decoded_as_if_it_were_flat_is_told(
+    wraps: bool,
+    tiny: Models,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same sunset, coded by the networks of the embedded family without a step."""
+    if not wraps:
+        monkeypatch.setattr("panorama.images.vae.circular", lambda *_, **__: nullcontext())
+    inputs = {"image": ROOT / "docs" / "sunset.png", "strength": 0.0, "loop_closure": True}
+    panorama = tiny.generate(request("syncdiffusion", prompt="sunset", width=1024, **inputs))
+    told = [record.getMessage() for record in caplog.records if record.name == "panorama.modes"]
+    assert len(told) == (not wraps)
+    for sentence in told:
+        assert sentence.startswith(f"seam_ratio={panorama.quality['seam_ratio']:.3g}, above 1.5: ")
+        assert sentence.endswith("try an image whose edges meet")
+
+
+RING = {"loop_closure": True, "width": 512, "height": 256}
+UNUSUAL: dict[str, tuple[dict[str, Any], dict[str, float], str]] = {
+    "good": (RING, {"seam_ratio": 1.5, "intra_lpips": 0.3}, ""),
+    "an edge of the scene": (RING, {"seam_ratio": 3.0, "seam_contrast": 1.5}, ""),
+    "a seam": (
+        RING,
+        {"seam_ratio": 1.51, "seam_contrast": 1.51},
+        r"seam_ratio=1.51, above 1.5: .* try another seed$",
+    ),
+    "incoherent": (
+        {},
+        {"intra_lpips": 0.31},
+        r"intra_lpips=0.31, in this family usually 0.1 to 0.2: .*; try another seed$",
+    ),
+    "incoherent, not synchronised": (
+        {"sync_weight": 3.0},
+        {"intra_lpips": 0.31},
+        r"another seed, or sync_weight=20$",
+    ),
+    "parts that differ": ({"prompt": "day | night", "width": 512}, {"intra_lpips": 0.9}, ""),
+    "not measured": (RING, {}, ""),
+}
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_what_is_unusual_is_told_with_what_helps(tiny: Models, case: str) -> None:
+    inputs, quality, told = UNUSUAL[case]
+    resolved = tiny.prepare(request("syncdiffusion", **inputs)).request
+    found = unusual(quality, resolved, (0.1, 0.2))
+    assert len(found) == bool(told)
+    assert all(re.search(told, sentence) for sentence in found)
+    assert not [s for s in unusual(quality, resolved, None) if "intra_lpips" in s]
+
+
+def test_the_usual_range_is_that_of_the_family(
+    models: Models, tiny: Models, caplog: pytest.LogCaptureFixture
+) -> None:
+    low, high = tiny.usual["syncdiffusion"]
+    assert 0 < low < high
+    assert models.usual == {}
+    wanted = request("syncdiffusion")
+    distance = models.generate(wanted).quality["intra_lpips"]
+    assert caplog.records == []
+    ranges = {"syncdiffusion": (0.0, distance / 4), "syncdiffusion-xl": (0.0, 0.0)}
+    replace(models, usual=ranges).generate(wanted)
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        f"intra_lpips={distance:.3g}, in this family usually 0 to"
+    )
+
+
+# --- the best of several ---
+
+
+@pytest.mark.parametrize(
+    "ordered",
+    [
+        [
+            {"seam_ratio": 1.5, "seam_contrast": 3.0, "intra_lpips": 0.1},
+            {"seam_ratio": 3.0, "seam_contrast": 1.5, "intra_lpips": 0.15},
+            {"seam_ratio": 1.4, "seam_contrast": 1.0, "intra_lpips": 0.2},
+            {"seam_ratio": 1.5, "seam_contrast": 0.9, "intra_lpips": 0.2},
+            {"seam_ratio": 1.0, "seam_contrast": 1.0},
+            {"seam_ratio": 1.6, "seam_contrast": 1.6, "intra_lpips": 0.05},
+        ],
+        [{"intra_lpips": 0.1}, {"intra_lpips": 0.2}, {"sharpness": 3.0}],
+    ],
+    ids=["rings", "strips"],
+)
+def test_the_better_image_is_less_bad(ordered: list[dict[str, float]]) -> None:
+    for better, worse in pairwise(ordered):
+        assert badness(better) < badness(worse)
+
+
+@pytest.mark.parametrize(
+    ("mode", "inputs", "expected"),
+    [
+        ("syncdiffusion", {"width": 64, "height": 64}, False),
+        ("syncdiffusion", {"width": 124, "height": 64}, False),
+        ("syncdiffusion", {"width": 64, "height": 128}, True),
+        ("syncdiffusion", {"width": 64, "height": 64, "loop_closure": True}, True),
+        ("sdxl-360", {"width": 64, "height": 64}, True),
+    ],
+)
+def test_images_can_be_compared_if_they_have_a_seam_or_windows(
+    models: Models, mode: str, inputs: dict[str, Any], expected: bool
+) -> None:
+    wanted = request(mode, **inputs)
+    resolved = models.prepare(wanted).request
+    assert can_compare(resolved, models.settings(mode)) == expected
+    quality = models.generate(wanted).quality
+    assert bool({"seam_ratio", "intra_lpips"} & set(quality)) == expected
