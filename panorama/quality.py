@@ -59,8 +59,9 @@ def seam_contrast(image: Tensor, closed: Axis = "x") -> float:
     An edge of the scene that happens to lie at the seam is some columns wide, so that its steps are
     all large.
     """
-    steps = column_steps(image.mT if closed == "y" else image)
-    return float(steps[0] / steps[[1, -1]].mean())
+    columns = (image.mT if closed == "y" else image)[..., [-2, -1, 0, 1]].double()
+    before, seam, after = columns.diff(dim=-1).abs().mean((0, 1, 2))
+    return float(2 * seam / (before + after))
 
 
 def edge_ratio(image: Tensor, pipeline: Pipeline, settings: Settings, steps: int) -> float:
