@@ -220,6 +220,8 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
         self.record_metric("seed", job.request.seed)
         for stage, duration in seconds.items():
             self.record_metric(f"seconds.{stage}", round(duration, 3))
+        for name, value in panorama.quality.items():
+            self.record_metric(f"quality.{name}", value)
         return path
 
     def new_path(self, suffix: str) -> Path:

@@ -21,17 +21,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import spheres
-from benchmarks.metrics import (
-    coherence,
-    discontinuity_score,
-    edge_ratio,
-    repetition,
-    seam_ratio,
-    variety,
-)
+from benchmarks.metrics import coherence, discontinuity_score, repetition, variety
 from panorama.images.vae import to_pil
 from panorama.modes import DEFAULT_FAMILY, load
 from panorama.pipeline import Pipeline
+from panorama.quality import edge_ratio, seam_ratio
 from panorama.request import Request
 from panorama.sampling.canvas import Axis
 from weights.train import dataset
@@ -91,11 +85,12 @@ def table_windows(arguments: argparse.Namespace) -> None:
             distances = [coherence(judge, image, window) for image in images]
             reference = reference or mean(distances)
             pipeline, settings = Pipeline(base), models.prepare(request).settings()
+            steps = settings.num_inference_steps
             panoramas = [torch.cat(image.split(window, -1)) * 2 - 1 for image in images]
             print(
                 f"{name:5}  {weight:11g}  {mean(distances):.4f} ({stdev(distances):.4f})"
                 f"  {max(distances):.3f}  {mean(distances) / reference - 1:+6.1%}"
-                f"  {mean(edge_ratio(image, pipeline, settings) for image in images):5.2f}"
+                f"  {mean(edge_ratio(i, pipeline, settings, steps) for i in images):5.2f}"
                 f"  {mean(repetition(i, window, ring=bool(shape.closed)) for i in images):10.3f}"
                 f"  {variety(judge, panoramas):7.3f}"
                 + (f"  {mean(map(seam_ratio, images)):.3f}" if shape.closed else ""),

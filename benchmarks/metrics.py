@@ -1,4 +1,4 @@
-"""Measures of panoramas: coherence, seams, edges, repetition, variety."""
+"""Measures of panoramas beside those that every image records, see `panorama.quality`."""
 
 from collections.abc import Sequence
 from itertools import combinations
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from panorama.images.sphere import Face
-from panorama.pipeline import Pipeline, Settings
+from panorama.quality import disjoint_windows
 from weights.train.recognise import Judge
 
 GREY = (0.299, 0.587, 0.114)
@@ -22,19 +22,12 @@ def coherence(judge: Judge, image: Tensor, window: int) -> float:
     Args:
         judge: measures distances.
         image: (1, 3, H, W) in [0, 1].
-        window: width, pixels.
+        window: side, pixels.
     """
-    windows = torch.cat(image.split(window, dim=-1)) * 2 - 1
+    windows = torch.cat([*disjoint_windows(image, window)]) * 2 - 1
     first, second = zip(*combinations(range(len(windows)), 2), strict=True)
     with torch.no_grad():
         return float(judge.distance(windows[list(first)], windows[list(second)]).mean())
-
-
-def seam_ratio(image: Tensor) -> float:
-    """Return the step across the seam of (1, 3, H, W) over the mean step between columns."""
-    steps = image.diff(dim=-1).abs().mean()
-    seam = (image[..., 0] - image[..., -1]).abs().mean()
-    return float(seam / steps)
 
 
 def discontinuity_score(image: Tensor, floor: float = 0.1) -> float:
@@ -59,33 +52,6 @@ def discontinuity_score(image: Tensor, floor: float = 0.1) -> float:
     outer_left, left, right, outer_right = edges.unbind(-1)
     ratios = left / (outer_left + floor) + right / (outer_right + floor)
     return float(ratios.mean() / 2)
-
-
-def edge_ratio(image: Tensor, pipeline: Pipeline, settings: Settings) -> float:
-    """Return the step at window edges over that between any latent cells, in the upper third.
-
-    Both are means over pairs of columns, and edges those of all windows of all denoising steps.
-    Edges lie between latent cells, where a decoder makes larger steps than elsewhere. A ratio above
-    1 means that windows show as panels.
-
-    Args:
-        image: (1, 3, H, W).
-        pipeline: the pipeline that made it.
-        settings: its settings.
-    """
-    canvas, factor, width = pipeline.canvas(settings), pipeline.base.factor, image.shape[-1]
-    upper = image[..., : image.shape[-2] // 3, :]
-    steps = (upper - upper.roll(1, -1)).abs().mean((0, 1, 2))  # (W,), across the left of a column
-    layout = settings.layout(canvas, pipeline.base.window, settings.num_inference_steps)
-    edges = [
-        edge * factor % width
-        for views in layout
-        for view in views
-        for edge in (view.left, view.left + view.width)
-        if canvas.closed == "x" or 0 < edge < canvas.width
-    ]
-    between = steps[::factor] if canvas.closed == "x" else steps[factor::factor]
-    return float(steps[edges].mean() / between.mean())
 
 
 def repetition(image: Tensor, window: int, *, ring: bool) -> float:

@@ -24,17 +24,12 @@ from matplotlib import pyplot
 from torch import Tensor
 
 from benchmarks.coherence import SHAPES, Shape, keep
-from benchmarks.metrics import (
-    coherence,
-    edge_ratio,
-    repetition,
-    seam_ratio,
-    variety,
-)
+from benchmarks.metrics import coherence, repetition, variety
 from benchmarks.operations import PUBLISHED_LOOP, Networks, Setting, operations
 from panorama.images.vae import decode
 from panorama.modes import Models, load
 from panorama.pipeline import Pipeline, Settings
+from panorama.quality import edge_ratio, seam_ratio
 from panorama.sampling.presets import EXACT, FAST, Preset
 from panorama.sampling.synchronize import SyncSettings
 from panorama.sampling.views import Fixed
@@ -117,7 +112,7 @@ def examine(
     return Found(
         seconds=seconds,
         distance=coherence(judge, image, side),
-        edges=edge_ratio(image, pipeline, settings),
+        edges=edge_ratio(image, pipeline, settings, settings.num_inference_steps),
         seam=seam_ratio(image),
         repetition=repetition(image, side, ring=bool(shape.closed)),
         right=[all(facts[name] == value for name, value in asked.items()) for facts in seen],

@@ -16,21 +16,19 @@ from torch import Tensor
 from benchmarks.metrics import (
     at_size_of,
     discontinuity_score,
-    edge_ratio,
     equatorial_energy,
     low_pass_psnr,
     polar_energy,
     repetition,
-    seam_ratio,
 )
 from panorama.images.vae import from_pil, resize
 from panorama.jobs import stages_of
 from panorama.modes import Models
 from panorama.pipeline import Pipeline
+from panorama.quality import edge_ratio, seam_ratio, sharpness
 from panorama.request import Request
 from weights.train import dataset, scenes
 from weights.train.depths import DepthReader, around, cells, correlation, depth_image
-from weights.train.measure import steps
 from weights.train.sdxl import PREFIX
 
 VERSIONS: Mapping[str, Mapping[str, Any]] = {
@@ -110,7 +108,7 @@ def bicubic(found: list[Scene], version: str) -> float:
     """Return the sharpness over renders of the base, enlarged by bicubic interpolation alone."""
     size = found[0].images[version].shape[-2:]
     enlarged = [replace(s, images={"": resize(s.base, size, "x")}) for s in found]
-    return over_renders(steps, enlarged, "")
+    return over_renders(sharpness, enlarged, "")
 
 
 def repeated(found: list[Scene], version: str, window: int) -> float:
@@ -134,8 +132,8 @@ def print_spheres(make: Maker, found: list[Scene]) -> None:
         stage = stages_of(job, pipeline)[-1]
         if stage.settings.layout.wraps:
             return float("nan")  # one view, without edges
-        settings = replace(stage.settings, num_inference_steps=stage.steps)
-        return mean(edge_ratio(s.images[version], pipeline, settings) for s in found)
+        images = (scene.images[version] for scene in found)
+        return mean(edge_ratio(i, pipeline, stage.settings, stage.steps) for i in images)
 
     def each(measure: Callable[[Tensor], float]) -> Callable[[str], float]:
         return lambda version: mean(measure(scene.images[version]) for scene in found)
@@ -146,7 +144,7 @@ def print_spheres(make: Maker, found: list[Scene]) -> None:
         "low-pass PSNR to the base, dB": lambda version: mean(
             low_pass_psnr(scene.images[version], scene.base) for scene in found
         ),
-        "sharpness over renders": partial(over_renders, steps, found),
+        "sharpness over renders": partial(over_renders, sharpness, found),
         "sharpness of bicubic over renders": partial(bicubic, found),
         "repetition over the base": partial(repeated, found, window=window),
         "window edges": edges,

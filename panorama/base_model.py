@@ -38,7 +38,7 @@ class BaseModel:
     scheduler: Any  # with the noise schedule that the UNet was trained on
     tiny_vae: Any = None  # AutoencoderTiny, which decodes the VAE's latents at far less cost
     controlnet: Any = None  # ControlNetModel for depth
-    perceptual: Any = None  # LPIPS, or a module with its `embed` and `distance`
+    perceptual: Any = None  # LPIPS; for `Pipeline`, any module with its `embed` and `distance`
     lora: Lora | None = None  # its own, see `lora_applied`
     tokens: tuple[str, ...] = ()  # its trigger tokens, if it has any
 

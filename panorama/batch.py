@@ -4,7 +4,8 @@ Each line of the file is a JSON object of inputs, such as {"prompt": "night over
 variable PROCESSES starts several processes, and so do torchrun and accelerate. Each makes the
 images of other lines; with `--together` all of them share the windows of every image.
 `results.jsonl`, beside the images, records each result. The same command again makes the images
-that are missing, broken or unrecorded. One command at a time may work on a folder.
+that are missing, broken or unrecorded. One command at a time may work on a folder. With
+`--best-of N` the image of a line is the best of N seeds: the line's own and those that follow it.
 """
 
 import argparse
@@ -29,6 +30,7 @@ import torch
 from torch import distributed
 
 from panorama import weights
+from panorama.best_of import make_best, read_scores, remove_all
 from panorama.environment import family_name, hide_progress_bars, max_cost
 from panorama.errors import shorten
 from panorama.images.files import is_whole, remove_parts
@@ -36,11 +38,12 @@ from panorama.request import INPUTS, Input, Request
 from panorama.weights import WeightsError
 
 if TYPE_CHECKING:
+    from panorama.jobs import Job
     from panorama.modes import Models
 
 RESULTS = "results.jsonl"
 LOCK = ".lock"  # holds the name of the process that works on the folder
-NAMES = "[0-9a-f]" * 12 + ".*"  # of images
+STEMS = "[0-9a-f]" * 12  # of the names of images
 FULL = (errno.ENOSPC, errno.EDQUOT)
 PATIENCE = timedelta(days=7)  # for the slowest process, which may have many more lines to go
 
@@ -62,6 +65,12 @@ class Process:
     rank: int  # from 0
     ranks: int  # the number of processes
     together: bool  # several processes share the windows of every image
+    best_of: int = 1  # the number of seeds of each line
+
+    @property
+    def writes(self) -> bool:
+        """Whether it writes the images that it makes, or leaves that to the first."""
+        return not self.together or self.rank == 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,15 +85,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder of the images")
     parser.add_argument("--family", help="defaults to the one that PANORAMA_FAMILY names")
     parser.add_argument("--together", action="store_true", help="share the windows of each image")
+    parser.add_argument("--best-of", metavar="N", default="1", help="keep the best of N seeds")
     options = parser.parse_args(arguments)
     with ExitStack() as stack:
         try:
             lines, family = read_lines(options.prompts), options.family or family_name()
             offered, processes = weights.describe(family), process_count()
+            best_of = parse_count("--best-of", options.best_of)
             options.output.mkdir(parents=True, exist_ok=True)
             lock = stack.enter_context(locked_folder(options.output))
             done = whole_images(lines, family, options.output)
             missing = [line for line in lines if line.file not in done]
+            if rank() == 0:
+                going_on = [options.output / line.file for line in missing if best_of > 1]
+                remove_all(options.output, STEMS, keep=going_on)
             modes = [mode for mode in offered if mode in modes_of(missing)]
             weights.require(family, modes)
             if missing and processes > 1:
@@ -100,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             models = load(family, modes=modes, device=own_device(), max_cost=max_cost())
         except (ValueError, OSError, WeightsError) as error:
             parser.error(str(error))
-        process = stack.enter_context(join_processes(options.together))
+        process = stack.enter_context(join_processes(options.together, best_of))
         fcntl.flock(lock, fcntl.LOCK_SH)  # each process holds it, should one outlive the first
         if process.together:
             distributed.barrier()  # all have read the results before any adds to them
@@ -117,10 +131,15 @@ def rank() -> int:
 
 def process_count() -> int:
     """Return the number of processes to start, 1 in one that was started; ValueError if bad."""
-    text = os.environ.get("PROCESSES", "1")
+    processes = parse_count("PROCESSES", os.environ.get("PROCESSES", "1"))
+    return 1 if "RANK" in os.environ else processes
+
+
+def parse_count(name: str, text: str) -> int:
+    """Return the positive integer that a text is; ValueError if it is none."""
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"PROCESSES={shorten(text)}: must be an integer, at least 1; try 2")
-    return 1 if "RANK" in os.environ else int(text)
+        raise ValueError(f"{name}={shorten(text)}: must be an integer, at least 1; try 2")
+    return int(text)
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
@@ -209,17 +228,17 @@ def own_device() -> torch.device | None:
 
 
 @contextmanager
-def join_processes(together: bool) -> Iterator[Process]:
+def join_processes(together: bool, best_of: int) -> Iterator[Process]:
     """Join the processes that torchrun or accelerate started. All of them leave at once."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks == 1:
-        yield Process(rank(), ranks, together=False)
+        yield Process(rank(), ranks, together=False, best_of=best_of)
         return
     device = own_device() if together else None  # without it, they only wait for one another
     backend = "nccl" if device else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE, device_id=device)
     try:
-        yield Process(rank(), ranks, together)
+        yield Process(rank(), ranks, together, best_of)
         distributed.barrier()  # a launcher ends all processes when the first reports a failure
     finally:
         distributed.destroy_process_group()
@@ -258,26 +277,54 @@ def make(line: Line, models: "Models", process: Process, folder: Path) -> bool:
     from panorama.images.safety import ImageWithheldError
     from panorama.sampling.ranks import sharing_windows
 
-    started, writes = time.monotonic(), not process.together or process.rank == 0
+    started = time.monotonic()
     result = {"line": line.number, "file": line.file, "family": models.family}
     result |= {"inputs": line.inputs}
     try:
         request = legal_request(line, models, together=process.together)
         result["seed"] = request.seed
+        job = models.prepare(request)
         with sharing_windows() if process.together else nullcontext():
-            panorama = models.generate(request)
-        if writes:
-            panorama.save(folder / line.file, request.output_quality)
+            result |= make_image(job, models, process, folder / line.file)
     except Exception as error:
         if getattr(error, "errno", None) in FULL:
             raise
         if process.together and not isinstance(error, ValueError | ImageWithheldError):
             raise  # the other processes wait for the share of this one
         result["error"] = f"{type(error).__name__}: {error}"
-    if writes:
+    if process.writes:
         add_result(folder, result | {"seconds": round(time.monotonic() - started, 3)})
+        if "error" not in result:
+            remove_all(folder, line.file.partition(".")[0])
         print(f"line {line.number}: {line.file}: {result.get('error', 'made')}", flush=True)
     return "error" not in result
+
+
+def make_image(job: "Job", models: "Models", process: Process, path: Path) -> dict[str, Any]:
+    """Make the image of a path, and return its results.
+
+    Returns:
+        Its `quality`; if it is the best of several, its `seed` and the `losers` too.
+
+    Raises:
+        ValueError: it is to be the best, and there is nothing to compare images by.
+    """
+    if process.best_of == 1:
+        panorama = models.run(job)
+        if process.writes:
+            panorama.save(path, job.request.output_quality)
+        return {"quality": panorama.quality}
+    from panorama.quality import can_compare
+
+    if not can_compare(job.request, models.settings(job.request.mode)):
+        raise ValueError(
+            f"--best-of={process.best_of}: must be 1 for an image that has neither a seam nor room "
+            "for two windows; try --best-of=1"
+        )
+    scores = read_scores(path, models.family)
+    if process.together:
+        distributed.barrier()  # all have read them before any adds to them
+    return make_best(models, job, process.best_of, path, scores, writes=process.writes)
 
 
 def legal_request(line: Line, models: "Models", *, together: bool) -> Request:
@@ -368,7 +415,7 @@ def locked_folder(folder: Path) -> Iterator[BinaryIO]:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {platform.node()}".encode())
             lock.flush()
-            remove_parts(folder, NAMES)
+            remove_parts(folder, f"{STEMS}.*")
         yield lock
 
 

@@ -28,6 +28,7 @@ from panorama.jobs import MODES, Counter, Job, Progress, Run, stages_of, timed
 from panorama.limits import Limits
 from panorama.loras import Fetcher, FetchError
 from panorama.pipeline import Pipeline, Settings
+from panorama.quality import Range, measure, unusual
 from panorama.request import INPUTS, ModeSettings, Request, ResolvedRequest, SpeedSettings
 from panorama.sampling.interrupt import interruptible
 
@@ -55,6 +56,7 @@ class Models:
     checker: SafetyChecker | None = None  # every image must pass it
     fetcher: Fetcher = field(default_factory=Fetcher)  # of LoRAs that users name
     limits: Limits | None = None  # requests beyond them are logged
+    usual: Mapping[str, Range] = field(default_factory=dict)  # intra_lpips by mode
     max_cost: float = inf  # of a request, see `panorama.cost`
     _lock: AbstractContextManager[Any] = field(default_factory=threading.Lock, repr=False)
 
@@ -129,7 +131,8 @@ class Models:
             job: from `prepare`.
             on_step: called after every step; an exception that it raises ends the run and leaves
                 the networks as they were. Previews have to pass the safety checker too.
-            poll: called many times within a step; an exception that it raises does the same.
+            poll: called many times within a step; an exception that it raises does the same. Not
+                called while the finished image is measured.
 
         Raises:
             ImageWithheldError: the safety checker flagged the image.
@@ -142,13 +145,18 @@ class Models:
         def preview(settings: Settings, x0: Tensor) -> Image.Image:
             return self._check(to_pil(pipeline.preview(settings, x0)), job.request)
 
-        with self._lock, interruptible(poll, *pipeline.base.networks()):
-            stages = stages_of(job, pipeline)
-            counter = Counter(stages, on_step, preview)
-            image = to_pil(Run(job, pipeline, generator, counter, seconds).make(stages))
-            with timed(seconds, "check"):
-                self._check(image, job.request)
-        metadata = job.metadata(self.family, self.device)
+        with self._lock:
+            with interruptible(poll, *pipeline.base.networks()):
+                stages = stages_of(job, pipeline)
+                counter = Counter(stages, on_step, preview)
+                image = to_pil(Run(job, pipeline, generator, counter, seconds).make(stages))
+                with timed(seconds, "check"):
+                    self._check(image, job.request)
+            with timed(seconds, "measure"):
+                quality = measure(job, pipeline, stages[-1], image)
+        for sentence in unusual(quality, job.request, self.usual.get(job.request.mode)):
+            logger.warning("%s", sentence)
+        metadata = {**job.metadata(self.family, self.device), "quality": quality}
         return Panorama(image, job.request.closed_axis, metadata, seconds)
 
     def generate(self, request: Request, on_step: Progress | None = None) -> Panorama:
@@ -228,7 +236,16 @@ def load(
     limits = Limits(**table) if table else None
     if max_cost is None:
         max_cost = MAX_COST.get(place.type, MAX_COST["cpu"])
-    models = Models(family, place, bases, offered, checker, limits=limits, max_cost=max_cost)
+    models = Models(
+        family,
+        place,
+        bases,
+        offered,
+        checker,
+        limits=limits,
+        usual=weights.usual_ranges(family),
+        max_cost=max_cost,
+    )
     for mode in modes:
         check_defaults(models, mode)
     return models

@@ -42,7 +42,13 @@ class Panorama:
     image: Image.Image  # RGB
     closed: "Axis"  # along which it closes, "" for none
     metadata: Mapping[str, Any]  # ready for JSON; see `read_metadata`
-    seconds: Mapping[str, float]  # time by stage: "denoise", "decode" and "check"
+    seconds: Mapping[str, float]  # time by stage: "denoise", "decode", "check" and "measure"
+
+    @property
+    def quality(self) -> Mapping[str, float]:
+        """What the image measures, by name; see docs/quality.md."""
+        quality: Mapping[str, float] = self.metadata.get("quality", {})
+        return quality
 
     def save(self, path: str | os.PathLike[str], quality: int = QUALITY) -> None:
         """Write the image with its metadata, whole or not at all.
@@ -137,7 +143,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         The `inputs` that its mode takes, as they were used, with files replaced by their hashes;
         the axis along which it is `closed`, "x", "y" or "" for none; the LoRA's `tokens` that
         preceded the prompt, "" for none; the model `family`; `versions`; the `device` that made
-        the image, and the `threads` of its CPU.
+        the image, and the `threads` of its CPU; the `quality` of the image.
 
     Raises:
         ValueError: the file is not an image with such metadata.

@@ -1,7 +1,8 @@
 """LPIPS: a perceptual distance between images that computes its fixed side once."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -108,6 +109,32 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
             )
         distance: Tensor = self.config.distance_scale * total
         return distance
+
+    def mean_distance(self, images: Iterable[Tensor]) -> float:
+        """Return the mean distance of all pairs of images, without a gradient.
+
+        Every image passes through the network once, since a distance is a weighted sum of squares:
+        over all pairs of n vectors, the mean of |a - b|^2 is twice their variance. One image at a
+        time is in memory.
+
+        Args:
+            images: at least two of one size, each (1, 3, H, W) in [-1, 1].
+        """
+        totals: Sequence[Any] = [0] * len(self.heads)
+        squares = []
+        with torch.no_grad():
+            for image in images:
+                features = self.embed(image)  # (1, C, h, w) for each stage
+                squares.append(self._weigh(features))
+                totals = [total + x for total, x in zip(totals, features, strict=True)]
+            count = len(squares)
+            variance = (sum(squares) - self._weigh(totals) / count) / (count - 1)
+        return float(self.config.distance_scale * 2 * max(variance, 0.0))
+
+    def _weigh(self, features: Sequence[Tensor]) -> float:
+        """Return the squares of features (1, C, h, w) of every stage as a distance adds them."""
+        stages = zip(features, self.heads, strict=True)
+        return sum(float((x.square() * head.view(1, -1, 1, 1)).sum(1).mean()) for x, head in stages)
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Return the distances (N,) of images (N, 3, H, W) from others, both in [-1, 1]."""

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import constants
 from tqdm import tqdm
 
-from panorama.weights.family import LIMITS, read_family
+from panorama.weights.family import LIMITS, OTHERS, USUAL, read_family
 from panorama.weights.hub import Cache
 from panorama.weights.hub import WeightsError as WeightsError
 from panorama.weights.lock import check_lock
@@ -48,12 +48,18 @@ def describe(family: str) -> Mapping[str, Mapping[str, Any]]:
         FileNotFoundError: there is no such family.
         ValueError: its file is not legal, see `read_family`.
     """
-    return {name: table for name, table in _family_file(family).items() if name != LIMITS}
+    return {name: table for name, table in _family_file(family).items() if name not in OTHERS}
 
 
 def limits(family: str) -> Mapping[str, Any] | None:
     """Return what a family says about its limits, None if it says nothing."""
     return _family_file(family).get(LIMITS)
+
+
+def usual_ranges(family: str) -> Mapping[str, Any]:
+    """Return the least and the greatest usual intra_lpips of the modes that a family gives them."""
+    ranges: Mapping[str, Any] = _family_file(family).get(USUAL, {})
+    return ranges
 
 
 def _family_file(family: str) -> Mapping[str, Any]:

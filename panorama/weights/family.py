@@ -1,4 +1,4 @@
-"""family.toml: the modes of a family with their defaults, and what it has learned."""
+"""family.toml: the modes of a family with their defaults, what it has learned, what is usual."""
 
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from panorama.errors import shorten
-from panorama.request import EVERY_MODE, INPUTS
+from panorama.request import EVERY_MODE, INPUTS, WINDOW_MODES
 
-LIMITS = "limits"  # the section that describes no mode
+LIMITS = "limits"  # the section of what it has learned
+USUAL = "intra_lpips"  # the section of usual ranges by mode, see `panorama.quality`
 DEFAULTS = ("width", "height", "guidance_scale")  # the keys of a mode: inputs
 LEARNED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "card": ("text", lambda value: isinstance(value, str)),
@@ -22,6 +23,8 @@ LEARNED: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     ),
 }
 """The keys of `LIMITS`: what each must be, and a function that says whether it is."""
+Section = tuple[Callable[[str, object], object], Iterable[str], Iterable[str]]
+"""A section: a function that checks a key and its value, the legal keys, and the required ones."""
 
 
 def read_family(path: Path) -> Mapping[str, Mapping[str, Any]]:
@@ -32,7 +35,7 @@ def read_family(path: Path) -> Mapping[str, Mapping[str, Any]]:
     """
     try:
         sections = tomllib.loads(path.read_text())
-        check_names("section", sections, (*EVERY_MODE, LIMITS))
+        check_names("section", sections, (*EVERY_MODE, *OTHERS))
         if not set(EVERY_MODE) & set(sections):
             raise ValueError(f"must have a section of a mode: {', '.join(EVERY_MODE)}")
         return {name: read_section(name, table) for name, table in sections.items()}
@@ -44,10 +47,10 @@ def read_section(name: str, table: Any) -> Mapping[str, Any]:
     """Check a section, and return its values in their own types, such as 7.0 for 7."""
     if not isinstance(table, dict):
         raise ValueError(f"{name}={shorten(table)}: must be a section, [{name}]")
-    check, legal = (check_limit, LEARNED) if name == LIMITS else (check_default, DEFAULTS)
+    check, legal, required = OTHERS.get(name, (check_default, DEFAULTS, DEFAULTS))
     try:
         check_names("key", table, legal)
-        if lacking := [key for key in legal if key not in table]:
+        if lacking := [key for key in required if key not in table]:
             raise ValueError(f"must have the key {lacking[0]}")
         return {key: check(key, value) for key, value in table.items()}
     except ValueError as error:
@@ -72,3 +75,20 @@ def check_limit(key: str, value: object) -> object:
     if not holds(value):
         raise ValueError(f"{key}={shorten(value)}: must be {rule}")
     return value
+
+
+def check_range(key: str, value: object) -> object:
+    """Return a range, such as (0.1, 0.2) for [0.1, 0.2]; ValueError if it is not legal."""
+    pair = value if isinstance(value, list) and len(value) == 2 else [-1, -1]
+    low, high = (number if type(number) in (int, float) else -1 for number in pair)
+    if not 0 <= low <= high <= 100:  # false for NaN
+        rule = "two numbers from 0 to 100, the smaller first"
+        raise ValueError(f"{key}={shorten(value)}: must be {rule}; try [0.1, 0.2]")
+    return low, high
+
+
+OTHERS: Mapping[str, Section] = {
+    LIMITS: (check_limit, LEARNED, LEARNED),
+    USUAL: (check_range, WINDOW_MODES, ()),
+}
+"""The sections that describe no mode. Each may be left out."""

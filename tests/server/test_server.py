@@ -44,7 +44,9 @@ def test_a_prediction_logs_its_seed_and_steps_and_records_metrics(server: Server
     _, prediction = server.predict(QUICK | {"seed": 5})
     assert re.fullmatch(r"seed: 5\ncost: \d+\nstep 1/2\nstep 2/2\n?", prediction["logs"])
     assert prediction["metrics"]["seed"] == 5
-    assert set(prediction["metrics"]["seconds"]) == {"denoise", "decode", "check", "save"}
+    stages = {"denoise", "decode", "check", "measure", "save"}
+    assert set(prediction["metrics"]["seconds"]) == stages
+    assert set(prediction["metrics"]["quality"]) == {"sharpness"}  # of one window
 
 
 def test_a_random_seed_can_be_used_again(server: Server):

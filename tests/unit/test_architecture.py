@@ -28,16 +28,19 @@ MAY_IMPORT = {
     "jobs": {
         *("request", "sampling", "conditioning", "images", "pipeline", "__version__"),
     },
+    "quality": {"request", "sampling", "pipeline", "jobs"},
     "modes": {
-        "jobs",
+        *("jobs", "quality"),
         *("errors", "request", "sampling", "conditioning", "images", "base_model", "pipeline"),
         *("cost", "limits", "weights", "loras", "__version__"),
     },
     "environment": {"errors", "weights", "cost", "modes"},
     "__init__": {"__version__", "errors", "request", "sampling", "images", "pipeline", "modes"},
     "__main__": {"errors", "request", "images", "weights", "environment"},
+    "best_of": {"request", "images", "quality", "jobs", "modes"},
     "batch": {
-        *("errors", "request", "sampling", "images", "weights", "modes", "environment"),
+        *("errors", "request", "sampling", "images", "weights", "jobs", "quality", "modes"),
+        *("best_of", "environment"),
     },
     "worker": {"errors"},
     "predict": {"request", "images", "jobs", "modes", "environment", "worker"},

@@ -4,9 +4,11 @@ import fcntl
 import json
 import os
 import re
+import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,8 @@ from panorama.batch import (
 )
 from panorama.conditioning import depth
 from panorama.images.files import Panorama, read_metadata
+from panorama.images.safety import ImageWithheldError
+from panorama.jobs import Job
 from panorama.request import EVERY_MODE, Request
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +104,45 @@ def test_processes_make_an_image_together_as_one_does(tmp_path: Path) -> None:
     for file in files(prompts):
         one, two = (levels(tmp_path / name / file) for name in ("one", "two"))
         assert np.abs(one - two).max() <= 1
+
+
+def test_processes_choose_the_best_together_as_one_does(tmp_path: Path) -> None:
+    line = SMALL | {"prompt": PROMPTS[0], "width": 512, "speed": "fast", "seed": 1}
+    prompts = write(tmp_path / "prompts.jsonl", [line])
+    launch(prompts, "-o", tmp_path / "one", "--best-of", 2, processes=1)
+    launch(prompts, "-o", tmp_path / "two", "--best-of", 2, "--together")
+    (one,), (two,) = (results(tmp_path / name) for name in ("one", "two"))
+    (loser,) = one["losers"]
+    assert {one["seed"], loser["seed"]} == {1, 2}
+    assert one["quality"]["intra_lpips"] < loser["quality"]["intra_lpips"]
+    assert (two["seed"], two["losers"][0]["seed"]) == (one["seed"], loser["seed"])
+    assert two["quality"] == pytest.approx(one["quality"], rel=0.01)
+    for name, result in (("one", one), ("two", two)):
+        made = read_metadata(tmp_path / name / result["file"])
+        assert (made["inputs"]["seed"], made["quality"]) == (result["seed"], result["quality"])
+
+
+def test_a_killed_process_leaves_its_images_to_the_next(tmp_path: Path) -> None:
+    """An image of a seed that the first process made is made better, and then kept."""
+    line = SMALL | {"prompt": PROMPTS[0], "width": 512, "speed": "fast", "seed": 1}
+    prompts, folder = write(tmp_path / "prompts.jsonl", [line]), tmp_path / "images"
+    command = [ROOT / "script" / "batch", prompts, "-o", folder, "--best-of", "3"]
+    with subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL) as process:
+        while not (made := [*folder.glob(".*/[0-9]*.png")]):
+            assert process.poll() is None
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    metadata = read_metadata(made[0])
+    better = metadata | {"quality": metadata["quality"] | {"intra_lpips": 0.0}}
+    Panorama(Image.new("RGB", (512, 256)), "", better, {}).save(made[0])
+    assert run_batch(prompts, "-o", folder, "--best-of", 3).returncode == 0
+    (result,) = results(folder)
+    assert (result["seed"], len(result["losers"])) == (1, 2)
+    assert result["quality"] == better["quality"]
+    assert levels(folder / result["file"]).max() == 0
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [".lock", "results.jsonl", result["file"]]
+    )
 
 
 def levels(path: Path) -> np.ndarray:
@@ -251,6 +294,10 @@ class FakeModels:
     family = "tiny"
     failing = ""  # a prompt
     defaults = dict.fromkeys(EVERY_MODE)
+    quality: Callable[[int], dict[str, float]] = staticmethod(lambda seed: {})
+
+    def __init__(self) -> None:
+        self.seeds: list[int] = []  # of the images that were begun
 
     def settings(self, mode: str) -> Any:
         from panorama.request import ModeSettings, SpeedSettings
@@ -265,14 +312,18 @@ class FakeModels:
             speeds={"exact": SpeedSettings(50)},
         )
 
-    def generate(self, request: Request) -> Panorama:
-        request.resolve(self.settings(request.mode))
+    def prepare(self, request: Request) -> Job:
         if request.depth_image:
             depth.read(request.depth_image)
-        if request.prompt == self.failing:
+        return Job(request.resolve(self.settings(request.mode)))
+
+    def run(self, job: Job) -> Panorama:
+        seed = job.request.seed
+        self.seeds.append(seed)
+        if job.request.prompt == self.failing:
             raise MemoryError("no memory")
-        image = Image.new("RGB", (8, 8))
-        return Panorama(image, "", {"prompt": request.prompt, "seed": request.seed}, {})
+        metadata = {"seed": seed, "family": self.family, "quality": self.quality(seed)}
+        return Panorama(Image.new("RGB", (8, 8)), "", metadata, {})
 
 
 @pytest.fixture
@@ -513,3 +564,213 @@ def test_a_depth_image_is_a_path(tmp_path):
     inputs = {"prompt": "bedroom", "mode": "sdxl-360", "depth_image": "depth.png"}
     (line,) = read_lines(write(tmp_path / "prompts.jsonl", [inputs]))
     assert line.request.depth_image == Path("depth.png")
+
+
+# --- the best of several seeds ---
+
+SCORES: dict[int, dict[str, float]] = {
+    5: {"intra_lpips": 0.03},
+    6: {"intra_lpips": 0.02, "seam_ratio": 1.6},
+    7: {"intra_lpips": 0.05, "seam_ratio": 0.9},
+    8: {"intra_lpips": 0.04, "seam_ratio": 1.4},
+    9: {"intra_lpips": 0.04, "seam_ratio": 1.1},
+}
+RING = {"prompt": "sea", "loop_closure": True, "seed": 5}
+
+
+def best(prompts: Path, folder: Path, count: int = 5, code: int = 0) -> dict[str, Any]:
+    """Make the images of a file with --best-of; returns the last result."""
+    assert main([str(prompts), "-o", str(folder), "--best-of", str(count)]) == code
+    return results(folder)[-1]
+
+
+@pytest.mark.parametrize(
+    ("scores", "order"),
+    [
+        ({5: 0.3, 6: 0.1, 7: 0.2}, [6, 7, 5]),
+        ({5: 0.3, 6: 0.3, 7: 0.3}, [5, 6, 7]),
+    ],
+)
+def test_the_image_whose_windows_are_most_alike_is_kept(
+    scores: dict[int, float], order: list[int], tmp_path: Path, fake: FakeModels
+) -> None:
+    fake.quality = lambda seed: {"intra_lpips": scores[seed], "sharpness": 2.0}
+    line = {"prompt": "sea", "width": 512, "seed": 5, "output_format": "jpg"}
+    prompts = write(tmp_path / "prompts.jsonl", [line])
+    result = best(prompts, tmp_path / "images", 3)
+    assert [result["seed"], *(loser["seed"] for loser in result["losers"])] == order
+    assert result["quality"] == fake.quality(order[0])
+    assert [loser["quality"] for loser in result["losers"]] == [*map(fake.quality, order[1:])]
+    (image,) = (tmp_path / "images").glob("*.jpg")
+    assert image.name == result["file"] == files(prompts)[0]
+    assert read_metadata(image)["seed"] == order[0]
+    assert not [path for path in (tmp_path / "images").glob(".*") if path.name != ".lock"]
+
+
+def test_a_seam_that_shows_loses_and_of_equal_windows_the_better_seam_is_kept(
+    tmp_path: Path, fake: FakeModels
+) -> None:
+    fake.quality = SCORES.__getitem__
+    result = best(write(tmp_path / "prompts.jsonl", [RING]), tmp_path)
+    assert [result["seed"], *(loser["seed"] for loser in result["losers"])] == [9, 8, 7, 6, 5]
+
+
+def test_a_sphere_is_chosen_by_its_seam(tmp_path: Path, fake: FakeModels) -> None:
+    fake.quality = lambda seed: {"seam_ratio": abs(seed - 6.5), "sharpness": 1.0}
+    lines = [{"prompt": "sea", "mode": "sdxl-360", "seed": 4}]
+    assert best(write(tmp_path / "prompts.jsonl", lines), tmp_path, 4)["seed"] == 6
+
+
+def test_a_line_without_a_seed_has_its_own_and_those_that_follow(
+    tmp_path: Path, fake: FakeModels
+) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "sea", "width": 512}])
+    (line,) = read_lines(prompts)
+    assert isinstance(line.request, Request)
+    best(prompts, tmp_path, 3)
+    assert fake.seeds == [line.request.seed + k for k in range(3)]
+
+
+def test_after_the_last_seed_comes_the_first(tmp_path: Path, fake: FakeModels) -> None:
+    lines = [RING | {"seed": 2**32 - 2}]
+    best(write(tmp_path / "prompts.jsonl", lines), tmp_path, 4)
+    assert fake.seeds == [2**32 - 2, 2**32 - 1, 0, 1]
+
+
+def test_an_image_without_a_seam_and_two_windows_is_refused_before_it_is_made(
+    tmp_path: Path, fake: FakeModels
+) -> None:
+    lines = [{"prompt": "sea"}, {"prompt": "sea", "width": 504}, {"prompt": "sea", "width": 512}]
+    prompts = write(tmp_path / "prompts.jsonl", lines)
+    best(prompts, tmp_path, 2, code=1)
+    errors = [result.get("error", "") for result in results(tmp_path)]
+    assert ["--best-of=2: must be 1 for an image" in error for error in errors] == [1, 1, 0]
+    assert len(fake.seeds) == 2
+
+
+def test_withheld_seeds_lose(tmp_path: Path, fake: FakeModels) -> None:
+    def quality(seed: int) -> dict[str, float]:
+        if seed in withheld:
+            raise ImageWithheldError("the image was withheld")
+        return SCORES[seed]
+
+    fake.quality, withheld = quality, {5, 9}
+    prompts = write(tmp_path / "prompts.jsonl", [RING])
+    result = best(prompts, tmp_path)
+    assert [result["seed"], *(loser["seed"] for loser in result["losers"])] == [8, 7, 6, 5, 9]
+    told = [loser.get("error") for loser in result["losers"]]
+    assert told == [None, None, "the image was withheld", "the image was withheld"]
+
+    withheld = set(SCORES)
+    (tmp_path / files(prompts)[0]).unlink()
+    assert best(prompts, tmp_path, code=1)["error"] == "ImageWithheldError: the image was withheld"
+
+
+class Killed(BaseException):
+    """The end of a process, as far as a test in the same process can have it."""
+
+
+def killed(prompts: Path, folder: Path, fake: FakeModels, seed: int) -> list[int]:
+    """Kill a command when it begins a seed; returns the seeds that it made."""
+
+    def quality(current: int) -> dict[str, float]:
+        if current == seed:
+            raise Killed
+        return SCORES[current]
+
+    fake.quality = quality
+    with pytest.raises(Killed):
+        main([str(prompts), "-o", str(folder), "--best-of", "5"])
+    made, fake.seeds, fake.quality = fake.seeds[:-1], [], SCORES.__getitem__
+    return made
+
+
+@pytest.mark.parametrize("output_format", ["png", "webp"])
+def test_a_killed_command_goes_on_with_the_seeds_that_are_missing(
+    output_format: str, tmp_path: Path, fake: FakeModels
+) -> None:
+    prompts, folder = tmp_path / "prompts.jsonl", tmp_path / "images"
+    write(prompts, [RING | {"output_format": output_format}])
+    assert killed(prompts, folder, fake, 8) == [5, 6, 7]
+    assert not [*folder.glob("[!.]*")]  # no image before the best is known
+    assert best(prompts, folder)["seed"] == 9
+    assert fake.seeds == [8, 9]
+    assert len(results(folder)) == 1
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [".lock", "results.jsonl", files(prompts)[0]]
+    )
+
+
+@pytest.mark.parametrize("damage", [empty, cut, flip])
+def test_a_seed_whose_image_is_damaged_is_made_again(
+    damage: Callable[[Path], None], tmp_path: Path, fake: FakeModels
+) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [RING])
+    killed(prompts, tmp_path, fake, 9)
+    (image,) = tmp_path.glob(".*/6.png")
+    damage(image)
+    best(prompts, tmp_path)
+    assert fake.seeds == [6, 9]
+
+
+def test_seeds_of_another_family_and_beyond_the_count_do_not_take_part(
+    tmp_path: Path, fake: FakeModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [RING])
+    killed(prompts, tmp_path, fake, 9)
+    assert best(prompts, tmp_path, 2)["seed"] == 6
+    assert fake.seeds == []
+    (tmp_path / files(prompts)[0]).unlink()
+    killed(prompts, tmp_path, fake, 9)
+    fake.family = "full"
+    monkeypatch.setenv("PANORAMA_FAMILY", "full")
+    best(prompts, tmp_path, 2)
+    assert fake.seeds == [5, 6]
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_what_is_left_on_the_way_to_other_images_is_removed(
+    count: int, tmp_path: Path, fake: FakeModels
+) -> None:
+    """Also when a command was killed after its last image was recorded."""
+    prompts = write(tmp_path / "prompts.jsonl", [RING])
+    killed(prompts, tmp_path, fake, 9)
+    own, other = tmp_path / f".{'a' * 12}", tmp_path / ".holiday"
+    for place in (own, other):
+        place.mkdir()
+        (place / "5.png").touch()
+    best(prompts, tmp_path, count)
+    assert (own.exists(), other.exists()) == (False, True)
+    assert [path.name for path in tmp_path.glob(".*")] in (
+        [".lock", other.name],
+        [other.name, ".lock"],
+    )
+    own.mkdir()
+    best(prompts, tmp_path, count)
+    assert not own.exists()
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "two", "1.5", ""])
+def test_a_bad_number_of_seeds_is_refused(
+    count: str, tmp_path: Path, fake: FakeModels, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [RING])
+    with pytest.raises(SystemExit) as exit_:
+        main([str(prompts), "-o", str(tmp_path), f"--best-of={count}"])
+    assert exit_.value.code == 2
+    assert f"--best-of={count!r}: must be an integer, at least 1" in capsys.readouterr().err
+
+
+def test_a_full_disk_on_the_way_to_the_best_loses_nothing(
+    tmp_path: Path, small_disk: Path, fake: FakeModels, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.quality = lambda seed: {"seam_ratio": 1 / (1 + seed)}
+    prompts = write(tmp_path / "prompts.jsonl", [RING | {"seed": 0}])
+    (small_disk / "ballast").write_bytes(b"x" * 16_000)
+    assert main([str(prompts), "-o", str(small_disk), "--best-of", "20"]) == 1
+    assert "1 of 1 images are left" in capsys.readouterr().err
+    made, fake.seeds = fake.seeds[:-1], []
+    assert 0 < len(made) < 20
+    subprocess.run(["mount", "-o", "remount,size=1m", small_disk], check=True)
+    assert best(prompts, small_disk, 20)["seed"] == 19
+    assert fake.seeds == [*range(len(made), 20)]

@@ -14,9 +14,9 @@ from benchmarks.metrics import (
     equatorial_energy,
     low_pass_psnr,
     polar_energy,
-    seam_ratio,
 )
 from panorama.modes import load
+from panorama.quality import seam_ratio
 from tests.small_sdxl import save_family
 from weights.train.depths import DepthReader
 

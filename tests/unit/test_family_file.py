@@ -12,6 +12,7 @@ from panorama.weights.family import read_family
 from tests.small_sdxl import save_family
 
 MODE = "[sdxl-360]\nwidth = 512\nheight = 256\nguidance_scale = 4\n"
+USUAL = "[intra_lpips]\nsyncdiffusion = [0, 0.25]\n"
 LEARNED = '[limits]\ncard = "README.md"\nheight = 256\nwords = ["sea"]\n'
 
 
@@ -21,11 +22,12 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_it_is_read_in_the_types_of_the_inputs(path: Path) -> None:
-    path.write_text(MODE + LEARNED)
+    path.write_text(MODE + LEARNED + USUAL)
     sections = read_family(path)
     assert sections == {
         "sdxl-360": {"width": 512, "height": 256, "guidance_scale": 4.0},
         "limits": {"card": "README.md", "height": 256, "words": ["sea"]},
+        "intra_lpips": {"syncdiffusion": (0, 0.25)},
     }
     assert type(sections["sdxl-360"]["guidance_scale"]) is float
 
@@ -41,7 +43,7 @@ BAD = {
     "no mode": (LEARNED, "must have a section of a mode"),
     "unknown section": (
         MODE + "[sdxl-36O]\n",
-        "must not have the section 'sdxl-36O', only syncdiffusion, .*, limits",
+        "must not have the section 'sdxl-36O', only syncdiffusion, .*, intra_lpips",
     ),
     "key of no section": ("width = 512\n" + MODE, "must not have the section 'width'"),
     "no section": ("sdxl-360 = 3\n", r"sdxl-360=3: must be a section, \[sdxl-360\]"),
@@ -74,6 +76,21 @@ BAD = {
         r"\[limits\] height=True: must be an integer of at least 1",
     ),
     "zero": (MODE + LEARNED.replace("256", "0"), r"\[limits\] height=0: must be an integer"),
+    "a range of no windows": (
+        MODE + USUAL.replace("syncdiffusion", "sdxl-360"),
+        r"\[intra_lpips\] must not have the key 'sdxl-360', only syncdiffusion, syncdiffusion-xl",
+    ),
+    "one number": (
+        MODE + USUAL.replace("[0, 0.25]", "0.25"),
+        r"\[intra_lpips\] syncdiffusion=0.25: must be two numbers from 0 to 100, the smaller first",
+    ),
+    "three numbers": (MODE + USUAL.replace("[0", "[0, 0.1"), r"syncdiffusion=\[0, 0.1, 0.25\]"),
+    "the larger first": (MODE + USUAL.replace("[0", "[0.3"), r"syncdiffusion=\[0.3, 0.25\]: must"),
+    "below zero": (MODE + USUAL.replace("[0", "[-1"), r"syncdiffusion=\[-1, 0.25\]: must"),
+    "no end": (MODE + USUAL.replace("0.25", "inf"), r"syncdiffusion=\[0, inf\]: must"),
+    "a range from NaN": (MODE + USUAL.replace("[0", "[nan"), r"syncdiffusion=\[nan, 0.25\]: must"),
+    "a range to NaN": (MODE + USUAL.replace("0.25", "nan"), r"syncdiffusion=\[0, nan\]: must"),
+    "a range to true": (MODE + USUAL.replace("0.25", "true"), r"syncdiffusion=\[0, True\]: must"),
     "no card": (MODE + LEARNED.replace('"README.md"', "3"), r"\[limits\] card=3: must be text"),
 }
 

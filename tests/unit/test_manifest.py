@@ -180,7 +180,9 @@ def test_a_family_that_is_a_folder_has_the_components_that_are_in_it(tmp_path, m
         assert paths == {path.name: path for path in (tiny / "sdxl").iterdir()}
         assert weights.components(family, "perceptual") == {"perceptual": tiny / "perceptual"}
         weights.require(family)
+        ranges = {mode: [*pair] for mode, pair in weights.usual_ranges(family).items()}
         described = {**weights.describe(family), "limits": weights.limits(family)}
+        described["intra_lpips"] = ranges
         assert described == tomllib.loads((tiny / "family.toml").read_text())
     assert weights.components(str(tmp_path), "sd2") == {}
 

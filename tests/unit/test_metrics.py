@@ -3,11 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.metrics import edge_ratio, repetition, variety
-from panorama.base_model import BaseModel
-from panorama.pipeline import Pipeline, Settings
-from panorama.sampling.views import Fixed, Sliding
-from tests.small_sd2 import build
+from benchmarks.metrics import repetition, variety
 from weights.train.recognise import Judge
 
 WINDOW = 64
@@ -44,25 +40,6 @@ def test_repetition_is_the_correlation_of_its_definition(ring: bool) -> None:
         found.append(float((details[:, : moved.shape[-1]] * moved).sum()))
     expected = max(found) / float(details.square().sum())
     assert repetition(image, WINDOW, ring=ring) == pytest.approx(expected, abs=1e-4)
-
-
-def test_panels_at_fixed_windows_have_edges_and_smooth_images_none() -> None:
-    base: BaseModel = build()
-    side = base.window * base.factor
-    settings = Settings(
-        prompt="sea", height=side, width=4 * side, num_inference_steps=8, layout=Fixed(base.window)
-    )
-    panels = torch.tensor([0.2, 0.5, 0.3, 0.9]).repeat_interleave(side).expand(1, 3, side, -1)
-    even = torch.linspace(0, 1, 4 * side).expand(1, 3, side, -1)
-    pipeline = Pipeline(base)
-    # All steps are at 3 edges, of 4 * window - 1 places between cells.
-    expected = (4 * base.window - 1) / 3
-    assert edge_ratio(panels, pipeline, settings) == pytest.approx(expected, rel=1e-4)
-    grid = (even * 4 * base.window).floor()  # steps between all cells, as decoders make them
-    for smooth in (even, grid):
-        assert edge_ratio(smooth, pipeline, settings) == pytest.approx(1, rel=1e-3)
-    ring = Settings(prompt="sea", height=side, width=4 * side, closed="x", layout=Sliding(None))
-    assert edge_ratio(panels, pipeline, ring) < 4
 
 
 def test_variety_is_the_mean_distance_between_panoramas() -> None:

@@ -191,7 +191,7 @@ def test_a_panorama_knows_which_axis_closes(
 
 def test_every_stage_is_timed(models: Models) -> None:
     seconds = models.generate(request()).seconds
-    assert list(seconds) == ["denoise", "decode", "check"]
+    assert list(seconds) == ["denoise", "decode", "check", "measure"]
     assert all(value >= 0 for value in seconds.values()) and seconds["denoise"] > 0
 
 
@@ -621,7 +621,8 @@ def test_each_stage_is_counted_and_previewed_at_its_size(models: Models) -> None
     poles = [(HEIGHT, HEIGHT)] * 4
     sizes = [size for stage in stages for size in (*stage, *poles)]
     assert seen == [(k + 1, len(sizes), size) for k, size in enumerate(sizes)]
-    assert set(panorama.seconds) == {"denoise", "decode", "upscale", "poles", "check"}
+    timed = {"denoise", "decode", "upscale", "poles", "check", "measure"}
+    assert set(panorama.seconds) == timed
 
 
 def test_the_metadata_makes_an_enlarged_panorama_again(models: Models, tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ class FakeModels:
             on_step(step, steps, pytest.fail)  # Cog gets one image, and no previews
             self.steps_done = step
         image = Image.new("RGB", (job.request.width, job.request.height))
-        return Panorama(image, "", job.request.mode_inputs(), {"denoise": 1.0, "check": 2.0})
+        metadata = {**job.request.mode_inputs(), "quality": {"seam_ratio": 1.2, "sharpness": 3.0}}
+        return Panorama(image, "", metadata, {"denoise": 1.0, "check": 2.0})
 
 
 def untouched_signals(seconds: float) -> Termination:
@@ -102,10 +103,12 @@ def test_a_prediction_has_the_format_that_was_asked_for(predictor, name, kind):
     assert read_metadata(path)["output_format"] == name
 
 
-def test_metrics_have_the_seed_and_the_seconds_of_every_stage(predictor):
+def test_metrics_have_the_seed_the_seconds_of_every_stage_and_the_quality(predictor):
     call(predictor)
     assert predictor.metrics.pop("seconds.save") < 10
-    assert predictor.metrics == {"seed": 7, "seconds.denoise": 1.0, "seconds.check": 2.0}
+    seconds = {"seconds.denoise": 1.0, "seconds.check": 2.0}
+    quality = {"quality.seam_ratio": 1.2, "quality.sharpness": 3.0}
+    assert predictor.metrics == {"seed": 7, **seconds, **quality}
 
 
 def test_a_prediction_deletes_the_image_of_the_one_before(predictor):

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from panorama.modes import DEFAULT_FAMILY, Models, load
 from panorama.pipeline import Pipeline
+from panorama.quality import sharpness
 from panorama.request import INPUTS, ModeSettings, Request
 from weights.train import autoencoder, dataset, rooms, scenes
 from weights.train.__main__ import WORK
@@ -190,11 +191,6 @@ def measure_skylines(make: Make, given: Measuring) -> None:
         print(f"skyline of {len(rows)} {name} of snowy mountains >= {RISE:g} degrees: {share:.1%}")
 
 
-def steps(images: Tensor) -> float:
-    """Return the mean step between neighbouring pixels of (N, 3, H, W) in [0, 1], grey levels."""
-    return float(sum(images.diff(dim=dim).abs().mean() for dim in (-1, -2)) / 2 * 255)
-
-
 def measure_likeness(make: Make, judge: Judge, given: Measuring) -> None:
     """Print sharpness of windows and their Frechet distance to as many held-out renders."""
     rng, found, made = np.random.default_rng(0), [], []
@@ -207,7 +203,9 @@ def measure_likeness(make: Make, judge: Judge, given: Measuring) -> None:
         image = np.roll(held_out.rgb[number % len(held_out.rgb)], -left, 1)
         found.append(to_tensor(window(image)[None]) / 2 + 0.5)
     ours, renders = torch.cat(made), torch.cat(found)
-    print(f"sharpness of {len(ours)} windows over renders: {steps(ours) / steps(renders):.3f}")
+    print(
+        f"sharpness of {len(ours)} windows over renders: {sharpness(ours) / sharpness(renders):.3f}"
+    )
     seen = [features(judge, images * 2 - 1) for images in (ours, renders)]
     print(f"Frechet distance over the variance: {strangeness(*seen):.3f}")
 
