@@ -713,6 +713,16 @@ def test_a_seed_whose_image_is_damaged_is_made_again(
     assert fake.seeds == [6, 9]
 
 
+def test_a_seed_whose_webp_is_too_large_to_read_is_made_again(
+    tmp_path: Path, fake: FakeModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [RING | {"output_format": "webp"}])
+    killed(prompts, tmp_path, fake, 9)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    assert best(prompts, tmp_path)["seed"] == 9
+    assert fake.seeds == [5, 6, 7, 8, 9]
+
+
 def test_seeds_of_another_family_and_beyond_the_count_do_not_take_part(
     tmp_path: Path, fake: FakeModels, monkeypatch: pytest.MonkeyPatch
 ) -> None:
