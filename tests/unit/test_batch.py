@@ -569,7 +569,7 @@ def test_a_depth_image_is_a_path(tmp_path):
 # --- the best of several seeds ---
 
 SCORES: dict[int, dict[str, float]] = {
-    5: {"intra_lpips": 0.03},
+    5: {"intra_lpips": 0.03, "seam_ratio": 2.0},
     6: {"intra_lpips": 0.02, "seam_ratio": 1.6},
     7: {"intra_lpips": 0.05, "seam_ratio": 0.9},
     8: {"intra_lpips": 0.04, "seam_ratio": 1.4},
@@ -711,6 +711,16 @@ def test_a_seed_whose_image_is_damaged_is_made_again(
     damage(image)
     best(prompts, tmp_path)
     assert fake.seeds == [6, 9]
+
+
+def test_a_seed_whose_webp_is_too_large_to_read_is_made_again(
+    tmp_path: Path, fake: FakeModels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = write(tmp_path / "prompts.jsonl", [RING | {"output_format": "webp"}])
+    killed(prompts, tmp_path, fake, 9)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8)
+    assert best(prompts, tmp_path)["seed"] == 9
+    assert fake.seeds == [5, 6, 7, 8, 9]
 
 
 def test_seeds_of_another_family_and_beyond_the_count_do_not_take_part(
