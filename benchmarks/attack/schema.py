@@ -26,12 +26,14 @@ GOALS = {
 }
 MODES = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
 CHEAP: dict[str, dict[str, Any]] = {
-    "width": {"maximum": 256, "multipleOf": 64},
-    "height": {"maximum": 256, "multipleOf": 64},
-    "num_inference_steps": {"maximum": 1},
-    "upscale": {"maximum": 2},
+    "width": {"default": 256, "maximum": 256, "multipleOf": 64},
+    "height": {"default": 256, "maximum": 256, "multipleOf": 64},
+    "num_inference_steps": {"default": 1, "maximum": 1},
+    "upscale": {"default": 1, "maximum": 2},
 }
 """Limits that keep a legal image short; without them most time would go into a few."""
+LARGEST = 16384
+"""Sizes above it are not legal, and cost nothing."""
 
 
 def document() -> dict[str, Any]:
@@ -45,6 +47,7 @@ def document() -> dict[str, Any]:
     schemas["PredictionRequest"]["required"] = ["input"]
     for name, limits in CHEAP.items():
         schemas["Input"]["properties"][name] |= limits
+    schemas["Input"]["properties"]["prompt"]["minLength"] = 1  # most would be empty, and refused
     raw["components"]["schemas"] = schemas
     raw["paths"] = {"/predictions": raw["paths"]["/predictions"]}
     return dict(raw)
@@ -56,14 +59,17 @@ def cheap(body: Any) -> Any:
         return body
     body = {name: value for name, value in body.items() if name not in ("id", "webhook")}
     if isinstance(inputs := body.get("input"), dict):
-        limits = {name: limits["maximum"] for name, limits in CHEAP.items() if name in inputs}
-        small = {
-            name: most for name, most in limits.items() if most < number(inputs[name]) <= 16384
+        body["input"] = inputs | {
+            name: at_most(inputs.get(name), limits) for name, limits in CHEAP.items()
         }
-        body["input"] = (
-            inputs | small | {"num_inference_steps": inputs.get("num_inference_steps", 1)}
-        )
     return body
+
+
+def at_most(value: Any, limits: dict[str, Any]) -> Any:
+    """Return a value, or its default if it is left out, or its maximum if it is more and legal."""
+    if value is None:
+        return limits["default"]
+    return limits["maximum"] if limits["maximum"] < number(value) <= LARGEST else value
 
 
 def number(value: Any) -> float:
