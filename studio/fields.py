@@ -1,0 +1,95 @@
+"""A component for every input, built from the table of inputs."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from panorama.request import INPUTS, Input
+
+COMMON = ("mode", "prompt", "width", "height", "loop_closure", "speed", "depth_image", "seed")
+"""The inputs in sight, in their order on the page. The others are in the accordion."""
+COMPONENTS: Mapping[type, type[gr.components.Component]] = {
+    str: gr.Textbox,
+    bool: gr.Checkbox,
+    int: gr.Number,
+    float: gr.Number,
+    Path: gr.File,  # an image component would reduce a depth image to 8 bits
+}
+"""The component of an input without choices and without a range that a slider could show."""
+BY_DEFAULT = ("by default", "")
+"""The choice of a dropdown that leaves an optional input out."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """An input on the page."""
+
+    rule: Input
+    box: gr.Column  # around the two below; hidden in modes without the input
+    component: gr.components.Component
+    note: gr.HTML  # an error that names the input, or nothing
+
+
+def build_field(rule: Input, mode: str, choices: Sequence[Any]) -> Field:
+    """Build the field of an input, for a page that starts in a mode."""
+    box = gr.Column(elem_id=f"input-{rule.name}", elem_classes="field", visible=mode in rule.modes)
+    with box:
+        component = build_component(rule, mode if rule.name == "mode" else rule.default, choices)
+        if rule.kind is Path:  # its component has no room for a description
+            gr.HTML(escape(describe(rule)), elem_classes="description")
+        return Field(rule, box, component, gr.HTML(visible=False, elem_classes="problem"))
+
+
+def build_component(rule: Input, default: Any, choices: Sequence[Any]) -> gr.components.Component:
+    """Build the component of an input. One without a value leaves the input out.
+
+    Numbers have no minimum and maximum here, except on sliders: Gradio would refuse a value in a
+    pop-up, away from the input. `Request` checks them.
+    """
+    options: dict[str, Any] = {"label": rule.name, "info": describe(rule)}
+    if not rule.required:
+        options["value"] = default
+    if choices:
+        if rule.optional:
+            choices, options["value"] = (BY_DEFAULT, *choices), BY_DEFAULT[1]
+        return gr.Dropdown(choices, **options)
+    if rule.kind in (int, float) and rule.maximum < inf and not rule.optional:
+        step = 1 if rule.kind is int else 0.01
+        return gr.Slider(rule.minimum, rule.maximum, step=step, **options)
+    if rule.kind is Path:
+        del options["info"]
+        options |= {"file_count": "single", "type": "filepath", "height": 120}
+    return COMPONENTS[rule.kind](**options)
+
+
+def describe(rule: Input) -> str:
+    """Return an input's range and description."""
+    if rule.minimum == -inf:
+        return rule.description
+    limits = f"{rule.minimum} to {rule.maximum}"
+    return f"{limits if rule.maximum < inf else f'From {rule.minimum}'}. {rule.description}"
+
+
+def read_inputs(fields: Iterable[Field], values: Mapping[Any, Any], mode: str) -> dict[str, Any]:
+    """Return the inputs that a form gives to a mode, without those left empty."""
+    inputs = {}
+    for field in fields:
+        rule, value = field.rule, values[field.component]
+        if mode in rule.modes and (rule.required or value not in (None, "")):
+            inputs[rule.name] = Path(value) if rule.kind is Path else value
+    return inputs
+
+
+def named_inputs(message: str) -> list[str]:
+    """Return the inputs that an error names, such as width in "width=8: must be ..."."""
+    head = message.partition(": must ")[0]
+    names = re.findall(r"(?:^| and |, )(\w+)=", head)
+    if re.match(r"\w+=['\"]", head):  # the rest may be a part of the text
+        names = names[:1]
+    return [name for name in names if name in INPUTS]
