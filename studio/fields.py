@@ -12,8 +12,15 @@ import gradio as gr
 
 from panorama.request import INPUTS, Input
 
-COMMON = ("mode", "prompt", "width", "height", "loop_closure", "speed", "depth_image", "seed")
-"""The inputs in sight, in their order on the page. The others are in the accordion."""
+COMMON = (
+    ("mode",),
+    ("prompt",),
+    ("width", "height"),
+    ("speed", "loop_closure"),
+    ("depth_image",),
+    ("seed",),
+)
+"""The inputs in sight, by rows of the page. The others are in the accordion."""
 COMPONENTS: Mapping[type, type[gr.components.Component]] = {
     str: gr.Textbox,
     bool: gr.Checkbox,
@@ -38,11 +45,16 @@ class Field:
 
 def build_field(rule: Input, mode: str, choices: Sequence[Any]) -> Field:
     """Build the field of an input, for a page that starts in a mode."""
-    box = gr.Column(elem_id=f"input-{rule.name}", elem_classes="field", visible=mode in rule.modes)
+    box = gr.Column(
+        elem_id=f"input-{rule.name}",
+        elem_classes="field",
+        visible=mode in rule.modes,
+        min_width=150,
+    )
     with box:
         component = build_component(rule, mode if rule.name == "mode" else rule.default, choices)
         if rule.kind is Path:  # its component has no room for a description
-            gr.HTML(escape(describe(rule)), elem_classes="description")
+            gr.HTML(escape(describe(rule)), elem_classes="info-text")
         return Field(rule, box, component, gr.HTML(visible=False, elem_classes="problem"))
 
 
@@ -64,7 +76,9 @@ def build_component(rule: Input, default: Any, choices: Sequence[Any]) -> gr.com
         return gr.Slider(rule.minimum, rule.maximum, step=step, **options)
     if rule.kind is Path:
         del options["info"]
-        options |= {"file_count": "single", "type": "filepath", "height": 120}
+        options["height"] = 120
+    if rule.kind in (int, float):
+        options["placeholder"] = "by default"  # without one, Gradio shows 0 for no value
     return COMPONENTS[rule.kind](**options)
 
 

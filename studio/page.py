@@ -18,7 +18,7 @@ from panorama.images.files import closed_axis, metadata_of, read_whole
 from panorama.images.viewer import PAGE, page
 from panorama.request import INPUTS, Request
 from studio.backends import Backend
-from studio.fields import COMMON, Field, build_field, named_inputs, read_inputs
+from studio.fields import BY_DEFAULT, COMMON, Field, build_field, named_inputs, read_inputs
 
 RESULTS = "results"  # the path of the folder of results, as a URL
 PREVIEW_SECONDS = 1.0  # from one preview to the next
@@ -35,13 +35,15 @@ EXAMPLES = (
 CSS = """
 .gradio-container { max-width: 1500px !important; margin: auto; }
 .field { gap: 4px; }
-.field [class*="info"], .description { color: var(--body-text-color-subdued); font-size: 12px; }
+[data-testid="block-info"] { color: var(--body-text-color) !important; }
+.info-text { color: #666 !important; font-size: 12px; }
+.field:not(:focus-within) .info-text {
+  display: -webkit-box; overflow: hidden; -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
 .field:has(.problem) { border-left: 4px solid #c62828; padding-left: 8px; }
 .problem { color: #c62828; font-size: 14px; overflow-wrap: anywhere; }
 .result iframe { width: 100%; aspect-ratio: 16 / 9; border: 0; background: #000; }
-.result img { width: 100%; }
+.result img, progress { width: 100%; }
 .result summary { cursor: pointer; }
-progress { width: 100%; }
 """
 
 
@@ -123,25 +125,25 @@ class Studio:
             choices = modes if name == "mode" else INPUTS[name].choices
             self.fields[name] = build_field(INPUTS[name], start, choices)
 
-        for name in COMMON:
-            add(name)
+        common = [name for row in COMMON for name in row]
+        for row in COMMON:
+            with gr.Row():
+                for name in row:
+                    add(name)
         with gr.Row():
             self.start = gr.Button("Make the panorama", variant="primary")
             self.stop = gr.Button("Stop", interactive=False)
-        with gr.Accordion("More inputs", open=False) as self.more:
-            for name in INPUTS:
-                if name not in COMMON:
-                    add(name)
-        shown = [name for name in COMMON if any(name in example for example in EXAMPLES)]
-        defaults = {name: None if INPUTS[name].required else INPUTS[name].default for name in shown}
+        examples = [example for example in EXAMPLES if example.get("mode", default) in modes]
+        shown = [name for name in common if any(name in example for example in examples)]
         gr.Examples(
-            [
-                list((defaults | example).values())
-                for example in EXAMPLES
-                if example.get("mode", default) in modes
-            ],
+            [[example.get(name, empty(name)) for name in shown] for example in examples],
             [self.fields[name].component for name in shown],
+            example_labels=[label(example) for example in examples],
         )
+        with gr.Accordion("More inputs", open=False) as self.more, gr.Row():
+            for name in INPUTS:
+                if name not in common:
+                    add(name)
 
     def build_result(self) -> None:
         """Build what shows the progress of a run, its error and its result."""
@@ -217,10 +219,8 @@ class Studio:
 
     def fill_in(self, made: Mapping[str, Any]) -> list[Any]:
         """Return the values of the form for inputs that made a panorama."""
-        return [
-            str(made[name]) if isinstance(made.get(name), Path) else made.get(name, rule.default)
-            for name, rule in INPUTS.items()
-        ]
+        values = {name: made.get(name, empty(name)) for name in self.fields}
+        return [str(v) if isinstance(v, Path) else v for v in values.values()]
 
     def show_error(self, message: str, names: Collection[str]) -> dict[Any, Any]:
         """Show a message at the inputs that it names, or else above the result; "" for none."""
@@ -230,7 +230,7 @@ class Studio:
             for name, field in self.fields.items()
         }
         changes[self.problem] = gr.update(value=problem, visible=bool(message and not names))
-        if set(names) - set(COMMON):
+        if set(names) - {name for row in COMMON for name in row}:
             changes[self.more] = gr.update(open=True)
         return changes
 
@@ -255,6 +255,22 @@ class Studio:
             self.again: gr.update(visible=True),
             self.made: inputs | {"seed": seed},
         }
+
+
+def empty(name: str) -> Any:
+    """Return the value of a component that leaves its input out."""
+    rule = INPUTS[name]
+    if rule.optional and rule.choices:
+        return BY_DEFAULT[1]
+    return None if rule.required else rule.default
+
+
+def label(example: Mapping[str, Any]) -> str:
+    """Return what to call an example."""
+    inputs = [name for name in example if name not in ("prompt", "mode")]
+    return (
+        f"{example['prompt']} ({', '.join([example.get('mode', INPUTS['mode'].default), *inputs])})"
+    )
 
 
 def write_result(folder: Path, data: bytes) -> tuple[int | None, str]:
