@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from math import inf
@@ -24,8 +25,8 @@ COMMON = (
 COMPONENTS: Mapping[type, type[gr.components.Component]] = {
     str: gr.Textbox,
     bool: gr.Checkbox,
-    int: gr.Number,
-    float: gr.Number,
+    int: gr.Textbox,  # a number component would show 0 for no value
+    float: gr.Textbox,
     Path: gr.File,  # an image component would reduce a depth image to 8 bits
 }
 """The component of an input without choices and without a range that a slider could show."""
@@ -54,16 +55,12 @@ def build_field(rule: Input, mode: str, choices: Sequence[Any]) -> Field:
     with box:
         component = build_component(rule, mode if rule.name == "mode" else rule.default, choices)
         if rule.kind is Path:  # its component has no room for a description
-            gr.HTML(escape(describe(rule)), elem_classes="info-text")
+            gr.HTML(describe(rule), elem_classes="info-text")
         return Field(rule, box, component, gr.HTML(visible=False, elem_classes="problem"))
 
 
 def build_component(rule: Input, default: Any, choices: Sequence[Any]) -> gr.components.Component:
-    """Build the component of an input. One without a value leaves the input out.
-
-    Numbers have no minimum and maximum here, except on sliders: Gradio would refuse a value in a
-    pop-up, away from the input. `Request` checks them.
-    """
+    """Build the component of an input. One without a value leaves the input out."""
     options: dict[str, Any] = {"label": rule.name, "info": describe(rule)}
     if not rule.required:
         options["value"] = default
@@ -74,20 +71,24 @@ def build_component(rule: Input, default: Any, choices: Sequence[Any]) -> gr.com
     if rule.kind in (int, float) and rule.maximum < inf and not rule.optional:
         step = 1 if rule.kind is int else 0.01
         return gr.Slider(rule.minimum, rule.maximum, step=step, **options)
-    if rule.kind is Path:
+    component = COMPONENTS[rule.kind]
+    if component is gr.File:
         del options["info"]
         options["height"] = 120
-    if rule.kind in (int, float):
-        options["placeholder"] = "by default"  # without one, Gradio shows 0 for no value
-    return COMPONENTS[rule.kind](**options)
+    elif component is gr.Textbox and rule.optional:
+        options["placeholder"] = BY_DEFAULT[0]
+    return component(**options)
 
 
 def describe(rule: Input) -> str:
-    """Return an input's range and description."""
-    if rule.minimum == -inf:
-        return rule.description
-    limits = f"{rule.minimum} to {rule.maximum}"
-    return f"{limits if rule.maximum < inf else f'From {rule.minimum}'}. {rule.description}"
+    """Return HTML of an input's range and description, with what can be opened."""
+    first, stop, rest = rule.description.partition(". ")
+    if rule.minimum > -inf:
+        upper = f"{rule.minimum} to {rule.maximum}"
+        first = f"{upper if rule.maximum < inf else f'From {rule.minimum}'}. {first}"
+    if not rest:
+        return escape(first)
+    return f"<details><summary>{escape(first)}{stop}</summary>{escape(rest)}</details>"
 
 
 def read_inputs(fields: Iterable[Field], values: Mapping[Any, Any], mode: str) -> dict[str, Any]:
@@ -96,8 +97,19 @@ def read_inputs(fields: Iterable[Field], values: Mapping[Any, Any], mode: str) -
     for field in fields:
         rule, value = field.rule, values[field.component]
         if mode in rule.modes and (rule.required or value not in (None, "")):
-            inputs[rule.name] = Path(value) if rule.kind is Path else value
+            inputs[rule.name] = parse(rule, value)
     return inputs
+
+
+def parse(rule: Input, value: Any) -> Any:
+    """Return the value of an input that a component stands for, or else a text to refuse."""
+    if rule.kind is Path:
+        return Path(value)
+    if rule.kind in (int, float) and isinstance(value, str):
+        for kind in (int, float):
+            with suppress(ValueError):
+                return kind(value)
+    return value
 
 
 def named_inputs(message: str) -> list[str]:

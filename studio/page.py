@@ -37,13 +37,11 @@ CSS = """
 .field { gap: 4px; }
 [data-testid="block-info"] { color: var(--body-text-color) !important; }
 .info-text { color: #666 !important; font-size: 12px; }
-.field:not(:focus-within) .info-text {
-  display: -webkit-box; overflow: hidden; -webkit-box-orient: vertical; -webkit-line-clamp: 2; }
+summary { cursor: pointer; }
 .field:has(.problem) { border-left: 4px solid #c62828; padding-left: 8px; }
 .problem { color: #c62828; font-size: 14px; overflow-wrap: anywhere; }
 .result iframe { width: 100%; aspect-ratio: 16 / 9; border: 0; background: #000; }
 .result img, progress { width: 100%; }
-.result summary { cursor: pointer; }
 """
 
 
