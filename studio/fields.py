@@ -18,8 +18,7 @@ COMMON = (
     ("prompt",),
     ("width", "height"),
     ("speed", "loop_closure"),
-    ("depth_image",),
-    ("seed",),
+    ("seed", "depth_image"),
 )
 """The inputs in sight, by rows of the page. The others are in the accordion."""
 COMPONENTS: Mapping[type, type[gr.components.Component]] = {
@@ -39,7 +38,7 @@ class Field:
     """An input on the page."""
 
     rule: Input
-    box: gr.Column  # around the two below; hidden in modes without the input
+    box: gr.Column  # around the others; hidden in modes without the input
     component: gr.components.Component
     note: gr.HTML  # an error that names the input, or nothing
 
@@ -54,14 +53,13 @@ def build_field(rule: Input, mode: str, choices: Sequence[Any]) -> Field:
     )
     with box:
         component = build_component(rule, mode if rule.name == "mode" else rule.default, choices)
-        if rule.kind is Path:  # its component has no room for a description
-            gr.HTML(describe(rule), elem_classes="info-text")
+        gr.HTML(describe(rule), elem_classes="description")
         return Field(rule, box, component, gr.HTML(visible=False, elem_classes="problem"))
 
 
 def build_component(rule: Input, default: Any, choices: Sequence[Any]) -> gr.components.Component:
     """Build the component of an input. One without a value leaves the input out."""
-    options: dict[str, Any] = {"label": rule.name, "info": describe(rule)}
+    options: dict[str, Any] = {"label": rule.name}
     if not rule.required:
         options["value"] = default
     if choices:
@@ -73,7 +71,6 @@ def build_component(rule: Input, default: Any, choices: Sequence[Any]) -> gr.com
         return gr.Slider(rule.minimum, rule.maximum, step=step, **options)
     component = COMPONENTS[rule.kind]
     if component is gr.File:
-        del options["info"]
         options["height"] = 120
     elif component is gr.Textbox and rule.optional:
         options["placeholder"] = BY_DEFAULT[0]

@@ -25,21 +25,27 @@ PREVIEW_SECONDS = 1.0  # from one preview to the next
 DEPTH = Path(__file__).parents[1] / "docs" / "depth.png"
 ROOM = "hdri view, bedroom in the color of green"
 SUFFIXES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}  # by the format of a file
-EXAMPLES = (
-    {"prompt": "sunset over volcanic land", "loop_closure": True, "speed": "fast"},
-    {"prompt": "night over the sea | dawn over the sea", "width": 1024, "speed": "fast"},
-    {"mode": "syncdiffusion-xl", "prompt": "hdri view, dawn over green hills"},
-    {"mode": "sdxl-360", "prompt": ROOM},
-    {"mode": "sdxl-360", "prompt": ROOM, "depth_image": str(DEPTH)},
-)
+EXAMPLES: Mapping[str, Mapping[str, Any]] = {
+    "A ring": {"prompt": "sunset over volcanic land", "loop_closure": True, "speed": "fast"},
+    "From night to dawn": {
+        "prompt": "night over the sea | dawn over the sea",
+        "width": 1024,
+        "speed": "fast",
+    },
+    "A strip of SDXL": {"mode": "syncdiffusion-xl", "prompt": "hdri view, dawn over green hills"},
+    "A room": {"mode": "sdxl-360", "prompt": ROOM},
+    "A room by its depth": {"mode": "sdxl-360", "prompt": ROOM, "depth_image": str(DEPTH)},
+}
+"""Inputs by what to call them, in words that the family `tiny` knows."""
 CSS = """
 .gradio-container { max-width: 1500px !important; margin: auto; }
 .field { gap: 4px; }
 [data-testid="block-info"] { color: var(--body-text-color) !important; }
-.info-text { color: #666 !important; font-size: 12px; }
+.field .html-container { padding: 0 4px; }
+.description * { font-size: 12px; }
 summary { cursor: pointer; }
 .field:has(.problem) { border-left: 4px solid #c62828; padding-left: 8px; }
-.problem { color: #c62828; font-size: 14px; overflow-wrap: anywhere; }
+.problem * { color: #c62828; overflow-wrap: anywhere; }
 .result iframe { width: 100%; aspect-ratio: 16 / 9; border: 0; background: #000; }
 .result img, progress { width: 100%; }
 """
@@ -131,12 +137,12 @@ class Studio:
         with gr.Row():
             self.start = gr.Button("Make the panorama", variant="primary")
             self.stop = gr.Button("Stop", interactive=False)
-        examples = [example for example in EXAMPLES if example.get("mode", default) in modes]
-        shown = [name for name in common if any(name in example for example in examples)]
+        examples = {k: v for k, v in EXAMPLES.items() if v.get("mode", default) in modes}
+        shown = [name for name in common if any(name in inputs for inputs in examples.values())]
         gr.Examples(
-            [[example.get(name, empty(name)) for name in shown] for example in examples],
+            [[inputs.get(name, empty(name)) for name in shown] for inputs in examples.values()],
             [self.fields[name].component for name in shown],
-            example_labels=[label(example) for example in examples],
+            example_labels=list(examples),
         )
         with gr.Accordion("More inputs", open=False) as self.more, gr.Row():
             for name in INPUTS:
@@ -151,7 +157,7 @@ class Studio:
             visible=False, label="Preview", interactive=False, format="jpeg", buttons=[]
         )
         self.result = gr.HTML("The panorama appears here.", elem_classes="result")
-        self.again = gr.Button("Again with these inputs", visible=False)
+        self.again = gr.Button("Again with these inputs and this seed", size="sm", visible=False)
         self.made = gr.State({})  # the inputs of the result, with its seed
 
     def connect(self) -> None:
@@ -263,14 +269,6 @@ def empty(name: str) -> Any:
     return None if rule.required else rule.default
 
 
-def label(example: Mapping[str, Any]) -> str:
-    """Return what to call an example."""
-    inputs = [name for name in example if name not in ("prompt", "mode")]
-    return (
-        f"{example['prompt']} ({', '.join([example.get('mode', INPUTS['mode'].default), *inputs])})"
-    )
-
-
 def write_result(folder: Path, data: bytes) -> tuple[int | None, str]:
     """Write the file of a panorama, its viewer and its seam check; return its seed and HTML."""
     image = read_whole(data, "panorama")
@@ -280,7 +278,7 @@ def write_result(folder: Path, data: bytes) -> tuple[int | None, str]:
     (folder / file).write_bytes(data)
     (folder / f"{name}{PAGE}").write_bytes(page(data, f"panorama {seed}"))
     roll(image.convert("RGB"), axis).save(folder / seam, quality=95)
-    ends = "the ends meet in the middle" if axis else "the ends of this one need not match"
+    ends = "Its ends meet in the middle." if axis else "It is open, so its ends need not match."
     return (
         seed,
         f"""
@@ -288,7 +286,7 @@ def write_result(folder: Path, data: bytes) -> tuple[int | None, str]:
 <p><a href="{RESULTS}/{file}" download="panorama-{seed}{Path(file).suffix}">Download the image</a>
 · <a href="{RESULTS}/{name}{PAGE}" download="panorama-{seed}{PAGE}">Download the viewer</a>
 · <a href="{RESULTS}/{name}{PAGE}" target="_blank">Open the viewer in a tab</a></p>
-<details><summary>Seam check: the image rolled by half, so that {ends}</summary>
+<details><summary>Seam check: the image rolled by half. {ends}</summary>
 <a href="{RESULTS}/{seam}" target="_blank"><img src="{RESULTS}/{seam}" alt="Rolled by half"></a>
 </details>""",
     )
