@@ -42,6 +42,7 @@ CSS = """
 .field { gap: 4px; }
 [data-testid="block-info"] { color: var(--body-text-color) !important; }
 .field .html-container { padding: 0 4px; }
+.fields:not(:has(.field)) { display: none; }
 .description * { font-size: 12px; }
 summary { cursor: pointer; }
 .field:has(.problem) { border-left: 4px solid #c62828; padding-left: 8px; }
@@ -131,7 +132,7 @@ class Studio:
 
         common = [name for row in COMMON for name in row]
         for row in COMMON:
-            with gr.Row():
+            with gr.Row(elem_classes="fields"):
                 for name in row:
                     add(name)
         with gr.Row():
