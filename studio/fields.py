@@ -53,7 +53,7 @@ def build_field(rule: Input, mode: str, choices: Sequence[Any]) -> Field:
     )
     with box:
         component = build_component(rule, mode if rule.name == "mode" else rule.default, choices)
-        gr.HTML(describe(rule), elem_classes="description")
+        gr.HTML(describe(rule), elem_id=f"about-{rule.name}", elem_classes="description")
         return Field(rule, box, component, gr.HTML(visible=False, elem_classes="problem"))
 
 

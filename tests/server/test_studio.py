@@ -4,9 +4,11 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import urllib.request
 from collections.abc import Iterator
+from html import unescape
 from math import inf
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -124,27 +126,23 @@ def problem(tab: Page, name: str) -> str:
 
 def test_there_is_a_component_for_every_input(library):
     with urllib.request.urlopen(f"{library}/config") as answer:
-        config = json.load(answer)
-    text = {c["props"].get("label"): c["props"] for c in config["components"]}
-    boxes = {c["props"]["elem_id"]: c for c in config["components"] if c["props"].get("elem_id")}
-    described = [c["props"]["value"] for c in config["components"] if c["type"] == "html"]
+        components = [component["props"] for component in json.load(answer)["components"]]
+    labelled = {props.get("label"): props for props in components}
+    named = {props.get("elem_id"): props for props in components}
     for name, rule in INPUTS.items():
-        props, box = text[name], boxes[f"input-{name}"]["props"]
-        assert box["visible"] == ("syncdiffusion" in rule.modes), name
-        if rule.choices:
-            values = [value for _, value in props["choices"]]
-            assert values == ["", *rule.choices] if rule.optional else list(rule.choices), name
-        if "minimum" in props:
-            assert (props["minimum"], props["maximum"]) == (rule.minimum, rule.maximum)
-        if rule.minimum > -inf:
-            limits = f"{rule.minimum} to {rule.maximum}. "
-            limits = limits if rule.maximum < inf else f"From {rule.minimum}. "
-            first = rule.description.split(". ")[0].removesuffix(".")
-            assert any(f"{limits}{first}" in html for html in described if html), name
-        if not rule.required:
-            empty = "" if rule.optional and rule.choices else rule.default
-            found = props.get("value")
-            assert found == (str(empty) if isinstance(found, str) and empty != "" else empty), name
+        component = labelled[name]
+        assert named[f"input-{name}"]["visible"] == ("syncdiffusion" in rule.modes)
+        about = unescape(re.sub("<.*?>", "", named[f"about-{name}"]["value"]))
+        upper = f" to {rule.maximum}. " if rule.maximum < inf else ". "
+        limits = f"{rule.minimum}{upper}" if rule.minimum > -inf else ""
+        assert about.removeprefix("From ") == f"{limits}{rule.description}"
+        if "minimum" in component:
+            assert (component["minimum"], component["maximum"]) == (rule.minimum, rule.maximum)
+        choices = ("", *rule.choices) if rule.choices and rule.optional else rule.choices
+        assert tuple(value for _, value in component.get("choices", ())) == choices
+        value = None if rule.required else rule.default
+        shown = component.get("value")
+        assert shown == value or shown == str(value) or (value is None and shown == "")
 
 
 @needs_chromium
