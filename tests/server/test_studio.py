@@ -35,7 +35,7 @@ needs_chromium = pytest.mark.skipif(bool(browser.MISSING), reason=browser.MISSIN
 @contextlib.contextmanager
 def studio(log: Path, *arguments: str) -> Iterator[str]:
     """The URL of a studio in a process of its own."""
-    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}
+    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_WAIT_POLICY": "passive"}
     with log.open("w") as output:
         command = [str(PYTHON), "-m", "studio", "--port", "0", *arguments]
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
