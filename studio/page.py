@@ -173,7 +173,9 @@ class Studio:
         ]
         # One run at a time: further ones wait.
         make = {"concurrency_limit": 1, "show_progress": "hidden", "trigger_mode": "once"}
-        gr.on([self.start.click, prompt.submit], self.make, set(components), outputs, **make)
+        run = gr.on([self.start.click, prompt.submit], self.make, set(components), outputs, **make)
+        # Not before the run is over: Gradio would drop a click.
+        run.then(self.be_ready, None, [self.start, self.stop], queue=False)
         self.stop.click(self.end, queue=False)
         self.blocks.unload(self.end)
         mode.change(self.show_mode, mode, [field.box for field in fields], queue=False)
@@ -186,8 +188,6 @@ class Studio:
         started = time.monotonic()
         busy = {self.start: gr.update(interactive=False), self.stop: gr.update(interactive=True)}
         idle = {
-            self.start: gr.update(interactive=True),
-            self.stop: gr.update(interactive=False),
             self.progress: gr.update(visible=False),
             self.preview: gr.update(value=None, visible=False),
         }
@@ -207,6 +207,10 @@ class Studio:
             yield idle | self.show_error(f"{type(error).__name__}: {error}", ())
         finally:
             del self.running[session.session_hash]
+
+    def be_ready(self) -> list[Any]:
+        """Let the user start a run, and none be stopped."""
+        return [gr.update(interactive=True), gr.update(interactive=False)]
 
     def end(self, session: gr.Request) -> None:
         """Stop the run of a page, if there is one."""

@@ -24,7 +24,7 @@ from tests import browser
 from .conftest import ROOT, Server, wait_until
 
 PYTHON = ROOT / ".venv-studio" / "bin" / "python"
-MILLISECONDS = 120_000
+MILLISECONDS = 60_000
 pytestmark = [
     pytest.mark.server,
     pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-studio, which script/studio makes"),
