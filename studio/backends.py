@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 OnStep = Callable[[int, int, "Callable[[], Image] | None"], None]
 """Called with the number of a step, the number of steps, and what makes a preview, if anything."""
-FAILED = "Prediction failed: "  # what Cog puts before an error, perhaps twice
+FAILED = re.compile(r"^(Prediction failed: )*(ValueError: )?")  # what Cog puts before an error
 STEP = re.compile(r"^step (\d+)/(\d+)$", re.MULTILINE)  # in a prediction's log
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -134,5 +134,5 @@ def read_output(answer: httpx2.Response) -> bytes:
     body = answer.json()
     if body.get("status") != "succeeded":
         error = str(body.get("error") or body.get("detail") or body)
-        raise ValueError(re.sub(f"^({FAILED})+", "", error))
+        raise ValueError(FAILED.sub("", error))
     return base64.b64decode(body["output"].partition(",")[2])
