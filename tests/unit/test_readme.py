@@ -34,7 +34,8 @@ def test_the_table_of_inputs_is_that_of_request():
 
 
 def test_link_targets_exist():
-    for text in (README, ROOT / "weights" / "tiny" / "README.md", ROOT / "docs" / "operate.md"):
+    pages = (ROOT / "docs" / "operate.md", ROOT / "docs" / "studio.md")
+    for text in (README, ROOT / "weights" / "tiny" / "README.md", *pages):
         for target in re.findall(r"\]\(([^)#:]+)\)", text.read_text()):
             assert (text.parent / target).exists(), f"{text}: {target}"
 
