@@ -13,6 +13,7 @@ from math import inf
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, Route, sync_playwright
@@ -162,11 +163,9 @@ def test_a_panorama_from_a_prompt(library, chromium, tmp_path):
         assert (inputs["num_inference_steps"], inputs["sync_threshold"]) == (2, 0)
         image = Image.open(file)
         assert image.size == (512, 256)
-        left, middle = (
-            i.resize((1, 1), box=box).getpixel((0, 0))
-            for i, box in ((image, (0, 0, 32, 256)), (seam(tab), (256, 0, 288, 256)))
-        )
-        assert max(abs(a - b) for a, b in zip(left, middle, strict=True)) <= 2
+        pixels, rolled = (np.asarray(i, dtype=float) for i in (image, seam(tab)))
+        error = np.abs(rolled - np.roll(pixels, 256, axis=1)).mean()
+        assert error < 3 and error < np.abs(rolled - pixels).mean() / 3
 
         fill(tab, prompt="night", seed="")
         tab.get_by_role("button", name="Again with these inputs").click()
@@ -212,7 +211,8 @@ def test_a_mode_shows_its_own_inputs(library, chromium):
 def test_a_run_stops(library, chromium):
     with opened(chromium, library) as tab:
         tab.get_by_text("More inputs").click()
-        fill(tab, prompt="night over the sea", width=2048, num_inference_steps=200)
+        fill(tab, prompt="night over the sea", width=512, height=256)
+        fill(tab, num_inference_steps=200, sync_threshold=0)
         make(tab)
         tab.get_by_alt_text("Preview").or_(tab.locator("progress")).first.wait_for()
         tab.get_by_role("button", name="Stop").click()
