@@ -148,7 +148,6 @@ def test_there_is_a_component_for_every_input(library):
 
 
 @needs_chromium
-@pytest.mark.slow
 def test_a_panorama_from_a_prompt(library, chromium, tmp_path):
     with opened(chromium, library) as tab:
         make_small(tab, seed=7)
@@ -207,7 +206,6 @@ def test_a_mode_shows_its_own_inputs(library, chromium):
 
 
 @needs_chromium
-@pytest.mark.slow
 def test_a_run_stops(library, chromium):
     with opened(chromium, library) as tab:
         tab.get_by_text("More inputs").click()
@@ -217,11 +215,10 @@ def test_a_run_stops(library, chromium):
         tab.get_by_alt_text("Preview").or_(tab.locator("progress")).first.wait_for()
         tab.get_by_role("button", name="Stop").click()
         tab.get_by_text("Stopped.").wait_for()
-        assert tab.get_by_role("button", name="Make the panorama").is_enabled()
+        tab.get_by_role("button", name="Make the panorama").click(trial=True)  # once it is enabled
 
 
 @needs_chromium
-@pytest.mark.slow
 def test_a_cog_server_makes_the_same_image(library, chromium, server: Server, tmp_path):
     with opened(chromium, library) as tab:
         make_small(tab, seed=3)
