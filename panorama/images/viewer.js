@@ -17,10 +17,17 @@ function showFlat(image) {
   document.body.append(element);
 }
 
+/* The horizontal field of view that is 100 degrees along the longer side of the window. */
+function firstField() {
+  const narrow = Math.min(1, innerWidth / innerHeight);
+  return (Math.atan(narrow * Math.tan((50 / 180) * Math.PI)) * 360) / Math.PI;
+}
+
 function lookAround(image, settings) {
   const container = document.getElementById("panorama");
   const panel = document.getElementById("panel");
-  const viewer = pannellum.viewer(container, { ...settings, panorama: URL.createObjectURL(image) });
+  const panorama = URL.createObjectURL(image);
+  const viewer = pannellum.viewer(container, { ...settings, panorama, hfov: firstField() });
   container.append(panel); // it stays in sight in full screen
   container.focus();
 

@@ -257,6 +257,17 @@ def test_keys_and_touch_move_the_view(ring):
     assert page.evaluate("viewer.getYaw()") > 5  # the image follows the finger to the left
 
 
+@pytest.mark.parametrize(("width", "height", "field"), [(480, 270, 100), (270, 540, 61.6)])
+def test_the_first_view_is_100_degrees_along_the_longer_side(
+    chromium, sphere, width, height, field
+):
+    page = chromium.new_page(viewport={"width": width, "height": height})
+    page.goto(sphere[1].url)
+    wait_until(page, "viewer.isLoaded()")
+    assert page.evaluate("viewer.getHfov()") == pytest.approx(field, abs=0.1)
+    page.close()
+
+
 def test_f_is_full_screen_where_the_panel_stays(ring):
     _, page = ring
     # Pannellum marks its button once it has heard of the change; an earlier key would be lost.
