@@ -43,6 +43,7 @@ T = TypeVar("T")
 GRADIENT = SyncSettings()
 WAYS: Mapping[str, tuple[Preset, SyncSettings | None]] = {
     "published": (PUBLISHED_LOOP, GRADIENT),
+    "MultiDiffusion": (PUBLISHED_LOOP, None),
     "no synchronising": (EXACT, None),
     "gradient": (EXACT, GRADIENT),
     "gradient, tiny decoder": (EXACT, replace(GRADIENT, tiny_decoder=True)),
