@@ -3,24 +3,33 @@
 Weights are those of the networks in half precision, LPIPS in single. What a step and the decoding
 take besides is counted on torch's fake tensors, which have a size and no values: the most bytes of
 tensors alive at once. What CUDA and its libraries take for themselves is not counted.
+
+`script/python -m benchmarks.hardware` prints the table; with `--plot docs/memory.svg` it draws the
+memory besides the weights against the width instead.
 """
 
+import argparse
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.activations import Activations, weights_of
+from benchmarks.figures import STYLE
 from benchmarks.gpu.lab import Lab, Run, published
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.presets import EXACT, FAST, WHOLE, Preset
 
 STRIDE = 16  # latent cells
+WIDTHS = (1024, 2048, 4096, 8192)  # pixels, of the plot
 WEIGHTS = {"sd2": 2.6, "sdxl": 7.5}  # GB, with text encoders and small decoders
 
 
@@ -107,6 +116,38 @@ def table() -> Iterator[str]:
         )
 
 
-if __name__ == "__main__":
+def resized(row: Row, width: int) -> Row:
+    """Return a row at another width: a strip of the same height, or a 360 image of 2:1."""
+    return replace(row, width=width, height=width // 2 if row.preset is WHOLE else row.height)
+
+
+def plot(path: Path) -> None:
+    """Draw the memory besides the weights against the width."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for row in {row.mode: row for row in ROWS if row.mode != "syncdiffusion-xl"}.values():
+            memory = [working_memory(resized(row, width)) / 1e9 for width in WIDTHS]
+            shape = "2:1" if row.preset is WHOLE else f"{row.height} pixels high"
+            axes.plot(WIDTHS, memory, marker="o", label=f"{row.mode}, {shape}".replace("`", ""))
+        axes.set(xscale="log", xlabel="width, pixels", ylabel="GB besides the weights", ylim=0)
+        axes.set_xticks(WIDTHS, map(str, WIDTHS))
+        axes.minorticks_off()
+        figure.legend(loc="outside upper center", ncols=2, frameon=False)
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def main() -> None:
+    """Print the table, or draw the plot."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--plot", type=Path, help="an image of memory against width")
+    path = parser.parse_args().plot
+    if path:
+        plot(path)
+        return
     for line in table():
         print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

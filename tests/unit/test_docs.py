@@ -340,3 +340,11 @@ def test_the_figures_are_those_that_the_layouts_give(tmp_path):
 def test_the_table_of_hardware_is_calculated():
     written = README.read_text().partition("|---|---|---|---|---|\n")[2].partition("\n\n")[0]
     assert written.splitlines() == list(hardware.table())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_the_plot_of_memory_is_calculated(tmp_path):
+    hardware.plot(tmp_path / "memory.svg")
+    committed = (ROOT / "docs" / "memory.svg").read_bytes()
+    assert (tmp_path / "memory.svg").read_bytes() == committed
