@@ -58,13 +58,13 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             choices=["syncdiffusion", "syncdiffusion-xl", "sdxl-360"],
         ),
         width: Optional[int] = Input(
-            description="Width in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. Defaults to the width of the image or depth image, to what keeps its ratio if only the height is given, or without a file to the mode's own.",
+            description="Width in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. Defaults to the width of the image or depth image. If only the height is given, the file's aspect ratio is kept. Without a file, defaults to the mode's own width.",
             default=None,
             ge=64,
             le=16384,
         ),
         height: Optional[int] = Input(
-            description="Height in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. Defaults to the height of the image or depth image, to what keeps its ratio if only the width is given, or without a file to the mode's own.",
+            description="Height in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a multiple of 32. Defaults to the height of the image or depth image. If only the width is given, the file's aspect ratio is kept. Without a file, defaults to the mode's own height.",
             default=None,
             ge=64,
             le=16384,
@@ -144,13 +144,13 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             default=None,
         ),
         lora_scale: float = Input(
-            description="Strength of that LoRA, or else of the model family's own, if it has one; 0 turns it off. While the family's own is on, TOK in the prompt stands for its trigger tokens, and a prompt that names none of them starts with them.",
+            description="Strength of that LoRA, or else of the model family's own, if it has one; 0 turns it off. While the family's own is on, TOK in the prompt stands for its trigger tokens. A prompt that contains none of them gets them at its start.",
             default=0.8,
             ge=0.0,
             le=2.0,
         ),
         image: Optional[Path] = Input(
-            description="Image to start from, of the panorama's own size: redrawn as the prompt says, or with upscale enlarged as it is. The edges that a panorama closes should match.",
+            description="Image to start from, resized to the panorama's size if that differs. Without upscale it is redrawn as the prompt says, with upscale it is enlarged. The edges that a panorama closes should match.",
             default=None,
         ),
         upscale: int = Input(
@@ -159,7 +159,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             choices=[1, 2, 4, 8],
         ),
         strength: Optional[float] = Input(
-            description="How much of the image, or at each doubling, to redraw: 0 keeps it, 1 ignores it. Defaults to 0.35 with upscale, and to 0.6 with an image alone.",
+            description="How much of the image to redraw: 0 for nothing, 1 for everything. With upscale it applies to each doubling, which always keeps the composition. Defaults to 0.35 with upscale, and to 0.6 with an image alone.",
             default=None,
             ge=0.0,
             le=1.0,
@@ -182,7 +182,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             choices=["png", "jpg", "webp"],
         ),
         output_quality: int = Input(
-            description="Quality of a jpg or webp. A png is exact, and takes the default alone.",
+            description="Quality of a jpg or webp. A png is lossless, so leave this out with png.",
             default=95,
             ge=1,
             le=100,

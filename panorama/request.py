@@ -78,9 +78,11 @@ class Input:
 
     @property
     def legal(self) -> str:
-        """The legal values in words, such as "64 to 16384", "from 8" or "png, jpg"; "" for any."""
+        """The legal values in words, such as "64 to 512", "at least 8" or "png, jpg"; "" for any."""
         limits = [str(limit) for limit in (self.minimum, self.maximum) if abs(limit) != inf]
-        range_ = " to ".join(limits) if len(limits) == 2 else "".join(f"from {x}" for x in limits)
+        range_ = (
+            " to ".join(limits) if len(limits) == 2 else "".join(f"at least {x}" for x in limits)
+        )
         return range_ or ", ".join(map(str, self.choices))
 
     def check(self, value: object) -> object:
@@ -186,16 +188,17 @@ class Request:
     )
     width: int | None = _input(
         "Width in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a "
-        "multiple of 32. Defaults to the width of the image or depth image, to what keeps its "
-        "ratio if only the height is given, or without a file to the mode's own.",
+        "multiple of 32. Defaults to the width of the image or depth image. If only the height is "
+        "given, the file's aspect ratio is kept. Without a file, defaults to the mode's own width.",
         default=None,
         example=1024,
         bounds=(64, 16384),
     )
     height: int | None = _input(
         "Height in pixels: a multiple of 8, at least one window of the model; in sdxl-360 a "
-        "multiple of 32. Defaults to the height of the image or depth image, to what keeps its "
-        "ratio if only the width is given, or without a file to the mode's own.",
+        "multiple of 32. Defaults to the height of the image or depth image. If only the width is "
+        "given, the file's aspect ratio is kept. Without a file, defaults to the mode's own "
+        "height.",
         default=None,
         example=512,
         bounds=(64, 16384),
@@ -301,15 +304,16 @@ class Request:
     )
     lora_scale: float = _input(
         "Strength of that LoRA, or else of the model family's own, if it has one; 0 turns it off. "
-        "While the family's own is on, TOK in the prompt stands for its trigger tokens, and a "
-        "prompt that names none of them starts with them.",
+        "While the family's own is on, TOK in the prompt stands for its trigger tokens. A prompt "
+        "that contains none of them gets them at its start.",
         default=0.8,
         bounds=(0.0, 2.0),
         modes=SDXL_MODES,
     )
     image: Path | None = _input(
-        "Image to start from, of the panorama's own size: redrawn as the prompt says, or with "
-        "upscale enlarged as it is. The edges that a panorama closes should match.",
+        "Image to start from, resized to the panorama's size if that differs. Without upscale it "
+        "is redrawn as the prompt says, with upscale it is enlarged. The edges that a panorama "
+        "closes should match.",
         default=None,
     )
     upscale: int = _input(
@@ -321,8 +325,9 @@ class Request:
         modes=SDXL_MODES,
     )
     strength: float | None = _input(
-        "How much of the image, or at each doubling, to redraw: 0 keeps it, 1 ignores it. Defaults "
-        "to 0.35 with upscale, and to 0.6 with an image alone.",
+        "How much of the image to redraw: 0 for nothing, 1 for everything. With upscale it applies"
+        " to each doubling, which always keeps the composition. Defaults to 0.35 with upscale, and"
+        " to 0.6 with an image alone.",
         default=None,
         example=0.35,
         bounds=(0.0, 1.0),
@@ -354,7 +359,7 @@ class Request:
         choices=("png", "jpg", "webp"),
     )
     output_quality: int = _input(
-        "Quality of a jpg or webp. A png is exact, and takes the default alone.",
+        "Quality of a jpg or webp. A png is lossless, so leave this out with png.",
         default=95,
         bounds=(1, 100),
     )
