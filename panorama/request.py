@@ -78,11 +78,9 @@ class Input:
 
     @property
     def legal(self) -> str:
-        """The legal values in words, such as "64 to 512", "at least 8" or "png, jpg"; "" for any."""
+        """The legal values in words, such as "0 to 9", "at least 8" or "png, jpg"; "" for any."""
         limits = [str(limit) for limit in (self.minimum, self.maximum) if abs(limit) != inf]
-        range_ = (
-            " to ".join(limits) if len(limits) == 2 else "".join(f"at least {x}" for x in limits)
-        )
+        range_ = f"at least {limits[0]}" if len(limits) == 1 else " to ".join(limits)
         return range_ or ", ".join(map(str, self.choices))
 
     def check(self, value: object) -> object:
