@@ -79,7 +79,12 @@ def suggestion(server: Server) -> dict[str, int]:
 
 
 def usage(server: Server) -> tuple[int, int, int]:
-    """Return the memory, the open files and the threads of the worker."""
+    """Return the memory, the open files and the threads of the worker, once it has been idle.
+
+    Tokio, on which Cog runs, keeps a thread without work for ten seconds.
+    """
+    server.wait_until_ready()
+    time.sleep(12)
     worker = server.worker
     return worker.memory_info().rss, worker.num_fds(), worker.num_threads()
 
@@ -92,7 +97,6 @@ def memory(count: int, seed: int) -> Figures:
     random = Random(seed)
     with serving(PANORAMA_MODES=SMALL["mode"]) as server:
         first = server.image()
-        warm = usage(server)
         for number in range(count):
             if number == count // 5:
                 warm = usage(server)
