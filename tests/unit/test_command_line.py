@@ -135,7 +135,7 @@ def test_the_help_has_every_input_under_the_modes_that_take_it(columns, capsys, 
     told = {name: body.removeprefix(INPUTS[name].description) for name, (*_, body) in found.items()}
     assert told["prompt"] == " [required]"
     assert told["width"] == " [64 to 16384]"
-    assert told["stride"] == " [from 8; default: 16]"
+    assert told["stride"] == " [at least 8; default: 16]"
     assert told["loop_closure"] == " [default: false]"
     assert told["speed"] == told["negative_prompt"] == told["zenith_prompt"] == ""
 
