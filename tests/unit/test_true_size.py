@@ -74,7 +74,7 @@ def test_one_step_at_true_size_runs_in_half_precision(base: BaseModel) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 def test_one_step_of_refining_to_4096_x_2048_runs_in_half_precision(base: BaseModel) -> None:
     height, width = 4 * HEIGHT, 4 * WIDTH
     settings = sphere(height, width, Feathered())
