@@ -335,15 +335,21 @@ def test_the_figures_are_those_that_the_layouts_give(tmp_path):
     assert max(map(len, drawn.values())) < 300_000
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
+def calculated(test):
+    """Mark a test that calculates memory on fake tensors, which takes minutes."""
+    # Fake tensors look for a gradient everywhere, and hide the warning of that from printing alone.
+    test = pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")(test)
+    return pytest.mark.slow(pytest.mark.timeout(3600)(test))
+
+
+@calculated
 def test_the_table_of_hardware_is_calculated():
-    written = README.read_text().partition("|---|---|---|---|---|\n")[2].partition("\n\n")[0]
-    assert written.splitlines() == list(hardware.table())
+    section = README.read_text().partition("## Hardware\n")[2].partition("\n## ")[0]
+    written = [line for line in section.splitlines() if line.startswith("|")]
+    assert written[2:] == list(hardware.table())
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
+@calculated
 def test_the_plot_of_memory_is_calculated(tmp_path):
     hardware.plot(tmp_path / "memory.svg")
     committed = (ROOT / "docs" / "memory.svg").read_bytes()
