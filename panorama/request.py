@@ -123,13 +123,13 @@ _NOUNS = {
 
 def _check_number(rule: Input, value: Any) -> float:
     """Check the range of a number, and return it in the input's own type."""
-    if not rule.minimum <= value <= rule.maximum:  # refuses NaN too
+    if not rule.choices and not rule.minimum <= value <= rule.maximum:  # refuses NaN too
         legal = rule.maximum if value > rule.maximum else rule.minimum
         upper = "" if rule.maximum == inf else f" and at most {rule.maximum}"
         raise rule.refuse(value, f"be at least {rule.minimum}{upper}", legal)
     if rule.kind is float:
         return float(value)
-    if value % 1:  # NaN for infinity
+    if value % 1:  # NaN for infinity and NaN
         raise rule.refuse(value, f"be {_NOUNS[int]}", rule.example)
     return int(value)
 

@@ -119,6 +119,7 @@ def test_every_published_range_is_legal(name, smallest, largest):
         ("height", 20000, "at most 16384"),
         ("height", 63, "at least 64"),
         ("guidance_scale", nan, "at least 0.0"),
+        ("upscale", nan, "integer"),
         ("guidance_scale", "high", "number"),
         ("sync_weight", inf, "at most 30.0"),
         ("sync_weight", -inf, "at least 0.0"),
