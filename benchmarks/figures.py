@@ -132,6 +132,11 @@ FIGURES: Mapping[str, Callable[[], Figure]] = {
 """The figures by the names of their files."""
 
 
+def save(figure: Figure, path: Path) -> None:
+    """Write a figure, an SVG without its date."""
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Draw every figure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -139,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder = parser.parse_args(arguments).folder
     for name, draw in FIGURES.items():
         with rc_context(STYLE):
-            draw().savefig(folder / f"{name}.svg", metadata={"Date": None})
+            save(draw(), folder / f"{name}.svg")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.activations import Activations, weights_of
-from benchmarks.figures import STYLE
+from benchmarks.figures import STYLE, save
 from benchmarks.gpu.lab import Lab, Run, published
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.presets import EXACT, FAST, WHOLE, Preset
@@ -134,7 +134,7 @@ def plot(path: Path) -> None:
         axes.set_xticks(WIDTHS, map(str, WIDTHS))
         axes.minorticks_off()
         figure.legend(loc="outside upper center", ncols=2, frameon=False)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+        save(figure, path)
 
 
 def main() -> None:

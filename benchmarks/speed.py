@@ -24,6 +24,7 @@ from matplotlib import pyplot
 from torch import Tensor
 
 from benchmarks.coherence import SHAPES, Shape, keep
+from benchmarks.figures import save
 from benchmarks.metrics import coherence, repetition, variety
 from benchmarks.operations import PUBLISHED_LOOP, Networks, Setting, operations
 from panorama.images.vae import decode
@@ -206,7 +207,7 @@ def plot(points: Sequence[tuple[str, str, float, float]], path: Path) -> None:
         ylim=(0, 1.1 * max(p[3] for p in points)),
     )
     axes.legend()
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    save(figure, path)
     pyplot.close(figure)
 
 

@@ -1,11 +1,16 @@
 """A small random model of the shape of Stable Diffusion 2."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from diffusers import DDIMScheduler
 from transformers import CLIPTextModel
 
 from panorama.base_model import BaseModel
 from panorama.conditioning.prompts import TextEncoder
+from panorama.request import EVERY_MODE
+from tests import small_sdxl
 from tests.small import small_tiny_vae, small_unet, small_vae
 from tests.small_sdxl import small_perceptual, text_encoder, tokenizer
 
@@ -34,3 +39,10 @@ def build() -> BaseModel:
     for network in base.networks():
         network.eval()
     return base
+
+
+def save_family(folder: Path, **defaults: Any) -> str:
+    """Write a family of every mode, which have the same defaults; SDXL's have a LoRA."""
+    small_sdxl.save_family(folder, modes=EVERY_MODE, **defaults)
+    small_sdxl.save(build(), folder / "sd2")
+    return str(folder)

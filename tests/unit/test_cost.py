@@ -29,7 +29,7 @@ from panorama.pipeline import Pipeline
 from panorama.request import Request
 from panorama.sampling.operations import Prices, Work, count_operations, count_prices
 from panorama.sampling.views import Sliding
-from tests import small_sd2, small_sdxl
+from tests import small_sd2
 
 ROOT = Path(__file__).parents[2]
 HEIGHT, WIDTH = 64, 256  # pixels: one by four windows of the small SD 2
@@ -42,10 +42,8 @@ WORST = {
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    folder = tmp_path_factory.mktemp("family")
-    small_sdxl.save_family(folder, modes=tuple(MODES), **DEFAULTS)
-    small_sdxl.save(small_sd2.build(), folder / "sd2")
-    return load(str(folder), device="cpu")
+    family = small_sd2.save_family(tmp_path_factory.mktemp("family"), **DEFAULTS)
+    return load(family, device="cpu")
 
 
 @contextmanager

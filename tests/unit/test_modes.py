@@ -40,23 +40,16 @@ PROMPT = "hdri view, bedroom in the color of blue"
 DEFAULTS = {"width": WIDTH, "height": HEIGHT, "guidance_scale": 3.0}
 
 
-def save_family(folder: Path) -> str:
-    """Write a small family of every mode; SDXL's have a LoRA."""
-    small_sdxl.save_family(folder, modes=tuple(MODES), **DEFAULTS)
-    small_sdxl.save(small_sd2.build(), folder / "sd2")
-    return str(folder)
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """For tests that leave it as it was."""
-    return load(save_family(tmp_path_factory.mktemp("family")), device="cpu")
+    return load(small_sd2.save_family(tmp_path_factory.mktemp("family"), **DEFAULTS), device="cpu")
 
 
 @pytest.fixture
 def fresh(tmp_path: Path) -> Models:
     """One to change."""
-    return load(save_family(tmp_path), device="cpu")
+    return load(small_sd2.save_family(tmp_path, **DEFAULTS), device="cpu")
 
 
 def request(mode: str = "sdxl-360", **inputs: Any) -> Request:
@@ -575,7 +568,7 @@ def test_a_synchronised_image_that_is_not_finite_is_an_error(fresh: Models, part
 def test_no_file_is_made_of_an_image_that_is_not_finite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    models = load(save_family(tmp_path / "family"), device="cpu")
+    models = load(small_sd2.save_family(tmp_path / "family", **DEFAULTS), device="cpu")
     spoil(models.bases["sdxl-360"].unet.named_parameters(), "conv_out")
     monkeypatch.setattr("panorama.__main__.load_models", lambda: models)
     output = tmp_path / "output"

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from benchmarks.activations import Activations
 from panorama.images.files import SUFFIXES, read_metadata
-from panorama.jobs import MODES
 from panorama.modes import Models, load
 from panorama.pipeline import Pipeline, Settings
 from panorama.quality import (
@@ -34,7 +33,7 @@ from panorama.quality import (
 from panorama.request import Request
 from panorama.sampling.perceptual import LPIPS
 from panorama.sampling.views import Fixed, Sliding
-from tests import small_sd2, small_sdxl
+from tests import small_sd2
 from tests.small_sdxl import small_perceptual
 
 ROOT = Path(__file__).parents[2]
@@ -196,10 +195,8 @@ def test_windows_of_different_palettes_score_worse_than_those_of_one(perceptual:
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     """A small random family of every mode."""
-    folder = tmp_path_factory.mktemp("family")
-    small_sdxl.save_family(folder, modes=tuple(MODES), **DEFAULTS)
-    small_sdxl.save(small_sd2.build(), folder / "sd2")
-    return load(str(folder), device="cpu")
+    family = small_sd2.save_family(tmp_path_factory.mktemp("family"), **DEFAULTS)
+    return load(family, device="cpu")
 
 
 def request(mode: str, **inputs: Any) -> Request:
