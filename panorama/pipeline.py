@@ -31,6 +31,8 @@ POLE_SIGMA = 1 / 8
 """The standard deviation of the Gaussian that leaves a pole's colours, sides of a window."""
 HELD_SIGMA = 1.0
 """The standard deviation of the Gaussian that leaves the low band, latent cells."""
+ROOM = 24e9
+"""Bytes of a GPU's memory for each `BATCH_SIZE` windows that pass through the networks at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,12 +112,14 @@ class Pipeline:
     """
 
     base: BaseModel
-    batch_size: int = BATCH_SIZE  # windows that pass through the networks at once
+    batch_size: int | None = None  # windows at once; None for what the device has room for
     checkpointing: bool = False  # from the start; it is turned on anyway if memory runs out
     max_cells: int = MAX_CELLS  # the largest canvas that is decoded whole, see `decode_canvas`
 
     def __post_init__(self) -> None:
-        check_least(self, batch_size=1, max_cells=1)
+        check_least(self, max_cells=1)
+        if self.batch_size is not None:
+            check_least(self, batch_size=1)
 
     def __call__(
         self,
@@ -140,6 +144,21 @@ class Pipeline:
         conditioning = self.encode(settings)
         latents = self.denoise(settings, conditioning, self.noise(settings, generator), on_step)
         return self.decode(settings, latents)
+
+    @property
+    def windows_at_once(self) -> int:
+        """The number of windows that pass through the networks at once.
+
+        By default it depends on all of a GPU's memory, not on what is free, so that a seed gives
+        the same image again.
+        """
+        if self.batch_size is not None:
+            return self.batch_size
+        device = self.base.unet.device
+        if device.type != "cuda":
+            return BATCH_SIZE
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return BATCH_SIZE * max(1, int(memory // ROOM))
 
     def canvas(self, settings: Settings) -> Canvas:
         """Return the canvas of latents for an image.
@@ -234,7 +253,7 @@ class Pipeline:
                 closed=canvas.closed,
                 sync=self._synchronizer(settings.sync, denoise, canvas, solver, save_memory),
                 hold=hold,
-                batch_size=self.batch_size,
+                batch_size=self.windows_at_once,
                 on_step=on_step,
             )
 

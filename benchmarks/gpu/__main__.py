@@ -28,7 +28,7 @@ class Row:
 
 ROWS = (
     Row("published", 40, speed.against_published),
-    Row("diffusers", 8, speed.against_diffusers),
+    Row("diffusers", 20, speed.against_diffusers),
     Row("memory", 5, speed.memory),
     Row("embedded", 25, checks.embedded_family),
     Row("peak", 4, speed.share_of_peak),

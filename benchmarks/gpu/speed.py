@@ -32,6 +32,7 @@ from panorama.images.vae import decode
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.operations import TOKENS
 from panorama.sampling.presets import EXACT, FAST, WHOLE
+from panorama.sampling.sampler import BATCH_SIZE
 from panorama.sampling.synchronize import SyncSettings
 from panorama.sampling.views import Feathered
 
@@ -101,7 +102,11 @@ def against_diffusers(lab: Lab) -> Figures:
     """Compare denoising without synchronising with diffusers' pipeline, on the same windows."""
     run = strip(lab, lab.sd2, PUBLISHED_LOOP, steps=BRIEF, weight=0)
     part = run.settings.num_inference_steps
-    calls = {"no sync": run.denoise, "diffusers": diffusers_call(run)}
+    calls = {
+        "no sync": run.denoise,
+        "diffusers": diffusers_call(run, run.pipeline.windows_at_once),
+        "diffusers, one window at a time": diffusers_call(run, 1),  # its default
+    }
     calls["no sync, moving windows"] = strip(lab, lab.sd2, EXACT, steps=BRIEF, weight=0).denoise
     seconds = {}
     for name, call in calls.items():
@@ -113,22 +118,22 @@ def against_diffusers(lab: Lab) -> Figures:
     yield "no sync: times as fast as diffusers", seconds["diffusers"] / seconds["no sync"]
 
 
-def diffusers_call(run: Run) -> Callable[[], Tensor]:
+def diffusers_call(run: Run, batch_size: int) -> Callable[[], Tensor]:
     """Return a call that makes the latents of a run by diffusers' panorama pipeline."""
     base, settings = run.pipeline.base, run.settings
     views = settings.layout(run.pipeline.canvas(settings), base.window, 1)[0]
-    batch_size = run.pipeline.batch_size
     return panorama_call(
         base, base.scheduler, settings, run.conditioning, run.noise, views, batch_size
     )
 
 
 def memory(lab: Lab) -> Figures:
-    """Measure the peak memory of images with their networks, the text encoder among them."""
+    """Measure the peak memory of images in the batches of a small GPU, with their networks."""
+    small = {"batch_size": BATCH_SIZE}
     for name, preset, options in (
-        ("exact, checkpointing", EXACT, {"checkpointing": True}),
-        ("exact", EXACT, {}),
-        ("fast", FAST, {}),
+        ("exact, checkpointing", EXACT, small | {"checkpointing": True}),
+        ("exact", EXACT, small),
+        ("fast", FAST, small),
     ):
         run = strip(lab, lab.sd2, preset, steps=2, threshold=1, **options)
         yield f"{name}: GB", lab.measure(lab.sd2, run.image, repeats=1).gigabytes

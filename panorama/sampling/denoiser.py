@@ -58,6 +58,9 @@ class DepthControl:
 class UNetDenoiser:
     """Denoise windows by a UNet2DConditionModel that predicts noise.
 
+    Nothing here waits for a GPU, so that it always has work: what the processor computes is copied
+    without blocking.
+
     Args:
         unet: of SD 2 or SDXL.
         conditioning: the prompts.
@@ -91,7 +94,9 @@ class UNetDenoiser:
         groups = len(self._states)  # negative prompt and prompt share a batch
         inputs = self._solver.scale(x, t).to(self._dtype)
         inputs = inputs.repeat(groups, 1, 1, 1)  # (G * N, C, h, w)
-        weights = part_weights(self._canvas, self.parts, views).to(self._states)  # (N, P)
+        weights = part_weights(self._canvas, self.parts, views)  # (N, P)
+        weights = weights.to(self._states, non_blocking=True)
+        t = t.to(x.device, non_blocking=True)
         options: dict[str, Any] = {
             "encoder_hidden_states": interpolate(self._states, weights),  # (G * N, n * L, D)
             "added_cond_kwargs": self._micro_conditioning(views, weights),
@@ -111,10 +116,11 @@ class UNetDenoiser:
         """Tell SDXL which part of which image each window is (arXiv 2307.01952, section 2.2)."""
         if self._pooled is None:
             return None
-        sizes = torch.tensor([self._time_ids(view) for view in views], device=self._pooled.device)
+        sizes = torch.tensor([self._time_ids(view) for view in views])
+        sizes = sizes.to(self._pooled.device, torch.float32, non_blocking=True)
         return {
             "text_embeds": interpolate(self._pooled, weights),  # (G * N, D')
-            "time_ids": sizes.float().repeat(len(self._pooled), 1),  # (G * N, 6)
+            "time_ids": sizes.repeat(len(self._pooled), 1),  # (G * N, 6)
         }
 
     def _time_ids(self, view: View) -> list[int]:

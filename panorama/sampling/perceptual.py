@@ -83,7 +83,7 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def stage_features(self, images: Tensor) -> Iterator[Tensor]:
         """Yield the output (N, C, h, w) of each stage for images (N, 3, H, W) in [-1, 1]."""
         shift, scale = (
-            torch.tensor(values, device=images.device).view(1, 3, 1, 1)
+            torch.tensor(values).view(1, 3, 1, 1).to(images.device, non_blocking=True)
             for values in (self.config.shift, self.config.scale)
         )
         x = (images - shift) / scale  # (N, 3, H, W)

@@ -121,18 +121,19 @@ class PerceptualGradient:
         Args:
             t: timestep.
             features: of P anchors.
-            weights: w for each window and anchor, (N, P).
+            weights: w for each window and anchor, (N, P), on the CPU, which reads them.
             x: windows (N, C, h, w).
             views: their N views.
         """
 
         def distance(x: Tensor) -> Tensor:
             images = self.preview(t, x, self.denoise(x, t, views))
-            total = torch.zeros_like(weights[:, 0])
+            total = x.new_zeros(len(x))
             for part, weight in enumerate(weights.unbind(1)):
                 if weight.any():
                     anchor = [f[part, None] for f in features]
-                    total = total + weight * self.perceptual.distance(images, anchor)
+                    apart = self.perceptual.distance(images, anchor)  # (N,)
+                    total = total + weight.to(x.device, non_blocking=True) * apart
             return total
 
         return x - self.solver.level(t).variance * gradient(distance, x)
@@ -188,10 +189,11 @@ class Synchronizer:
         Returns:
             The moved windows and their noise, (N, C, h, w) each.
         """
-        parts = part_weights(self.canvas, self.parts, views).to(x)  # (N, P)
+        parts = part_weights(self.canvas, self.parts, views).to(x.dtype)  # (N, P)
         share = self.share_means if step.means else keep
         if self.gradient and anchors.features is not None:
             x = self.gradient.move(t, anchors.features, step.weight * parts, x, views)
+        parts = parts.to(x.device, non_blocking=True)
         x = share(x, anchors.x, step.weight, parts)
         return x, share(self.denoise(x, t, views), anchors.noise_pred, step.weight, parts)
 

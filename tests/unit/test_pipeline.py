@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -413,6 +414,23 @@ def test_a_scheduler_for_one_run_is_neither_kept_nor_changed(base: BaseModel) ->
     assert torch.equal(denoise(base, scheduler="unipc"), first)
     assert torch.equal(denoise(base), before) and not torch.equal(first, before)
     assert not any(output is not None for output in solver.model_outputs)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "windows"), [(16, 8), (25.4, 8), (51, 16), (85, 24), (150.1, 48)]
+)
+def test_a_larger_gpu_takes_more_windows_at_once(
+    monkeypatch: pytest.MonkeyPatch, gigabytes: float, windows: int
+) -> None:
+    card = SimpleNamespace(total_memory=int(gigabytes * 1e9))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    on_gpu: Any = SimpleNamespace(unet=SimpleNamespace(device=torch.device("cuda")))
+    assert Pipeline(on_gpu).windows_at_once == windows
+    assert Pipeline(on_gpu, batch_size=3).windows_at_once == 3
+
+
+def test_a_cpu_takes_eight_windows_at_once(base: BaseModel) -> None:
+    assert Pipeline(base).windows_at_once == 8
 
 
 @pytest.mark.parametrize("option", ["batch_size", "max_cells"])

@@ -85,6 +85,7 @@ class Gradients:
             parameter.grad = torch.zeros_like(parameter)
         self.gradients = [parameter.grad for parameter in parameters]
         self.graphs: dict[tuple[torch.Size, ...], tuple[torch.cuda.CUDAGraph, Batch, Tensor]] = {}
+        self.pool: tuple[int, int] | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
         """Set the gradients of a batch's loss, and return the loss."""
@@ -115,8 +116,9 @@ class Gradients:
                 self.compute(inputs)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             value = self.compute(inputs)
+        self.pool = graph.pool()
         return graph, inputs, value
 
 
