@@ -34,15 +34,9 @@ def variant(lab: Lab, base: BaseModel, name: str, **options: Any) -> Figures:
 
 
 def batches(lab: Lab) -> Figures:
-    """Try sizes of batches with both layouts of memory."""
-    sizes = (8,) if lab.dry else (8, 16, 32, 4)
-    for note, layout in (("", torch.contiguous_format), (", channels_last", torch.channels_last)):
-        for network in lab.sd2.networks():
-            network.to(memory_format=layout)
-        for size in sizes:
-            yield from variant(lab, lab.sd2, f"batches of {size}{note}", batch_size=size)
-    for network in lab.sd2.networks():
-        network.to(memory_format=torch.contiguous_format)
+    """Try sizes of batches."""
+    for size in (8,) if lab.dry else (8, 16, 32, 4):
+        yield from variant(lab, lab.sd2, f"batches of {size}", batch_size=size)
 
 
 def graphs(lab: Lab) -> Figures:

@@ -50,11 +50,12 @@ SMALL = Stage(
 LARGE = Stage(
     Plan("autoencoder-large", steps=2000, learning_rate=6e-4, average=0.99),
     crops=((256, 256, 2), (192, 320, 2)),
-    squared=8.0,
+    squared=30.0,
     smooth=0.1,
+    even=0.2,
 )
 DECODER_PLAN = Plan("autoencoder-decoder", steps=2400, learning_rate=6e-4, average=0.99)
-STAGES = (SMALL, LARGE, replace(LARGE, plan=DECODER_PLAN, even=0.2, encoder=False))
+STAGES = (SMALL, LARGE, replace(LARGE, plan=DECODER_PLAN, encoder=False))
 
 
 def build() -> AutoencoderKL:
