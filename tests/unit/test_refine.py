@@ -95,10 +95,10 @@ def test_slices_encode_nearly_as_the_whole_does(closed: Any) -> None:
     whole = encode_canvas(vae, image, closed)
     sliced = encode_canvas(vae, image, closed, max_cells=16 * 128)
     assert not torch.equal(whole, sliced)
-    difference = (
-        127.5 * (decode_canvas(vae, whole, closed) - decode_canvas(vae, sliced, closed))
-    ).abs()
-    assert difference.mean() < 1.5 and difference.max() < 9  # grey levels
+    decoded, other = (decode_canvas(vae, latents, closed) for latents in (whole, sliced))
+    apart, lost = (decoded - other).abs(), (decoded - image).abs()
+    # Slices that are normalised one by one are a fifth of the VAE's own loss apart.
+    assert apart.mean() < lost.mean() / 8 and apart.max() < lost.max() / 6
 
 
 @pytest.mark.parametrize("factor", [2, 4])
