@@ -45,13 +45,11 @@ def graphs(lab: Lab) -> Figures:
         call = unet_call(lab, count)
         yield f"{count} windows: seconds of a call", repeated(lab, call)
         if lab.cuda:
-            graph = torch.cuda.CUDAGraph()
-            with torch.no_grad(), torch.cuda.graph(graph):
-                call()
+            graph, _, _ = capture(call, ())
             yield f"{count} windows: seconds of a replay", repeated(lab, graph.replay)
 
 
-def unet_call(lab: Lab, count: int) -> Callable[[], Tensor]:
+def unet_call(lab: Lab, count: int) -> Callable[[], tuple[Tensor]]:
     """Return a call of the UNet for some windows with guidance."""
     unet, side = lab.sd2.unet, lab.sd2.window
     normal = partial(torch.randn, device=lab.device, dtype=unet.dtype)
@@ -60,9 +58,9 @@ def unet_call(lab: Lab, count: int) -> Callable[[], Tensor]:
     t = torch.tensor(500, device=lab.device)
 
     @torch.no_grad()
-    def call() -> Tensor:
-        noise_pred: Tensor = unet(x, t, states, return_dict=False)[0]
-        return noise_pred
+    def call() -> tuple[Tensor]:
+        outputs: tuple[Tensor] = unet(x, t, states, return_dict=False)
+        return outputs
 
     return call
 

@@ -58,8 +58,7 @@ class DepthControl:
 class UNetDenoiser:
     """Denoise windows by a UNet2DConditionModel that predicts noise.
 
-    Nothing here waits for a GPU, so that it always has work: what the processor computes is copied
-    without blocking.
+    It never waits for a GPU: what the processor computes is copied without blocking.
 
     Args:
         unet: of SD 2 or SDXL.

@@ -98,7 +98,7 @@ def test_slices_encode_nearly_as_the_whole_does(closed: Any) -> None:
     decoded, other = (decode_canvas(vae, latents, closed) for latents in (whole, sliced))
     apart, lost = (decoded - other).abs(), (decoded - image).abs()
     # Slices that are normalised one by one are a fifth of the VAE's own loss apart.
-    assert apart.mean() < lost.mean() / 8 and apart.max() < lost.max() / 6
+    assert apart.mean() < lost.mean() / 8 and apart.max() < lost.max() / 7.5
 
 
 @pytest.mark.parametrize("factor", [2, 4])
