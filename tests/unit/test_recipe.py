@@ -22,6 +22,7 @@ from tests.small_sdxl import build, components, save_family
 from weights.train import (
     controlnet,
     dataset,
+    decoder,
     diffusion,
     export,
     fit,
@@ -402,6 +403,30 @@ def test_windows_of_latents_come_from_all_sets_and_wrap() -> None:
     for window in drawn:
         kind, left = divmod(int(window[0, 0, 0]), 100)
         assert torch.equal(window[1, 5], (left + torch.arange(32.0)) % 64 + 100 * kind)
+
+
+@pytest.mark.parametrize("scale", decoder.SCALES)
+def test_parts_of_spheres_are_those_of_their_latents(scale: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (3, 3, 256, 512), generator=generator)
+    latents = F.avg_pool2d(views.to_range(images), 8 * scale)
+    encoded = decoder.Encoded(images, latents, scale)
+    parts, cut = encoded.cut((64, 128), 20, generator)
+    assert parts.shape == (20, 3, 64, 128)
+    torch.testing.assert_close(F.avg_pool2d(parts, 8), cut)
+    assert len(cut.flatten(1).unique(dim=0)) > 10
+
+
+def test_the_decoder_learns_and_the_encoder_stays(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "load", lambda work, kind, split: draw_images(kind, 1))
+    plan = replace(decoder.STAGE.plan, steps=2, average=0.0)
+    monkeypatch.setattr(decoder, "STAGE", replace(decoder.STAGE, plan=plan))
+    before = copy.deepcopy(base.vae).half().float().state_dict()
+    after = decoder.train(Work(tmp_path), base.vae).state_dict()
+    changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_both_models_get_the_distilled_decoder(

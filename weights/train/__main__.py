@@ -15,6 +15,7 @@ from weights.train import (
     autoencoder,
     controlnet,
     dataset,
+    decoder,
     depths,
     diffusion,
     export,
@@ -30,11 +31,22 @@ WORK = Path(__file__).parent / "work"
 
 def train_sd2(work: Work) -> None:
     """Train the feature network, the text encoder and the UNet, and write the first model."""
-    vae = AutoencoderKL.from_pretrained(work.folder / "autoencoder")
+    vae = load_autoencoder(work)
     features = recognise.train_features(work)
     tokenizer = diffusion.build_tokenizer(work.folder / "tokenizer")
     model = diffusion.train(work, vae, tokenizer)
     export.export_sd2(vae, model, tokenizer, features)
+
+
+def train_decoder(work: Work) -> None:
+    """Train the decoder of the autoencoder that the work folder has, and write it there again."""
+    model = decoder.train(work, load_autoencoder(work))
+    model.save_pretrained(work.folder / "autoencoder")
+
+
+def load_autoencoder(work: Work) -> AutoencoderKL:
+    """Read the autoencoder from the work folder."""
+    return AutoencoderKL.from_pretrained(work.folder / "autoencoder")
 
 
 def train_sphere_judges(work: Work) -> None:
@@ -60,6 +72,7 @@ STAGES: Mapping[str, Callable[[Work], None]] = {
     "autoencoder": lambda work: autoencoder.train(work).save_pretrained(
         work.folder / "autoencoder"
     ),
+    "decoder": train_decoder,
     "judge": lambda work: export.export_judge(recognise.train_judge(work), "windows"),
     "sd2": train_sd2,
     "tiny-vae": lambda work: export.export_tiny_vae(tiny_vae.train(work, load_vae())),

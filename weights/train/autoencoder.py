@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from weights.train import dataset
 from weights.train.device import batch_size, device, mixed_precision, on_device
 from weights.train.fit import Batch, Lesson, Plan, Work, fit, save
-from weights.train.views import Change, Pixels, channels_first, to_range, to_tensor
+from weights.train.views import Change, Pixels, channels_first, halve, to_range, to_tensor
 from weights.train.windows import crop, draw_number, draw_numbers, mirror
 
 FACTOR = 8  # pixels a latent cell
@@ -38,7 +38,6 @@ class Stage:
     squared: float  # weight of the squared error
     smooth: float  # weight of the gradients' relative error
     even: float = 0.0  # weight of the difference between the gradients' profiles over a cell
-    encoder: bool = True  # train the encoder too
 
 
 SMALL = Stage(
@@ -54,8 +53,6 @@ LARGE = Stage(
     smooth=0.1,
     even=0.2,
 )
-DECODER_PLAN = Plan("autoencoder-decoder", steps=2400, learning_rate=6e-4, average=0.99)
-STAGES = (SMALL, LARGE, replace(LARGE, plan=DECODER_PLAN, encoder=False))
 
 
 def build() -> AutoencoderKL:
@@ -84,12 +81,22 @@ def draw_crops(
     scale = 1 + draw_number(2, generator)
     generator = on_device(generator)
     height, width = (scale * side for side in size)
-    free = images.shape[2] - height + 1
-    index = draw_numbers(len(images), count, generator)
-    top = (draw_numbers(free, count, generator) + draw_numbers(free, count, generator)) // 2
-    left = draw_numbers(images.shape[3], count, generator)
-    crops = to_range(crop(images, index, top, left, (height, width)))
+    places = draw_places(images, height, count, generator)
+    crops = to_range(crop(images, *places, (height, width)))
     return mirror(F.avg_pool2d(crops, scale), generator)
+
+
+def draw_places(
+    maps: Tensor, height: int, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the indices, top rows and left columns (N,) of crops of maps (M, C, H, W).
+
+    Most lie around the middle row.
+    """
+    free = maps.shape[2] - height + 1
+    index = draw_numbers(len(maps), count, generator)
+    top = (draw_numbers(free, count, generator) + draw_numbers(free, count, generator)) // 2
+    return index, top, draw_numbers(maps.shape[3], count, generator)
 
 
 def reconstruction_loss(image: Tensor, target: Tensor, stage: Stage) -> Tensor:
@@ -124,11 +131,10 @@ def draw_kinds(count: int, generator: torch.Generator) -> dict[int, int]:
 
 
 def train(work: Work) -> AutoencoderKL:
-    """Train on small crops, then on large ones, then the decoder alone.
+    """Train on small crops, then on large ones.
 
     GroupNorm sees whole images when the model is used; small crops alone leave large areas in
-    wrong colours. The last stage leaves the latents as they are, so a UNet can be trained in
-    parallel.
+    wrong colours.
     """
     torch.manual_seed(0)
     model = build()
@@ -149,12 +155,9 @@ def train(work: Work) -> AutoencoderKL:
         kl = 0.5 * (mean**2 + std**2 - 2 * std.log() - 1)
         return reconstruction_loss(image.float(), target, stage) + 1e-3 * kl.mean()
 
-    for stage in STAGES:
-        for part in (model.encoder, model.quant_conv):
-            part.requires_grad_(stage.encoder)
+    for stage in (SMALL, LARGE):
         lesson = Lesson(partial(draw, stage), partial(loss, stage))
-        trained = fit(model, lesson, stage.plan, work)
-        model.load_state_dict(trained.state_dict())
+        model.load_state_dict(fit(model, lesson, stage.plan, work).state_dict())
     model.register_to_config(scaling_factor=1 / latent_std(model, images["outdoors"]))
     # Rounded as the files are: all that is trained after it reads the same latents again.
     return model.half().float().eval()
@@ -176,6 +179,9 @@ class Version:
     change: Change = np.asarray
     count: int | None = None  # the first images of a kind; None for all
     wrap: int = 64  # pixels of the other side that are seen beyond either edge, 0 for no sphere
+
+
+HALVED = Version("small", halve)
 
 
 @torch.no_grad()

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from weights.train import dataset, diffusion
-from weights.train.autoencoder import FACTOR, Version, encode
+from weights.train.autoencoder import FACTOR, HALVED, Version, encode
 from weights.train.dataset import KINDS, Subject
 from weights.train.device import batch_size, device, on_device
 from weights.train.diffusion import DROPPED, HIDDEN, Noisy, add_noise, build_scheduler
 from weights.train.fit import Batch, Lesson, Plan, Work, fit
-from weights.train.views import halve, look
+from weights.train.views import look
 from weights.train.windows import crop, draw_number, draw_numbers
 
 PLAN = Plan("sdxl", steps=14000, learning_rate=1e-3, average=0.999)
@@ -56,7 +56,6 @@ CUTS = (
     ),
 )
 """Spheres, windows of them, windows and halves of larger ones, and windows of strips."""
-SMALL = Version("small", halve)
 LOOKS = (
     Version("looking up", partial(look, up=True), count=500, wrap=0),
     Version("looking down", partial(look, up=False), count=500, wrap=0),
@@ -239,7 +238,7 @@ def train(
 def load_sizes(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Spheres:
     """Return every training image at both sizes, with captions."""
     large = torch.cat([encode(work, vae, kind) for kind in KINDS]).to(device())
-    return replace(load_spheres(work, vae, tokenizer, SMALL), large=large)
+    return replace(load_spheres(work, vae, tokenizer, HALVED), large=large)
 
 
 def load_spheres(
