@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from panorama.base_model import BaseModel
-from panorama.images.vae import decode, decode_canvas, encode, encode_canvas, resize
+from panorama.images.vae import decode, encode, encode_canvas, resize
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.canvas import Canvas
 from panorama.sampling.circular import circular
@@ -95,10 +95,10 @@ def test_slices_encode_nearly_as_the_whole_does(closed: Any) -> None:
     whole = encode_canvas(vae, image, closed)
     sliced = encode_canvas(vae, image, closed, max_cells=16 * 128)
     assert not torch.equal(whole, sliced)
-    decoded, other = (decode_canvas(vae, latents, closed) for latents in (whole, sliced))
-    apart, lost = (decoded - other).abs(), (decoded - image).abs()
-    # Slices that are normalised one by one are a fifth of the VAE's own loss apart.
-    assert apart.mean() < lost.mean() / 8 and apart.max() < lost.max() / 7.5
+    # The standard deviation of latents is 1. Slices that are normalised one by one are .04 apart on
+    # average, and at least .37 somewhere.
+    apart = (whole - sliced).abs()
+    assert apart.mean() < 0.025 and apart.max() < 0.2
 
 
 @pytest.mark.parametrize("factor", [2, 4])
