@@ -29,15 +29,6 @@ from weights.train.fit import OutOfTime, Work
 WORK = Path(__file__).parent / "work"
 
 
-def train_sd2(work: Work) -> None:
-    """Train the feature network, the text encoder and the UNet, and write the first model."""
-    vae = load_autoencoder(work)
-    features = recognise.train_features(work)
-    tokenizer = diffusion.build_tokenizer(work.folder / "tokenizer")
-    model = diffusion.train(work, vae, tokenizer)
-    export.export_sd2(vae, model, tokenizer, features)
-
-
 def train_decoder(work: Work) -> None:
     """Train the decoder of the autoencoder that the work folder has, and write it there again."""
     model = decoder.train(work, load_autoencoder(work))
@@ -47,6 +38,15 @@ def train_decoder(work: Work) -> None:
 def load_autoencoder(work: Work) -> AutoencoderKL:
     """Read the autoencoder from the work folder."""
     return AutoencoderKL.from_pretrained(work.folder / "autoencoder")
+
+
+def train_sd2(work: Work) -> None:
+    """Train the feature network, the text encoder and the UNet, and write the first model."""
+    vae = load_autoencoder(work)
+    features = recognise.train_features(work)
+    tokenizer = diffusion.build_tokenizer(work.folder / "tokenizer")
+    model = diffusion.train(work, vae, tokenizer)
+    export.export_sd2(vae, model, tokenizer, features)
 
 
 def train_sphere_judges(work: Work) -> None:

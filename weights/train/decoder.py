@@ -1,8 +1,8 @@
-"""Train the autoencoder's decoder on latents as a UNet makes them: parts of spheres, and noisy.
+"""Train the decoder of the autoencoder on latents like those that a UNet makes.
 
-Latents of an image tell where it ends, and GroupNorm sees all of it. A decoder that has seen no
-others frames every window with a border, and shows a UNet's errors as stains. The encoder stays as
-it is, so a UNet can be trained before.
+A UNet makes latents as they are cut out of a sphere, with some noise left in them. A decoder that
+was trained only on crops encoded on their own draws a border around such latents, and turns the
+noise into stains. The encoder does not change, so this training fits UNets that exist already.
 """
 
 from dataclasses import dataclass, replace
@@ -38,16 +38,17 @@ STAGE = replace(
 NOISE = 0.12
 """The largest standard deviation of the noise in scaled latents.
 
-A decoder trained without it showed it as grain: 0.1 in the latents of renders raised their Frechet
-distance from .05 to .11, and 0.2 to .21. That of a UNet's windows was .18.
+Decoders trained without noise turn it into grain. With one of them, a standard deviation of 0.1 in
+the latents of renders raised their Frechet distance from .05 to .11, and 0.2 raised it to .21. That
+of windows made by a UNet was .18.
 """
 SCALES = {1: Version(), 2: HALVED}
-"""How many times larger the images are than those that are encoded."""
+"""The factors by which images are reduced before they are encoded."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Spheres, and the latents of all of them reduced by a scale."""
+    """Spheres, and their latents after they were reduced by a factor."""
 
     images: Tensor  # (M, 3, H, W) in [0, 255]
     latents: Tensor  # (M, 4, H / (8 scale), W / (8 scale)), scaled
@@ -56,7 +57,10 @@ class Encoded:
     def cut(
         self, size: tuple[int, int], count: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        """Draw parts (N, 3, h, w) in [-1, 1] and their latents, across the wrap too."""
+        """Draw crops (N, 3, h, w) in [-1, 1] with their latents (N, 4, h / 8, w / 8).
+
+        Crops may lie across the wrap. The latents are cut out of those of the whole sphere.
+        """
         height, width = (side // FACTOR for side in size)
         index, top, left = draw_places(self.latents, height, count, generator)
         cell = FACTOR * self.scale
@@ -66,11 +70,22 @@ class Encoded:
 
 
 def train(work: Work, model: AutoencoderKL) -> AutoencoderKL:
-    """Train on parts of spheres. Half of the batches are encoded alone, and not noisy."""
+    """Train on crops of spheres.
+
+    Half of the batches have latents cut out of those of whole spheres, with noise. The crops of the
+    other half are encoded on their own, without noise.
+    """
     model.requires_grad_(False).to(device())
     for part in (model.decoder, model.post_quant_conv):
         part.requires_grad_(True)
-    sets = [[load(work, model, kind, scale) for kind in SHARES] for scale in SCALES]
+    images = {kind: channels_first(dataset.load(work.folder, kind, "train").rgb) for kind in SHARES}
+    sets = [
+        [
+            Encoded(images[kind], encode(work, model, kind, version).to(device()), scale)
+            for kind in SHARES
+        ]
+        for scale, version in SCALES.items()
+    ]
 
     def draw(generator: torch.Generator) -> Batch:
         height, width, count = STAGE.crops[draw_number(len(STAGE.crops), generator)]
@@ -90,9 +105,3 @@ def train(work: Work, model: AutoencoderKL) -> AutoencoderKL:
         return reconstruction_loss(vae.decode(model, latents), target, STAGE)
 
     return fit(model, Lesson(draw, loss), STAGE.plan, work).half().float()
-
-
-def load(work: Work, model: AutoencoderKL, kind: str, scale: int) -> Encoded:
-    """Load the training images of a kind and encode them."""
-    images = channels_first(dataset.load(work.folder, kind, "train").rgb)
-    return Encoded(images, encode(work, model, kind, SCALES[scale]).to(device()), scale)
