@@ -111,7 +111,7 @@ def out_of_memory(lab: Lab) -> Figures:
     peak = torch.cuda.max_memory_allocated() if lab.cuda else held
     yield "MB beside the networks, without a limit", (peak - held) / 1e6
     for share in SHARES[: lab.steps(len(SHARES))]:
-        with limited(lab, held + int(share * (peak - held))), messages() as found:
+        with limited(lab, int(share * (peak - held))), messages() as found:
             try:
                 result = "grey levels: " + levels(make(base, settings), expected)
             except torch.OutOfMemoryError:
@@ -120,12 +120,16 @@ def out_of_memory(lab: Lab) -> Figures:
 
 
 @contextmanager
-def limited(lab: Lab, limit: int) -> Iterator[None]:
-    """Let this process have so many bytes of the GPU's memory while the block runs."""
+def limited(lab: Lab, room: int) -> Iterator[None]:
+    """Let this process have so many more bytes of the GPU's memory while the block runs.
+
+    The limit counts what the allocator has reserved, which is more than what networks allocate.
+    """
     if lab.cuda:
         torch.cuda.empty_cache()
         total = torch.cuda.get_device_properties(lab.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(limit / total)
+        reserved = torch.cuda.memory_reserved(lab.device)
+        torch.cuda.set_per_process_memory_fraction((reserved + room) / total)
     try:
         yield
     finally:
