@@ -115,6 +115,7 @@ class Pipeline:
     batch_size: int | None = None  # windows at once; None for what the device has room for
     checkpointing: bool = False  # from the start; it is turned on anyway if memory runs out
     max_cells: int = MAX_CELLS  # the largest canvas that is decoded whole, see `decode_canvas`
+    cuda_graphs: bool = False  # launch the networks' kernels at once, see `Graphs`
 
     def __post_init__(self) -> None:
         check_least(self, max_cells=1)
@@ -237,7 +238,9 @@ class Pipeline:
         if x0 is not None and not len(solver.timesteps):
             return x0
         views = settings.layout(canvas, base.window, len(solver.timesteps))
-        denoise = UNetDenoiser(base.unet, conditioning, canvas, solver, base.factor, control)
+        denoise = UNetDenoiser(
+            base.unet, conditioning, canvas, solver, base.factor, control, self.cuda_graphs
+        )
         controlnets = [control.controlnet] if control else []
         wrapped = canvas.closed if settings.layout.wraps else ""
         with (

@@ -46,9 +46,9 @@ def ring(
     )
 
 
-def make(base: BaseModel, settings: Settings, batch_size: int = 8) -> Tensor:
-    """Make the image of seed 0, on the CPU."""
-    pipeline = Pipeline(base, batch_size=batch_size)
+def make(base: BaseModel, settings: Settings, batch_size: int = 8, **options: Any) -> Tensor:
+    """Make the image of seed 0, on the CPU, with options of the pipeline."""
+    pipeline = Pipeline(base, batch_size=batch_size, **options)
     return pipeline(settings, torch.Generator().manual_seed(0)).cpu()
 
 
@@ -70,6 +70,9 @@ def embedded_family(lab: Lab) -> Figures:
         on_cpu = make(lab.embedded(torch.float32, "cpu"), settings)
         yield f"{name}, CPU: grey levels", levels(on_cpu, expected[name])
         yield f"{name}, TF32: grey levels", levels(make(single, settings), expected[name])
+        with full_precision():
+            replayed = make(single, settings, cuda_graphs=True)
+        yield f"{name}, CUDA graphs: grey levels", levels(replayed, expected[name])
     # A CPU convolves slowly in float16.
     for dtype in (torch.bfloat16,) if lab.dry else (torch.float16, torch.bfloat16):
         base = lab.embedded(dtype)

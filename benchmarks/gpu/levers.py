@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu.lab import Figures, Lab, strip
 from panorama.base_model import BaseModel
+from panorama.sampling.graphs import record
 from panorama.sampling.operations import TOKENS
 from panorama.sampling.presets import EXACT, FAST
 
@@ -45,11 +45,11 @@ def graphs(lab: Lab) -> Figures:
         call = unet_call(lab, count)
         yield f"{count} windows: seconds of a call", repeated(lab, call)
         if lab.cuda:
-            graph, _, _ = capture(call, ())
+            graph = record(call, ()).graph
             yield f"{count} windows: seconds of a replay", repeated(lab, graph.replay)
 
 
-def unet_call(lab: Lab, count: int) -> Callable[[], tuple[Tensor]]:
+def unet_call(lab: Lab, count: int) -> Callable[[], Tensor]:
     """Return a call of the UNet for some windows with guidance."""
     unet, side = lab.sd2.unet, lab.sd2.window
     normal = partial(torch.randn, device=lab.device, dtype=unet.dtype)
@@ -58,45 +58,12 @@ def unet_call(lab: Lab, count: int) -> Callable[[], tuple[Tensor]]:
     t = torch.tensor(500, device=lab.device)
 
     @torch.no_grad()
-    def call() -> tuple[Tensor]:
-        outputs: tuple[Tensor] = unet(x, t, states, return_dict=False)
-        return outputs
+    def call() -> Tensor:
+        (output,) = unet(x, t, states, return_dict=False)
+        prediction: Tensor = output
+        return prediction
 
     return call
-
-
-@contextmanager
-def replayed_unet(base: BaseModel) -> Iterator[None]:
-    """Replay a CUDA graph for each size of a batch, where no gradient is taken."""
-    forward, graphs = base.unet.forward, {}
-
-    def call(x: Tensor, t: Tensor, *, encoder_hidden_states: Tensor, **options: Any) -> Any:
-        batch = (x, t, encoder_hidden_states)
-        if torch.is_grad_enabled() or not x.is_cuda:
-            return forward(*batch, **options)
-        if x.shape not in graphs:
-            graphs[x.shape] = capture(partial(forward, **options), batch)
-        graph, inputs, output = graphs[x.shape]
-        for own, given in zip(inputs, batch, strict=True):
-            own.copy_(given)
-        graph.replay()
-        return (output.clone(),)
-
-    with patch.object(base.unet, "forward", call):
-        yield
-
-
-def capture(
-    call: Callable[..., tuple[Tensor]], batch: tuple[Tensor, ...]
-) -> tuple[torch.cuda.CUDAGraph, list[Tensor], Tensor]:
-    """Capture a call, after one that chooses kernels; return its graph, inputs and output."""
-    inputs = [part.clone() for part in batch]
-    call(*inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        (output,) = call(*inputs)
-    return graph, inputs, output
 
 
 def repeated(lab: Lab, call: Callable[[], Any]) -> float:
@@ -128,7 +95,6 @@ def attention(*backends: SDPBackend) -> AbstractContextManager[None]:
 
 
 LEVERS: Mapping[str, Callable[[BaseModel], AbstractContextManager[Any]]] = {
-    "CUDA graphs": replayed_unet,
     "cudnn.benchmark": lambda _: torch.backends.cudnn.flags(
         enabled=True, benchmark=True, allow_tf32=True
     ),
@@ -142,7 +108,9 @@ LEVERS: Mapping[str, Callable[[BaseModel], AbstractContextManager[Any]]] = {
 
 
 def levers(lab: Lab) -> Figures:
-    """Try bfloat16, and each lever."""
+    """Try CUDA graphs, bfloat16, and each lever."""
+    for name, graphs in {"as it is": False, "CUDA graphs": True}.items():
+        yield from variant(lab, lab.sd2, name, cuda_graphs=graphs)
     yield from variant(lab, lab.build_sd2(torch.bfloat16), "bfloat16")
     for name, lever in LEVERS.items():
         with lever(lab.sd2):

@@ -313,15 +313,23 @@ def whole_canvas(lab: Lab) -> Figures:
         "depth": (replace(settings, depth=depth), StableDiffusionXLControlNetPipeline),
     }
     for name, (chosen, kind) in kinds.items():
-        run = Run(Pipeline(base), chosen)
+        run, graphs = (Run(Pipeline(base, cuda_graphs=g), chosen) for g in (False, True))
+        calls = {
+            "ours": run.denoise,
+            "ours, CUDA graphs": graphs.denoise,
+            "stock": stock_call(kind, run),
+        }
         seconds = {}
-        for side, call in {"ours": run.denoise, "stock": stock_call(kind, run)}.items():
+        for side, call in calls.items():
             call()
             cost = lab.measure(base, call)
             seconds[side] = cost.of(chosen.num_inference_steps, whole)
             yield f"{name}, {side}: seconds of {whole} steps", seconds[side]
             yield f"{name}, {side}: GB", cost.gigabytes
-        yield f"{name}: time, share of the stock pipeline's", seconds["ours"] / seconds["stock"]
+        for side in ("ours", "ours, CUDA graphs"):
+            suffix = side.removeprefix("ours")
+            share = seconds[side] / seconds["stock"]
+            yield f"{name}{suffix}: time, share of the stock pipeline's", share
 
 
 def with_lora(lab: Lab) -> Figures:

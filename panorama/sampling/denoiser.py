@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from panorama.sampling.canvas import Canvas, View, crop
+from panorama.sampling.graphs import Graphs
 from panorama.sampling.parts import part_weights
 from panorama.sampling.solver import Solver
 
@@ -67,6 +68,8 @@ class UNetDenoiser:
         solver: scales latents to the UNet's input.
         factor: pixels per latent cell.
         control: a depth image to follow.
+        graphs: replay calls of the networks as CUDA graphs, see `Graphs`. The networks stay as they
+            are while this denoiser is used.
     """
 
     def __init__(
@@ -77,6 +80,7 @@ class UNetDenoiser:
         solver: Solver,
         factor: int,
         control: DepthControl | None = None,
+        graphs: bool = False,
     ) -> None:
         self._unet, self._solver, self._control = unet, solver, control
         self._dtype = unet.dtype  # scans every weight, so read it once
@@ -87,40 +91,74 @@ class UNetDenoiser:
             self._pooled = self._pooled.to(unet.device, self._dtype)
         self._guidance_scale = conditioning.guidance_scale
         self.parts = conditioning.parts
+        self._predict = Graphs(self._networks) if graphs else self._networks
 
     def __call__(self, x: Tensor, t: Tensor, views: Sequence[View]) -> Tensor:
         """Predict noise with classifier-free guidance (arXiv 2207.12598, equation 6)."""
         groups = len(self._states)  # negative prompt and prompt share a batch
         inputs = self._solver.scale(x, t).to(self._dtype)
-        inputs = inputs.repeat(groups, 1, 1, 1)  # (G * N, C, h, w)
         weights = part_weights(self._canvas, self.parts, views)  # (N, P)
         weights = weights.to(self._states, non_blocking=True)
-        t = t.to(x.device, non_blocking=True)
-        options: dict[str, Any] = {
-            "encoder_hidden_states": interpolate(self._states, weights),  # (G * N, n * L, D)
-            "added_cond_kwargs": self._micro_conditioning(views, weights),
-            "return_dict": False,
-        }
-        residuals = self._follow(inputs, t, views, options)
-        (output,) = self._unet(inputs, t, **options, **residuals)  # (G * N, C, h, w)
+        pooled = sizes = depth = None
+        if self._pooled is not None:
+            pooled = interpolate(self._pooled, weights)  # (G * N, D')
+            sizes = self._micro_conditioning(views).to(x.device, non_blocking=True)
+            sizes = sizes.repeat(groups, 1)  # (G * N, 6)
+        if self._control is not None:
+            depth = self._depth(self._control, views).repeat(groups, 1, 1, 1)
+        output = self._predict(
+            inputs.repeat(groups, 1, 1, 1),  # (G * N, C, h, w)
+            t.to(x.device, non_blocking=True),
+            interpolate(self._states, weights),  # (G * N, n * L, D)
+            pooled,
+            sizes,
+            depth,
+        )
         noise_pred: Tensor = output.to(x.dtype)
         if groups == 1:
             return noise_pred
         uncond, text = noise_pred.chunk(2)
         return uncond + self._guidance_scale * (text - uncond)
 
-    def _micro_conditioning(
-        self, views: Sequence[View], weights: Tensor
-    ) -> dict[str, Tensor] | None:
-        """Tell SDXL which part of which image each window is (arXiv 2307.01952, section 2.2)."""
-        if self._pooled is None:
-            return None
-        sizes = torch.tensor([self._time_ids(view) for view in views])
-        sizes = sizes.to(self._pooled.device, torch.float32, non_blocking=True)
-        return {
-            "text_embeds": interpolate(self._pooled, weights),  # (G * N, D')
-            "time_ids": sizes.repeat(len(self._pooled), 1),  # (G * N, 6)
+    def _networks(
+        self,
+        x: Tensor,
+        t: Tensor,
+        states: Tensor,
+        pooled: Tensor | None,
+        sizes: Tensor | None,
+        depth: Tensor | None,
+    ) -> Tensor:
+        """Predict noise by the UNet, and by the ControlNet if there is depth to follow."""
+        options: dict[str, Any] = {
+            "encoder_hidden_states": states,
+            "added_cond_kwargs": None,
+            "return_dict": False,
         }
+        if pooled is not None:
+            options["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
+        residuals: dict[str, Any] = {}
+        if self._control is not None:
+            down, middle = self._control.controlnet(
+                x,
+                t,
+                controlnet_cond=depth,
+                conditioning_scale=self._control.scale,
+                **options,
+            )
+            residuals["down_block_additional_residuals"] = down
+            residuals["mid_block_additional_residual"] = middle
+        (output,) = self._unet(x, t, **options, **residuals)
+        prediction: Tensor = output
+        return prediction
+
+    def _micro_conditioning(self, views: Sequence[View]) -> Tensor:
+        """Tell SDXL which part of which image each window is (arXiv 2307.01952, section 2.2).
+
+        Returns:
+            The time ids of N windows, (N, 6).
+        """
+        return torch.tensor([self._time_ids(view) for view in views], dtype=torch.float32)
 
     def _time_ids(self, view: View) -> list[int]:
         """Return original size, crop coordinates and target size of a window in pixels.
@@ -134,23 +172,11 @@ class UNetDenoiser:
         cells = (canvas.height, canvas.width, top, left, view.height, view.width)
         return [self._factor * n for n in cells]
 
-    def _follow(
-        self, inputs: Tensor, t: Tensor, views: Sequence[View], options: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Return the ControlNet's residuals for the UNet, {} without a depth image."""
-        if self._control is None:
-            return {}
+    def _depth(self, control: DepthControl, views: Sequence[View]) -> Tensor:
+        """Return the depth in windows, (N, 3, h * f, w * f)."""
         f = self._factor
         pixels = [View(f * v.top, f * v.left, f * v.height, f * v.width) for v in views]
-        depth = crop(self._control.image, pixels, self._canvas.closed)  # (N, 3, h * f, w * f)
-        down, middle = self._control.controlnet(
-            inputs,
-            t,
-            controlnet_cond=depth.to(self._dtype).repeat(len(inputs) // len(views), 1, 1, 1),
-            conditioning_scale=self._control.scale,
-            **options,
-        )
-        return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        return crop(control.image, pixels, self._canvas.closed).to(self._dtype)
 
 
 def clamp(value: int, largest: int) -> int:

@@ -57,13 +57,14 @@ def build(
     depth: Tensor | None = None,
     name: str = "euler",
     prompt: str | tuple[str, ...] = "night over the sea",
+    graphs: bool = False,
 ) -> UNetDenoiser:
     """A denoiser for windows of a canvas of 32 x 48 cells."""
     control = None if depth is None else DepthControl(base.controlnet, depth, 0.7)
     canvas = Canvas(32, 48, closed)
     run = solver(base, name)
     given = conditioning(base, scale, prompt)
-    return UNetDenoiser(base.unet, given, canvas, run, base.factor, control)
+    return UNetDenoiser(base.unet, given, canvas, run, base.factor, control, graphs)
 
 
 def watch(network: Any, seen: list[Any]) -> Any:
@@ -249,6 +250,31 @@ def test_latents_keep_their_precision_whatever_the_unet_has() -> None:
     reference = small_sdxl.build()
     expected = build(reference, depth=DEPTH)(run.initial(crop(LATENTS, VIEWS)), t, VIEWS)
     assert (found - expected).abs().mean() < 0.1 * expected.abs().mean()
+
+
+def test_cuda_graphs_change_nothing_without_a_gpu(base: BaseModel) -> None:
+    t, windows = solver(base).timesteps[1], crop(LATENTS, VIEWS)
+    plain, replayed = (build(base, depth=DEPTH, graphs=graphs) for graphs in (False, True))
+    for batch in (slice(0, 2), slice(2, 5), slice(0, 2), slice(3, 5)):
+        given = windows[batch], t, VIEWS[batch]
+        assert torch.equal(replayed(*given), plain(*given))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_cuda_graphs_are_replayed_with_new_windows_steps_and_depth() -> None:
+    base = small_sdxl.build()
+    for network in (base.unet, base.controlnet):
+        network.to("cuda")
+    plain, replayed = (build(base, depth=DEPTH.cuda(), graphs=g) for g in (False, True))
+    windows, calls = crop(LATENTS, VIEWS).cuda(), []
+    hook = watch(base.unet, calls)
+    for t in solver(base).timesteps:
+        for batch in (slice(0, 2), slice(2, 5), slice(3, 5)):
+            given = windows[batch], t, VIEWS[batch]
+            torch.testing.assert_close(replayed(*given), plain(*given))
+    hook.remove()
+    # Each of the two shapes of a batch runs once as it is and once to be recorded.
+    assert len(calls) == 5 * 3 + 2 * 2
 
 
 def test_sd2_is_told_of_no_place() -> None:
