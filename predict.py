@@ -1,7 +1,7 @@
 """The Cog boundary: typed inputs in, one image out. Nothing else imports cog.
 
 Cog reads the signature of `predict` without running this file, so every value in it is a
-literal. They repeat the table in panorama/request.py; a test holds the two equal.
+literal. They repeat the table in panorama/request.py; a test checks this.
 """
 
 import sys

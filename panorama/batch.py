@@ -1,8 +1,8 @@
 """Many prompts, on one process or several: `script/batch prompts.jsonl -o images`.
 
 Each line of the file is a JSON object of inputs, such as {"prompt": "night over the sea"}. The
-variable PROCESSES starts several processes, and so do torchrun and accelerate. Each makes the
-images of other lines; with `--together` all of them share the windows of every image.
+variable PROCESSES starts several processes, and so do torchrun and accelerate. Each takes a
+share of the lines; with `--together` all of them share the windows of every image.
 `results.jsonl`, beside the images, records each result. The same command again makes the images
 that are missing, broken or unrecorded. One command at a time may work on a folder. With
 `--best-of N` the image of a line is the best of N seeds: the line's own and those that follow it.

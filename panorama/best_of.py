@@ -1,7 +1,7 @@
 """The best of several seeds, for `script/batch --best-of`.
 
-Until all seeds of an image are made, those that are lie in a hidden folder beside its place. Each
-says of itself how good it is, so that a killed command goes on with the seeds that are missing.
+Until all seeds of an image are made, the finished ones are in a hidden folder beside its path. Each
+records its own quality, so that a killed command can go on with the seeds that are missing.
 """
 
 import shutil

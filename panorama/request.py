@@ -522,7 +522,7 @@ def _check_output(request: Request) -> None:
 
 
 def _check_upscale(request: Request, sides: Mapping[str, int]) -> None:
-    """Check that the enlarged panorama is not too large, for its format either."""
+    """Check that the enlarged panorama fits the size limit and its format."""
     rule, largest = INPUTS["upscale"], INPUTS["width"].maximum
     name, longest = max(sides.items(), key=lambda side: side[1])
     longest *= request.upscale

@@ -118,7 +118,7 @@ class Termination:
 
 
 def hide_folders(text: str) -> str:
-    """Return a text without the folders of this machine; a module keeps those of its package."""
+    """Return a text without this machine's folders, except those inside a module's package."""
     for root in sorted(filter(None, sys.path), key=len, reverse=True):
         text = text.replace(f"{root}/", "")
     return FOLDERS.sub("", text)

@@ -42,7 +42,7 @@ class Panorama:
     image: Image.Image  # RGB
     closed: "Axis"  # along which it closes, "" for none
     metadata: Mapping[str, Any]  # ready for JSON; see `read_metadata`
-    seconds: Mapping[str, float]  # time by stage: "denoise", "decode", "check" and "measure"
+    seconds: Mapping[str, float]  # time by stage, such as "denoise", "upscale" and "decode"
 
     @property
     def quality(self) -> Mapping[str, float]:

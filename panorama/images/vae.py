@@ -37,8 +37,8 @@ class Coder:
         vae: AutoencoderKL, or AutoencoderTiny to decode.
         network: its decoder or encoder.
         code: from (N, C, H, W) to (N, C', H', W'), float32.
-        source: numbers along an axis of what is coded for each latent cell.
-        target: numbers along an axis of the result for each latent cell.
+        source: values of the input along an axis per latent cell.
+        target: values of the result along an axis per latent cell.
         channels: of the result.
     """
 

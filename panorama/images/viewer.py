@@ -184,7 +184,7 @@ def page(data: bytes, name: str = "panorama") -> bytes:
 
 
 def list_facts(size: tuple[int, int], metadata: Mapping[str, Any]) -> dict[str, str]:
-    """Return what made an image, by what to call it, as far as its metadata say."""
+    """Return the facts about how an image was made, by label, from its metadata."""
     inputs, versions = (metadata.get(name) for name in ("inputs", "versions"))
     inputs = inputs if isinstance(inputs, dict) else {}
     versions = versions if isinstance(versions, dict) else {}

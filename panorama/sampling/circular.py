@@ -31,7 +31,7 @@ def circular(*modules: nn.Module, axes: str = "x", extended: str = "") -> Iterat
     Args:
         modules: the convolutions at any depth are wrapped.
         axes: "x" joins left and right, "y" top and bottom, "xy" both, "" neither.
-        extended: axes that go on beyond their ends as they end, in the same spelling.
+        extended: axes that repeat their outermost cells, spelled like `axes`.
 
     Raises:
         ValueError: unknown axes, or one that is to wrap and be extended.

@@ -18,7 +18,7 @@ class Preset:
     takes_stride: bool = False  # the layout depends on the stride
     sync_threshold: int = 5  # a number of first steps
     gradient: bool = False  # move windows by the gradient in as many steps as sync_threshold says
-    means: int = 1  # share means in so many times as many
+    means: int = 1  # share means in means * sync_threshold steps
 
     def sync(self, threshold: int, **settings: Any) -> SyncSettings:
         """Return the settings of synchronising with a sync_threshold."""

@@ -128,7 +128,7 @@ class Batches:
 
     Attributes:
         size: windows at a time.
-        save_memory: see `Synchronizer`.
+        save_memory: see `PerceptualGradient`.
     """
 
     def __init__(self, size: int, save_memory: Callable[[], bool] = keep_memory) -> None:

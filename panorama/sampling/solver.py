@@ -114,8 +114,8 @@ class Solver:
 
         Args:
             noise: (1, C, H, W) of unit variance.
-            x0: latents of an image, which a run of less than the whole schedule, and of at least
-                one step, begins from.
+            x0: latents of an image. A run of part of the schedule, with at least one step,
+                starts from them.
         """
         if x0 is None or self._whole:
             latents: Tensor = noise * self._scheduler.init_noise_sigma

@@ -116,7 +116,7 @@ class Cache:
         raise WeightsError(f"{part.base}: no source has all of it{failures}")
 
     def _fetch_file(self, source: Source, file: File) -> None:
-        """Verify a file, and fetch it if it is missing, or wrong: that once more."""
+        """Verify a file; fetch it if it is missing, and again if it is wrong."""
         for _ in range(2):
             path, variant = self.find(source, file) or self._download(source, file)
             problem = mismatch(path, variant)

@@ -73,7 +73,7 @@ def read_part(
 ) -> Part:
     """Make a part from its table in the manifest.
 
-    A file belongs to the component that it names, or its part names, or its first folder is called.
+    A file's component is the one that it or its part names, or else its first folder.
     """
     named = [{"component": component or file["name"].split("/")[0], **file} for file in files]
     return Part(
