@@ -18,7 +18,7 @@ from panorama.request import Request
 from weights.train import scenes
 from weights.train.export import load_judge
 from weights.train.measure import make_image
-from weights.train.recognise import ATTRIBUTES, Judge, read
+from weights.train.recognise import Judge, read
 
 PARTS, WINDOWS_PER_PART = 3, 2
 ORDERS = tuple(permutations(scenes.SKIES, PARTS))
@@ -43,7 +43,7 @@ def regions(judge: Judge, image: Tensor, window: int, times: tuple[str, ...]) ->
     """
     windows = torch.cat(image.split(window, -1)) * 2 - 1  # (n, 3, h, w)
     each = len(windows) // len(times)
-    seen = read(judge, windows, ATTRIBUTES)
+    seen = read(judge, windows)
     return [found["time"] == times[k // each] for k, found in enumerate(seen)]
 
 

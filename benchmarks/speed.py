@@ -36,7 +36,7 @@ from panorama.sampling.synchronize import SyncSettings
 from panorama.sampling.views import Fixed
 from weights.train.export import load_judge
 from weights.train.measure import Wish, features, strangeness
-from weights.train.recognise import ATTRIBUTES, Judge, read
+from weights.train.recognise import Judge, read
 from weights.train.scenes import LAND_WORDS
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ def examine(
         keep(image, folder / f"{way}-{index:02d}.png")
     side, width = image.shape[-2:]
     apart = torch.cat(image.split(side, -1)) * 2 - 1  # (n, 3, h, w)
-    seen = read(judge, apart, ATTRIBUTES)
+    seen = read(judge, apart)
     turns = [k * (width if shape.closed else width - side) // CUTS for k in range(CUTS)]
     cut = torch.cat([image.roll(-turn, -1)[..., :side] for turn in turns]) * 2 - 1
     return Found(

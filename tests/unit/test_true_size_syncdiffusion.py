@@ -49,7 +49,7 @@ def save_family(family: Path) -> None:
     perceptual = LPIPS()
     assert sum(p.numel() for p in perceptual.parameters()) == VGG16_CONVOLUTIONS + HEADS
     perceptual.save_pretrained(family / "perceptual")
-    build_tokenizer(folder / "tokenizer")
+    build_tokenizer().save_pretrained(folder / "tokenizer")
     DDIMScheduler.from_config(published("scheduler")).save_pretrained(folder / "scheduler")
     publish_names(folder / "text_encoder" / "model.safetensors")
 

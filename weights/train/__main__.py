@@ -15,7 +15,6 @@ from weights.train import (
     autoencoder,
     controlnet,
     dataset,
-    decoder,
     depths,
     diffusion,
     export,
@@ -31,20 +30,15 @@ WORK = Path(__file__).parent / "work"
 
 def train_decoder(work: Work) -> None:
     """Train the decoder of the autoencoder that the work folder has, and write it there again."""
-    model = decoder.train(work, load_autoencoder(work))
-    model.save_pretrained(work.folder / "autoencoder")
-
-
-def load_autoencoder(work: Work) -> AutoencoderKL:
-    """Read the autoencoder from the work folder."""
-    return AutoencoderKL.from_pretrained(work.folder / "autoencoder")
+    folder = work.folder / "autoencoder"
+    autoencoder.train_decoder(work, AutoencoderKL.from_pretrained(folder)).save_pretrained(folder)
 
 
 def train_sd2(work: Work) -> None:
     """Train the feature network, the text encoder and the UNet, and write the first model."""
-    vae = load_autoencoder(work)
+    vae = AutoencoderKL.from_pretrained(work.folder / "autoencoder")
     features = recognise.train_features(work)
-    tokenizer = diffusion.build_tokenizer(work.folder / "tokenizer")
+    tokenizer = diffusion.build_tokenizer()
     model = diffusion.train(work, vae, tokenizer)
     export.export_sd2(vae, model, tokenizer, features)
 
@@ -58,7 +52,7 @@ def train_sphere_judges(work: Work) -> None:
 def train_sdxl(work: Work) -> None:
     """Train and write the second model's base, which begins from the files of the first."""
     unet = UNet2DConditionModel.from_pretrained(export.TINY / export.SD2 / "unet")
-    tokenizer = diffusion.build_tokenizer(work.folder / "tokenizer")
+    tokenizer = diffusion.build_tokenizer()
     export.export_base(sdxl.train(work, load_vae(), tokenizer, unet), tokenizer)
 
 
@@ -79,8 +73,8 @@ STAGES: Mapping[str, Callable[[Work], None]] = {
     "judges-360": train_sphere_judges,
     "sdxl": train_sdxl,
     "style": lambda work: export.export_style(style.train(work, *export.load_base())),
-    "controlnet": lambda work: export.export_controlnet(
-        controlnet.train(work, *export.load_base())
+    "controlnet": lambda work: export.save_components(
+        export.TINY / export.SDXL, controlnet=controlnet.train(work, *export.load_base())
     ),
 }
 """What the stages train and write; those of the second model begin from the files of the first."""

@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ControlNetModel, DDIMScheduler
+from diffusers import AutoencoderKL, ControlNetModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
@@ -14,8 +14,8 @@ from weights.train import dataset
 from weights.train.autoencoder import FACTOR
 from weights.train.depths import at_finest, build_head, cells, depth_images, error
 from weights.train.device import device, on_device
-from weights.train.diffusion import Noisy, add_noise, build_scheduler
-from weights.train.fit import Batch, Lesson, Plan, Work, fit
+from weights.train.diffusion import Noisy, add_noise
+from weights.train.fit import Batch, Plan, Work, fit
 from weights.train.recognise import Block
 from weights.train.sdxl import SIDE, Captions, Cuts, Spheres, TextToSphere, load_sizes, time_ids
 from weights.train.windows import crop
@@ -73,7 +73,6 @@ class Lessons:
     base: TextToSphere
     spheres: Spheres
     depths: Tensor  # (N, 1, H, W) depth images of the spheres, half as high as the large ones
-    scheduler: DDIMScheduler
 
     def draw(self, generator: torch.Generator) -> Batch:
         """Draw noisy latents, their captions, and depth images (N, 3, H, W) in [0, 1]."""
@@ -81,7 +80,7 @@ class Lessons:
         generator = on_device(generator)
         sizes = time_ids(cuts, generator)
         captions = self.spheres.captions(cuts.index, sizes, DROPPED, generator)
-        return *add_noise(cuts.x0, self.scheduler, generator, DRAWS), *captions, self.depth(cuts)
+        return *add_noise(cuts.x0, generator, DRAWS), *captions, self.depth(cuts)
 
     def unpack(self, batch: Batch) -> tuple[Noisy, dict[str, Any], Tensor]:
         """Return the noisy latents, the arguments of the UNet and the depth images of a batch."""
@@ -111,7 +110,7 @@ def train_reader(work: Work, lessons: Lessons) -> nn.Module:
         return error(seen.float(), cells(depth[:, 0]))
 
     reader = LatentReader()
-    return fit(reader, Lesson(lessons.draw, loss), READER_PLAN, work)
+    return fit(reader, lessons.draw, loss, READER_PLAN, work)
 
 
 def train(
@@ -127,7 +126,7 @@ def train(
     controlnet = build(base)
     distances = [dataset.load(work.folder, kind, "train").distance for kind in dataset.KINDS]
     depths = torch.cat([depth_images(metres) for metres in distances])
-    lessons = Lessons(base, load_sizes(work, vae, tokenizer), depths, build_scheduler())
+    lessons = Lessons(base, load_sizes(work, vae, tokenizer), depths)
     reader = train_reader(work, lessons).requires_grad_(False)
 
     def draw(generator: torch.Generator) -> Batch:
@@ -146,4 +145,4 @@ def train(
         seen = reader(noisy.x0(noise_pred))
         return noisy.error(noise_pred) + error(seen.float(), cells(depth[:, 0]))
 
-    return fit(controlnet, Lesson(draw, loss), PLAN, work)
+    return fit(controlnet, draw, loss, PLAN, work)

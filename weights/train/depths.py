@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from weights.train import dataset
 from weights.train.device import device, on_device
-from weights.train.fit import Batch, Lesson, Plan, Work, fit
+from weights.train.fit import Batch, Plan, Work, fit
 from weights.train.recognise import JUDGE_CHANNELS, SPHERES, WINDOWS, Blocks, disturb, draw_places
 from weights.train.views import channels_first
 from weights.train.windows import draw_number
@@ -79,7 +79,7 @@ def train(work: Work) -> DepthReader:
     def loss(images: Tensor, target: Tensor) -> Tensor:
         return error(model(images).float(), target)
 
-    return fit(model, Lesson(draw, loss), PLAN, work)
+    return fit(model, draw, loss, PLAN, work)
 
 
 def depth_images(distances: NDArray[np.float16]) -> Tensor:

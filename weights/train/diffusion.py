@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from weights.train import dataset, rooms, scenes
 from weights.train.autoencoder import FACTOR, encode
 from weights.train.device import batch_size, device, on_device
-from weights.train.fit import Batch, Lesson, Plan, Work, fit
+from weights.train.fit import Batch, Plan, Work, fit
 from weights.train.windows import crop, draw_numbers
 
 T = TypeVar("T")
@@ -30,9 +29,11 @@ HIDDEN = 128  # of a text encoder
 DROPPED = 0.1  # share of captions left out, for guidance
 STRIP = slice(scenes.STRIP.start // FACTOR, scenes.STRIP.stop // FACTOR)  # rows of latents
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULER = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+"""The noise schedule of SD 2 base."""
 
 
-def build_tokenizer(folder: Path) -> CLIPTokenizer:
+def build_tokenizer() -> CLIPTokenizer:
     """Build a CLIP tokenizer of a few hundred words; its bytes spell any other text."""
     special = ["<|startoftext|>", "<|endoftext|>"]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -53,15 +54,12 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
     pieces = letters + endings
     pieces += [a + b for a, b in merges if a + b not in pieces]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces + special))}
-    folder.mkdir(parents=True, exist_ok=True)
-    clip = CLIPTokenizer(
+    return CLIPTokenizer(
         vocab=vocabulary,
         merges=[tuple(pair) for pair in merges],
         model_max_length=CONTEXT,
         pad_token="<|endoftext|>",
     )
-    clip.save_pretrained(folder)
-    return clip
 
 
 def words() -> Iterator[str]:
@@ -111,11 +109,6 @@ def build_unet(cross_attention_dim: int = HIDDEN, **conditions: Any) -> UNet2DCo
     )
 
 
-def build_scheduler() -> DDIMScheduler:
-    """Build a scheduler with the noise schedule of SD 2 base."""
-    return DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-
-
 class TextToImage(nn.Module):
     """The trained networks: the text encoder and the UNet."""
 
@@ -145,17 +138,6 @@ def uneven_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return noise
 
 
-def loss_weight(alpha_bar: Tensor, low: float = 0.2, high: float = 5.0) -> Tensor:
-    """Return the loss's weight at alpha_bar (N,), for x0's error: SNR clamped to [low, high].
-
-    The upper bound is that of Min-SNR (arXiv 2303.09556). The lower one makes up for how little
-    the error of the noise says about x0 where there is next to nothing but noise, which is where
-    the colours of large areas are decided.
-    """
-    snr = alpha_bar / (1 - alpha_bar)
-    return snr.clamp(low, high) / snr
-
-
 class Noisy(NamedTuple):
     """Latents with noise added."""
 
@@ -165,27 +147,31 @@ class Noisy(NamedTuple):
     alpha_bar: Tensor  # (N, 1, 1, 1)
 
     def error(self, noise_pred: Tensor) -> Tensor:
-        """Return the weighted error of the predicted noise."""
+        """Return the error of the predicted noise, that of x0 weighted by the SNR in [0.2, 5].
+
+        The upper bound is that of Min-SNR (arXiv 2303.09556). The lower one makes up for how little
+        the error of the noise says about x0 where there is next to nothing but noise, which is
+        where the colours of large areas are decided.
+        """
         error = F.mse_loss(noise_pred, self.noise, reduction="none").mean((1, 2, 3))
-        return (error * loss_weight(self.alpha_bar.flatten())).mean()
+        snr = (self.alpha_bar / (1 - self.alpha_bar)).flatten()
+        return (error * (snr.clamp(0.2, 5.0) / snr)).mean()
 
     def x0(self, noise_pred: Tensor) -> Tensor:
         """Return the clean latents (N, C, h, w) that the predicted noise leaves."""
         return (self.latents - (1 - self.alpha_bar).sqrt() * noise_pred) / self.alpha_bar.sqrt()
 
 
-def add_noise(
-    x0: Tensor, scheduler: DDIMScheduler, generator: torch.Generator, draws: int = 1
-) -> Noisy:
+def add_noise(x0: Tensor, generator: torch.Generator, draws: int = 1) -> Noisy:
     """Draw noise for latents x0 (N, C, h, w), and the latest of some timesteps for each.
 
     The generator is of their device.
     """
-    steps = scheduler.config.num_train_timesteps
+    steps = SCHEDULER.config.num_train_timesteps
     t = torch.randint(steps, (draws, len(x0)), generator=generator, device=x0.device).amax(0)
     noise = uneven_noise(x0.shape, generator)
-    latents = scheduler.add_noise(x0, noise, t)  # moves alphas_cumprod to the device of x0
-    return Noisy(latents, noise, t, scheduler.alphas_cumprod[t].view(-1, 1, 1, 1))
+    latents = SCHEDULER.add_noise(x0, noise, t)  # moves alphas_cumprod to the device of x0
+    return Noisy(latents, noise, t, SCHEDULER.alphas_cumprod[t].view(-1, 1, 1, 1))
 
 
 def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
@@ -209,7 +195,6 @@ def train(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToIma
     """Train on windows of the strips at any place, also across the wrap."""
     torch.manual_seed(3)
     model = TextToImage(build_text_encoder(CLIPTextModel, tokenizer), build_unet())
-    scheduler = build_scheduler()
     latents = encode(work, vae, "outdoors")[:, :, STRIP].to(device())
     facts = dataset.load(work.folder, "outdoors", "train").attributes
     subjects = [scenes.Scene(**attributes) for attributes in facts]
@@ -224,11 +209,11 @@ def train(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> TextToIma
         x0 = crop(latents, index, torch.zeros_like(left), left, (WINDOW, WINDOW))
         ids = captions[index, draw_numbers(VARIANTS, count, generator)]
         given = torch.rand(count, 1, generator=generator, device=device()) >= DROPPED
-        return *add_noise(x0, scheduler, generator), torch.where(given, ids, empty)
+        return *add_noise(x0, generator), torch.where(given, ids, empty)
 
     def loss(*batch: Tensor) -> Tensor:
         *parts, ids = batch
         noisy = Noisy(*parts)
         return noisy.error(model(noisy.latents, noisy.t, ids).float())
 
-    return fit(model, Lesson(draw, loss), PLAN, work)
+    return fit(model, draw, loss, PLAN, work)

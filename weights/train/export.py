@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, ControlNetModel, UNet2DConditionModel
+from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from panorama.sampling.perceptual import LPIPS
-from weights.train.diffusion import TextToImage, build_scheduler
+from weights.train.diffusion import SCHEDULER, TextToImage
 from weights.train.fit import Network
 from weights.train.sdxl import TextToSphere, build_inference_scheduler
 from weights.train.style import lora_weights, token_embeddings
@@ -38,7 +38,7 @@ def export_sd2(
         text_encoder=model.text_encoder,
         tokenizer=tokenizer,
         unet=model.unet,
-        scheduler=build_scheduler(),
+        scheduler=SCHEDULER,
     )
 
 
@@ -109,11 +109,6 @@ def export_style(style: TextToSphere) -> None:
     """Write a LoRA of the second model and the embeddings of its tokens."""
     save_half(lora_weights(style.unet), TINY / SDXL / "lora.safetensors")
     save_half(token_embeddings(style), TINY / SDXL / "embeddings.safetensors")
-
-
-def export_controlnet(controlnet: ControlNetModel) -> None:
-    """Write the second model's ControlNet."""
-    save_components(TINY / SDXL, controlnet=controlnet)
 
 
 def export_judge(judge: nn.Module, name: str) -> None:

@@ -16,6 +16,12 @@ from torch import Tensor, nn
 from weights.train.device import device, mixed_precision
 
 Batch = tuple[Tensor, ...]
+Draw = Callable[[torch.Generator], Batch]
+"""Draws a batch on the device, with a generator of the CPU."""
+Loss = Callable[..., Tensor]
+"""Returns a model's loss on the tensors of a batch, in mixed precision. It depends on nothing but
+them and the weights, and draws no random numbers, so that a GPU can replay it.
+"""
 Network = TypeVar("Network", bound=nn.Module)
 Part = nn.Module | torch.optim.Optimizer
 
@@ -30,20 +36,6 @@ class Work:
 
     folder: Path
     deadline: float = inf  # by time.monotonic()
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """What a model learns from.
-
-    The loss depends on nothing but the batch and the weights, and draws no random numbers, so that
-    a GPU can replay it.
-    """
-
-    draw: Callable[[torch.Generator], Batch]
-    """Draws a batch on the device, with a generator of the CPU."""
-    loss: Callable[..., Tensor]
-    """Returns the model's loss on the tensors of a batch; runs in mixed precision."""
 
 
 class OutOfTime(Exception):
@@ -79,7 +71,7 @@ class Gradients:
     than to run. A CUDA graph launches them all at once; there is one for each shape of a batch.
     """
 
-    def __init__(self, loss: Callable[..., Tensor], parameters: Sequence[nn.Parameter]) -> None:
+    def __init__(self, loss: Loss, parameters: Sequence[nn.Parameter]) -> None:
         self.loss = loss
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
@@ -122,7 +114,7 @@ class Gradients:
         return graph, inputs, value
 
 
-def fit(model: Network, lesson: Lesson, plan: Plan, work: Work) -> Network:
+def fit(model: Network, draw: Draw, loss: Loss, plan: Plan, work: Work) -> Network:
     """Train a model in place, from the last of its `checkpoints/` in the work folder.
 
     Weights that need no gradient stay.
@@ -144,19 +136,22 @@ def fit(model: Network, lesson: Lesson, plan: Plan, work: Work) -> Network:
         fused=device().type == "cuda",
     )
     average = copy.deepcopy(model).requires_grad_(False) if plan.average else model
+    means, values = list(average.parameters()), list(model.parameters())
     parts: Mapping[str, Part] = {"model": model, "average": average, "optimizer": optimizer}
     first = resume(path, parts)
-    gradients = Gradients(mixed_precision()(lesson.loss), learned)
+    gradients = Gradients(mixed_precision()(loss), learned)
     started = saved = time.monotonic()
     mean = torch.zeros((), device=device())
     for step in range(first, plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = plan.learning_rate * plan.rate(step)
-        value = gradients(lesson.draw(torch.Generator().manual_seed(plan.seed(step))))
+        value = gradients(draw(torch.Generator().manual_seed(plan.seed(step))))
         nn.utils.clip_grad_norm_(learned, 1.0, foreach=True)
         optimizer.step()
         if plan.average:
-            blend(average, model, min(plan.average, (step + 1) / (step + 10)))
+            decay = min(plan.average, (step + 1) / (step + 10))
+            with torch.no_grad():  # no network here has buffers that change
+                torch._foreach_lerp_(means, values, 1 - decay)
         mean += (value - mean) * max(0.01, 1 / (step - first + 1))
         if (step + 1) % 50 == 0:
             pace = (time.monotonic() - started) / (step + 1 - first)
@@ -171,15 +166,6 @@ def fit(model: Network, lesson: Lesson, plan: Plan, work: Work) -> Network:
         if now > work.deadline and not last:
             raise OutOfTime(f"{plan.name} stopped after step {step + 1} of {plan.steps}")
     return average.eval()
-
-
-def blend(average: nn.Module, model: nn.Module, decay: float) -> None:
-    """Set average to decay * average + (1 - decay) * model."""
-    with torch.no_grad():
-        means, values = list(average.parameters()), list(model.parameters())
-        torch._foreach_lerp_(means, values, 1 - decay)
-        for mean, now in zip(average.buffers(), model.buffers(), strict=True):
-            mean.copy_(now)
 
 
 def save(value: object, path: Path) -> None:

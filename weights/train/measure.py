@@ -29,7 +29,7 @@ from weights.train import autoencoder, dataset, rooms, scenes
 from weights.train.__main__ import WORK
 from weights.train.depths import CELL, DepthReader, around, cells, correlation, depth_image
 from weights.train.export import load_judge
-from weights.train.recognise import ATTRIBUTES, SPHERE_ATTRIBUTES, WINDOW, Attributes, Judge, read
+from weights.train.recognise import ATTRIBUTES, SPHERE_ATTRIBUTES, WINDOW, Judge, read
 from weights.train.scenes import LAND_WORDS, TIME_WORDS
 from weights.train.sdxl import PREFIX
 from weights.train.views import Change, Pixels, halve, to_tensor
@@ -106,20 +106,15 @@ def shares(
 
 
 def accuracy(
-    judge: Judge, images: dataset.Images, show: Change, attributes: Attributes
+    judge: Judge, images: dataset.Images, show: Change, names: Sequence[str]
 ) -> dict[str, float]:
     """Return the share of spheres, as shown, of which a judge reads each attribute right."""
-    seen = [read(judge, to_tensor(show(image)[None]), attributes)[0] for image in images.rgb]
-    return shares(seen, images.attributes, attributes, " and ".join([*attributes][:2]))
+    seen = [read(judge, to_tensor(show(image)[None]))[0] for image in images.rgb]
+    return shares(seen, images.attributes, names, " and ".join(names[:2]))
 
 
 def agreement(
-    make: Make,
-    judge: Judge,
-    attributes: Attributes,
-    wishes: Sequence[Wish],
-    seeds: int,
-    sheet: Path | None,
+    make: Make, judge: Judge, wishes: Sequence[Wish], seeds: int, sheet: Path | None
 ) -> dict[str, float]:
     """Return the share of images in which a judge reads each attribute, and all, as wished.
 
@@ -129,7 +124,7 @@ def agreement(
     seen, tiles = [], []
     for (prompt, _), seed in product(wishes, range(seeds)):
         image = make(prompt, seed)
-        seen += read(judge, image * 2 - 1, attributes)
+        seen += read(judge, image * 2 - 1)
         tiles.append(F.avg_pool2d(image, 2)[0])
     if sheet:
         save_sheet(tiles, seeds, sheet)
@@ -162,12 +157,12 @@ def measure_syncdiffusion(given: Measuring) -> None:
         size = f"{images[0].shape[1]} x {images[0].shape[0]}"
         print(f"autoencoder PSNR, {kind}, {size}: {autoencoder.psnr(base.vae, images):.2f} dB")
     judge = load_judge(Judge(), "windows")
-    for name, share in accuracy(judge, given.held_out("outdoors"), window, ATTRIBUTES).items():
+    for name, share in accuracy(judge, given.held_out("outdoors"), window, [*ATTRIBUTES]).items():
         print(f"judge on held-out windows, {name}: {share:.1%}")
     side, sheet = base.window * base.factor, given.sheets and given.sheets / "windows.jpg"
     inputs = {"width": side, "height": side, "sync_weight": 0.0, "scheduler": "dpm++"}
     make = partial(make_prompted, given.models, **inputs)
-    for name, share in agreement(make, judge, ATTRIBUTES, LANDSCAPES, 4, sheet).items():
+    for name, share in agreement(make, judge, LANDSCAPES, 4, sheet).items():
         print(f"prompt agreement over {4 * len(LANDSCAPES)} windows, {name}: {share:.1%}")
     measure_skylines(make, given)
     measure_likeness(make, judge, given)
@@ -243,14 +238,13 @@ def measure_sdxl_360(given: Measuring) -> None:
     settings = given.models.settings("sdxl-360")
     judge = load_judge(Judge(SPHERE_ATTRIBUTES), "spheres")
     for kind, (wishes, _) in WISHES.items():
-        asked = {name: SPHERE_ATTRIBUTES[name] for name in wishes[0][1]}
-        for name, share in accuracy(judge, given.held_out(kind), halve, asked).items():
+        for name, share in accuracy(judge, given.held_out(kind), halve, [*wishes[0][1]]).items():
             print(f"judge on held-out {kind}, {name}: {share:.1%}")
     for scale, (kind, (wishes, seeds)) in product(lora_scales(settings), WISHES.items()):
         sheet = given.sheets and given.sheets / f"{kind}-{scale:g}.jpg"
         make = make_spheres(given.models, "sdxl-360", scale)
         prefixed = [(PREFIX + prompt, facts) for prompt, facts in wishes]
-        found = agreement(make, judge, SPHERE_ATTRIBUTES, prefixed, seeds, sheet)
+        found = agreement(make, judge, prefixed, seeds, sheet)
         for name, share in found.items():
             print(f"with lora_scale {scale:g}, {len(wishes) * seeds} {kind}, {name}: {share:.1%}")
 

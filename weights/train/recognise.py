@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from panorama.sampling.perceptual import LPIPS, normalize
 from weights.train import dataset, rooms, scenes
 from weights.train.device import batch_size, device, on_device
-from weights.train.fit import Batch, Lesson, Network, Plan, Work, fit
+from weights.train.fit import Batch, Network, Plan, Work, fit
 from weights.train.views import channels_first, to_range
 from weights.train.windows import crop, draw_number, draw_numbers, mirror
 
@@ -48,6 +48,7 @@ class Heads(nn.Module):
 
     def __init__(self, channels: int, attributes: Attributes) -> None:
         super().__init__()
+        self.attributes = attributes
         self.norm = nn.LayerNorm(channels)
         self.scores = nn.ModuleDict({k: nn.Linear(channels, len(v)) for k, v in attributes.items()})
 
@@ -185,14 +186,14 @@ def train(
     work: Work,
     model: Network,
     plan: Plan,
-    kinds: tuple[str, ...] = ("outdoors",),
+    kinds: Sequence[str] = ("outdoors",),
     view: View = WINDOWS,
-    attributes: Attributes = ATTRIBUTES,
 ) -> Network:
     """Train a network to read attributes of views of images, mirrored half of the time.
 
     It maps views (N, 3, h, w) in [-1, 1] to scores (N, values) for each attribute.
     """
+    attributes = model.heads.attributes
     sets = [dataset.load(work.folder, kind, "train") for kind in kinds]
     spheres = [channels_first(images.rgb) for images in sets]
     answers = [torch.stack([*labels(images.attributes, attributes).values()], 1) for images in sets]
@@ -211,7 +212,7 @@ def train(
         ]
         return torch.stack(losses).sum()
 
-    return fit(model, Lesson(draw, loss), plan, work)
+    return fit(model, draw, loss, plan, work)
 
 
 def train_features(work: Work) -> LPIPS:
@@ -229,16 +230,13 @@ def train_judge(work: Work) -> Judge:
 def train_sphere_judge(work: Work) -> Judge:
     """Train the judge of the second model."""
     torch.manual_seed(7)
-    judge, kinds = Judge(SPHERE_ATTRIBUTES), ("outdoors", "rooms")
-    return train(work, judge, SPHERE_JUDGE_PLAN, kinds, SPHERES, SPHERE_ATTRIBUTES)
+    kinds = ("outdoors", "rooms")
+    return train(work, Judge(SPHERE_ATTRIBUTES), SPHERE_JUDGE_PLAN, kinds, SPHERES)
 
 
 @torch.no_grad()
-def read(judge: nn.Module, images: Tensor, attributes: Attributes) -> list[dict[str, object]]:
-    """Return the values of attributes that a judge reads in images (N, 3, H, W) in [-1, 1]."""
-    scores = judge(images)
-    places = {name: scores[name].argmax(1).tolist() for name in attributes}
-    return [
-        {name: values[places[name][i]] for name, values in attributes.items()}
-        for i in range(len(images))
-    ]
+def read(judge: Judge, images: Tensor) -> list[dict[str, object]]:
+    """Return the attributes that a judge reads in images (N, 3, H, W) in [-1, 1]."""
+    places = {name: scores.argmax(1).tolist() for name, scores in judge(images).items()}
+    attributes = judge.heads.attributes.items()
+    return [{k: values[places[k][i]] for k, values in attributes} for i in range(len(images))]

@@ -16,28 +16,16 @@ from numpy.typing import NDArray
 from weights.train.scenes import HEIGHT, SUPERSAMPLE, Array, Color, average
 
 COLORS: Mapping[str, Color] = {
-    "blue": (0.30, 0.50, 0.86),
-    "green": (0.42, 0.70, 0.40),
-    "red": (0.84, 0.32, 0.28),
-    "yellow": (0.96, 0.82, 0.34),
-    "purple": (0.60, 0.38, 0.78),
-    "white": (0.92, 0.91, 0.89),
-}
+    "blue": (0.30, 0.50, 0.86), "green": (0.42, 0.70, 0.40), "red": (0.84, 0.32, 0.28),
+    "yellow": (0.96, 0.82, 0.34), "purple": (0.60, 0.38, 0.78), "white": (0.92, 0.91, 0.89),
+}  # fmt: skip
 PAINTS: Mapping[str, Color] = {
-    "white": (0.96, 0.96, 0.95),
-    "cream": (0.90, 0.84, 0.72),
-    "wood": (0.62, 0.42, 0.25),
-    "dark wood": (0.42, 0.27, 0.17),
-    "steel": (0.70, 0.73, 0.76),
-    "dark": (0.14, 0.15, 0.18),
-    "lamp": (1.0, 0.92, 0.68),
-    "glass": (0.66, 0.86, 0.98),
-    "water": (0.50, 0.78, 0.92),
-    "mirror": (0.80, 0.90, 0.94),
-    "leaf": (0.24, 0.52, 0.24),
-    "clay": (0.74, 0.44, 0.30),
+    "white": (0.96, 0.96, 0.95), "cream": (0.90, 0.84, 0.72), "wood": (0.62, 0.42, 0.25),
+    "dark wood": (0.42, 0.27, 0.17), "steel": (0.70, 0.73, 0.76), "dark": (0.14, 0.15, 0.18),
+    "lamp": (1.00, 0.92, 0.68), "glass": (0.66, 0.86, 0.98), "water": (0.50, 0.78, 0.92),
+    "mirror": (0.80, 0.90, 0.94), "leaf": (0.24, 0.52, 0.24), "clay": (0.74, 0.44, 0.30),
     "gold": (0.88, 0.68, 0.32),
-}
+}  # fmt: skip
 """Colours of things; "accent" is made from that of the walls."""
 GLOWING = frozenset({"lamp", "glass"})
 
@@ -183,12 +171,9 @@ KINDS: Mapping[str, tuple[Place, ...]] = {
 }  # fmt: skip
 """The furniture of each kind of room."""
 FLOORS: Mapping[str, Color] = {
-    "bedroom": (0.66, 0.52, 0.42),
-    "living room": (0.60, 0.42, 0.28),
-    "kitchen": (0.86, 0.78, 0.62),
-    "bathroom": (0.74, 0.82, 0.86),
-    "office": (0.52, 0.54, 0.58),
-}
+    "bedroom": (0.66, 0.52, 0.42), "living room": (0.60, 0.42, 0.28), "kitchen": (0.86, 0.78, 0.62),
+    "bathroom": (0.74, 0.82, 0.86), "office": (0.52, 0.54, 0.58),
+}  # fmt: skip
 RUGS = frozenset({"bedroom", "living room"})
 SIDES = (4.0, 4.8)  # metres
 
@@ -258,26 +243,15 @@ def furnish(room: Room, size: Array, accent: Array, rng: np.random.Generator) ->
         boxes.append(Box(floor - half, floor + half + [0, 0, 0.02], 0.5 * accent + 0.45))
     for piece, turn, center in KINDS[room.kind]:
         wall = int(first + mirrored * turn) % 4
-        length = float(size[wall % 2])
-        center = mirrored * center * length / 2 + rng.uniform(-0.12, 0.12)
-        if piece == "tiles":
-            center = 0.0
-        for (u0, u1), (d0, d1), (z0, z1), paint in PIECES[piece]:
-            along = np.sort([center + mirrored * u0, center + mirrored * u1])
-            along = np.clip(along, -length / 2, length / 2)
-            low, high = in_room(wall, along, (d0, d1), size)
-            low, high = vector(*low, z0), vector(*high, z1)
-            boxes.append(Box(low, high, paints[paint], paint in GLOWING))
+        axis, sign = wall % 2, 1 if wall < 2 else -1
+        half = float(size[axis]) / 2
+        center = mirrored * center * half + rng.uniform(-0.12, 0.12)
+        for u, d, z, paint in PIECES[piece]:
+            along = half + sign * np.clip(center + mirrored * np.array(u), -half, half)
+            away = [end if wall in (0, 3) else size[1 - axis] - end for end in d]
+            ends = np.array([away, along, z] if axis else [along, away, z], np.float32)
+            boxes.append(Box(ends.min(1), ends.max(1), paints[paint], paint in GLOWING))
     return boxes
-
-
-def in_room(wall: int, u: Array, d: Range, size: Array) -> tuple[Array, Array]:
-    """Return the smallest and the largest (x, y) of ranges in the frame of a wall."""
-    axis, sign = wall % 2, 1 if wall < 2 else -1
-    along = [size[axis] / 2 + sign * end for end in u]
-    away = [end if wall in (0, 3) else size[1 - axis] - end for end in d]
-    ends = np.array([away, along] if axis else [along, away], np.float32)
-    return ends.min(1), ends.max(1)
 
 
 def directions(height: int, yaw: float) -> Array:
@@ -322,8 +296,11 @@ def cast_on_walls(
 
 def cast_on_box(camera: Array, rays: Array, box: Box, distance: Array, color: Array) -> None:
     """Draw a box where it is nearer than what is drawn already, in place."""
-    seen = facing_columns(camera, rays, box)
-    first, second = (column(corner - camera) / rays[..., seen] for corner in (box.low, box.high))
+    low, high = column(box.low - camera), column(box.high - camera)
+    level = rays[:2, rays.shape[1] // 2][:, None]  # what columns see from above, (2, 1, W)
+    ends = np.sort([(low[:2] - 0.02) / level, (high[:2] + 0.02) / level], 0)
+    seen = np.flatnonzero(ends[1].min(0) > ends[0].max(0).clip(0))  # columns that may show it
+    first, second = low / rays[..., seen], high / rays[..., seen]
     enters = np.minimum(first, second)
     enter, leave = enters.max(0), np.maximum(first, second).min(0)
     rows, places = np.nonzero((enter < leave) & (enter > 0) & (enter < distance[:, seen]))
@@ -331,19 +308,6 @@ def cast_on_box(camera: Array, rays: Array, box: Box, distance: Array, color: Ar
     distance[rows, columns] = enter[rows, places]
     light = LIGHT[enters[:, rows, places].argmax(0)]
     color[:, rows, columns] = box.color[:, None] * (1 if box.glowing else light)
-
-
-def facing_columns(camera: Array, rays: Array, box: Box) -> NDArray[np.intp]:
-    """Return the columns in which a box can be seen."""
-    low, high = box.low[:2] - camera[:2], box.high[:2] - camera[:2]
-    if np.all((low <= 0) & (high >= 0)):  # above or below the camera
-        return np.arange(rays.shape[2])
-    heading = np.arctan2(*(low + high))
-    corners = np.array([np.arctan2(x, y) for x in (low[0], high[0]) for y in (low[1], high[1])])
-    reach = np.abs((corners - heading + pi) % (2 * pi) - pi).max() + 0.02
-    east, north = rays[:2, rays.shape[1] // 2]
-    away = (np.arctan2(east, north) - heading + pi) % (2 * pi) - pi
-    return np.flatnonzero(np.abs(away) <= reach)
 
 
 def jitter(color: Sequence[float], rng: np.random.Generator) -> Color:

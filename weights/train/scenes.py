@@ -249,7 +249,9 @@ def paint_sky(canvas: Canvas, scene: Scene, sky: Sky, rng: np.random.Generator) 
     canvas.rgb[:] = mix(lower, sky.zenith, smoothstep(0.30, 1.1, up))
     elevation = radians(rng.uniform(*sky.disc_elevation))
     if sky.disc is not None:
-        gap = angle_between(canvas, sky.sun, elevation)
+        cosine = np.cos(canvas.elevation) * cos(elevation) * np.cos(canvas.azimuth - sky.sun)
+        cosine = np.sin(canvas.elevation) * sin(elevation) + cosine
+        gap = np.arccos(np.clip(cosine, -1, 1)).astype(np.float32)  # radians
         canvas.paint(sky.glow * np.exp(-((gap / 0.42) ** 2)), sky.disc)
         canvas.paint(0.55 * np.exp(-((gap / 0.16) ** 2)) * min(1.0, sky.glow * 3), sky.disc)
     for _ in range(sky.stars):
@@ -413,8 +415,7 @@ def paint_ground(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator)
     noise = waves(canvas.azimuth, 2.2 * np.log(down + 0.04), rng, 9, 7)
     noise = noise * np.cos(canvas.elevation[rows]) * smoothstep(0.0, 0.12, down)
     color = color * (1 + 0.07 * noise[..., None])
-    distance = np.minimum(CAMERA_HEIGHT / np.sin(down), 110.0)
-    canvas.paint(alpha, color, rows, np.broadcast_to(distance, alpha.shape))
+    canvas.paint(alpha, color, rows, np.minimum(CAMERA_HEIGHT / np.sin(down), 110.0))
     if land.tree == "dead":
         cracks = waves(canvas.azimuth, 7 * np.log(down + 0.1), rng, 7, 6)
         glow = smoothstep(0.20, 0.14, np.abs(cracks)) * smoothstep(0.06, 0.14, down)
@@ -442,37 +443,30 @@ def paint_sea(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) ->
 
 
 def plant(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
-    """Paint trees in groups all around, the far ones first."""
+    """Paint trees in groups all around, the far ones first.
+
+    They stand on the plane: x across and y up, in units of a tree's height.
+    """
     count = int(rng.integers(20, 34))
     groves = (np.arange(7) + rng.uniform(-0.3, 0.3, 7)) * 2 * pi / 7 + rng.uniform(0, 2 * pi)
-    azimuths = groves[rng.integers(0, 7, count)] + rng.normal(0, 0.20, count)
+    azimuths = (groves[rng.integers(0, 7, count)] + rng.normal(0, 0.20, count)) % (2 * pi)
     distances = np.sort(rng.uniform(11, 34, count))[::-1]
-    for azimuth, distance in zip(azimuths % (2 * pi), distances, strict=True):
+    for azimuth, distance in zip(azimuths.tolist(), distances.tolist(), strict=True):
         foliage = land.foliage[int(rng.integers(len(land.foliage)))]
         haze = np.float32(0.25 * (distance / 34) ** 1.5)
-        color = mix(lit(foliage, sky), sky.haze, haze)
-        trunk = mix(lit((0.32, 0.22, 0.16), sky), sky.haze, haze)
-        paint_tree(canvas, land, float(azimuth), float(distance), color, trunk, rng)
-
-
-def paint_tree(
-    canvas: Canvas, land: Land, azimuth: float, distance: float, color: Array, trunk: Array,
-    rng: np.random.Generator,
-) -> None:  # fmt: skip
-    """Paint one tree standing on the plane: x across and y up, in units of its height."""
-    assert land.tree is not None
-    meters = rng.uniform(6.0, 9.0)
-    foot = -np.arctan(CAMERA_HEIGHT / distance)
-    size = float(np.arctan((meters - CAMERA_HEIGHT) / distance) - foot)
-    block, x, y = canvas.block(foot - 0.1 * size, foot + 1.1 * size, azimuth, 0.6 * size)
-    x, y = x / size, (y - foot) / size
-    for inside, part in TREES[land.tree](x, y, rng):
-        tone = color if part == "crown" else trunk
+        top = rng.uniform(6.0, 9.0) - CAMERA_HEIGHT
+        foot = -np.arctan(CAMERA_HEIGHT / distance)
+        size = float(np.arctan(top / distance) - foot)
+        block, x, y = canvas.block(foot - 0.1 * size, foot + 1.1 * size, azimuth, 0.6 * size)
+        x, y = x / size, (y - foot) / size
         shade = (1 + 0.20 * np.clip(-x / 0.25, -1, 1) + 0.12 * (y - 0.5))[..., None]
-        canvas.paint(edge(inside, canvas.pixel / size), tone * shade, block, distance)
+        for inside, color in TREES[land.tree](x, y, rng):
+            tone = mix(lit(color or foliage, sky), sky.haze, haze)
+            canvas.paint(edge(inside, canvas.pixel / size), tone * shade, block, distance)
 
 
-Part = tuple[Array, str]
+Part = tuple[Array, Color | None]  # None for the colour of the foliage
+TRUNK = (0.32, 0.22, 0.16)
 
 
 def conifer(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
@@ -482,7 +476,7 @@ def conifer(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
     for bottom, top, half in ((0.10, 0.58, 0.27), (0.34, 0.80, 0.21), (0.56, 1.0, 0.15)):
         skirt = half * lean * (top - y) / (top - bottom) - np.abs(x)
         crown = np.maximum(crown, np.minimum(skirt, y - bottom))
-    return [(np.minimum(0.055 - np.abs(x), np.minimum(y, 0.2 - y)), "trunk"), (crown, "crown")]
+    return [(np.minimum(0.055 - np.abs(x), np.minimum(y, 0.2 - y)), TRUNK), (crown, None)]
 
 
 def round_tree(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
@@ -491,7 +485,7 @@ def round_tree(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
     for side in (-1, 1):
         lobe = 0.18 - np.hypot(x - side * rng.uniform(0.12, 0.2), y - rng.uniform(0.5, 0.6))
         crown = np.maximum(crown, lobe)
-    return [(np.minimum(0.065 - np.abs(x), np.minimum(y, 0.5 - y)), "trunk"), (crown, "crown")]
+    return [(np.minimum(0.065 - np.abs(x), np.minimum(y, 0.5 - y)), TRUNK), (crown, None)]
 
 
 def cactus(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
@@ -505,7 +499,7 @@ def cactus(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
         low = rng.uniform(0.3, 0.48)
         elbow = 0.055 - np.hypot(x - np.clip(x, min(0, side * 0.2), max(0, side * 0.2)), y - low)
         body = np.maximum(body, np.maximum(elbow, bar(side * 0.2, low, low + 0.26, 0.06)))
-    return [(np.minimum(body, y), "crown")]
+    return [(np.minimum(body, y), None)]
 
 
 def dead_tree(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
@@ -515,7 +509,7 @@ def dead_tree(x: Array, y: Array, rng: np.random.Generator) -> list[Part]:
         fork = rng.uniform(0.35, 0.55)
         branch = 0.045 - np.abs(x - side * 0.6 * (y - fork))
         wood = np.maximum(wood, np.minimum(branch, np.minimum(y - fork, fork + 0.38 - y)))
-    return [(wood, "crown")]
+    return [(wood, None)]
 
 
 TREES: Mapping[str, Callable[[Array, Array, np.random.Generator], list[Part]]] = {
@@ -549,13 +543,8 @@ def waves(
 def jitter(thing: T, rng: np.random.Generator) -> T:
     """Copy a thing with every colour moved a little, all in the same direction."""
     gain = rng.normal(1, 0.03) * rng.normal(1, 0.012, 3)
-
-    def moved(value: object) -> object:
-        if isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], float):
-            return tuple(float(c * g) for c, g in zip(value, gain, strict=True))
-        return value
-
-    return replace(thing, **{name: moved(value) for name, value in vars(thing).items()})
+    colors = {name: value for name, value in vars(thing).items() if np.shape(value) == (3,)}
+    return replace(thing, **{name: tuple(value * gain) for name, value in colors.items()})
 
 
 def lit(color: Color, sky: Sky) -> Array:
@@ -584,11 +573,3 @@ def edge(inside: Array, pixel: float) -> Array:
 def wrap(angle: Array) -> Array:
     """Wrap an angle into [-pi, pi)."""
     return (angle + pi) % (2 * pi) - pi
-
-
-def angle_between(canvas: Canvas, azimuth: float, elevation: float) -> Array:
-    """Return the great-circle angle of every sample to a direction, radians (H, W)."""
-    cosine = np.sin(canvas.elevation) * sin(elevation) + np.cos(canvas.elevation) * cos(
-        elevation
-    ) * np.cos(canvas.azimuth - azimuth)
-    return np.arccos(np.clip(cosine, -1, 1)).astype(np.float32)

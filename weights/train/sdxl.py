@@ -19,8 +19,8 @@ from weights.train import dataset, diffusion
 from weights.train.autoencoder import FACTOR, HALVED, Version, encode
 from weights.train.dataset import KINDS, Subject
 from weights.train.device import batch_size, device, on_device
-from weights.train.diffusion import DROPPED, HIDDEN, Noisy, add_noise, build_scheduler
-from weights.train.fit import Batch, Lesson, Plan, Work, fit
+from weights.train.diffusion import DROPPED, HIDDEN, Noisy, add_noise
+from weights.train.fit import Batch, Draw, Loss, Plan, Work, fit
 from weights.train.views import look
 from weights.train.windows import crop, draw_number, draw_numbers
 
@@ -218,21 +218,20 @@ def train(
         build_unet(),
     )
     warm_start(model.unet, first.state_dict())
-    plain = text_lesson(model, load_sizes(work, vae, tokenizer))
+    draw_plain, loss = text_lesson(model, load_sizes(work, vae, tokenizer))
     looks = [load_spheres(work, vae, tokenizer, version, f"{version.name} ") for version in LOOKS]
-    scheduler = build_scheduler()
 
     def draw(generator: torch.Generator) -> Batch:
         if float(torch.rand((), generator=generator)) >= LOOK_SHARE:
-            return plain.draw(generator)
+            return draw_plain(generator)
         seen = looks[draw_number(2, generator)]
         generator = on_device(generator)
         index = seen.draw_index(batch_size(WINDOW.count), generator)
         sizes = torch.tensor([[256, 256, 0, 0, 256, 256]], device=device()).expand(len(index), -1)
         captions = seen.captions(index, sizes, DROPPED, generator)
-        return *add_noise(seen.small[index], scheduler, generator), *captions
+        return *add_noise(seen.small[index], generator), *captions
 
-    return fit(model, Lesson(draw, plain.loss), PLAN, work)
+    return fit(model, draw, loss, PLAN, work)
 
 
 def load_sizes(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Spheres:
@@ -255,19 +254,20 @@ def load_spheres(
     return Spheres(torch.cat(latents).to(device()), None, tuple(map(len, latents)), ids)
 
 
-def text_lesson(model: TextToSphere, spheres: Spheres, dropped: float = DROPPED) -> Lesson:
+def text_lesson(
+    model: TextToSphere, spheres: Spheres, dropped: float = DROPPED
+) -> tuple[Draw, Loss]:
     """Return the lesson of predicting noise under captions, a share of which is left out."""
-    scheduler = build_scheduler()
 
     def draw(generator: torch.Generator) -> Batch:
         cuts = spheres.draw(generator)
         generator = on_device(generator)
         sizes = time_ids(cuts, generator)
         captions = spheres.captions(cuts.index, sizes, dropped, generator)
-        return *add_noise(cuts.x0, scheduler, generator), *captions
+        return *add_noise(cuts.x0, generator), *captions
 
     def loss(*batch: Tensor) -> Tensor:
         noisy, captions = Noisy(*batch[:4]), Captions(*batch[4:])
         return noisy.error(model(noisy.latents, noisy.t, captions).float())
 
-    return Lesson(draw, loss)
+    return draw, loss

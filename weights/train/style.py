@@ -82,7 +82,7 @@ def train(
     extended.add_tokens(list(TOKENS))
     spheres = load_spheres(work, vae, extended, CRISP, f"{''.join(TOKENS)} ")
     lesson = text_lesson(model, replace(spheres, cuts=(SPHERE,)), DROPPED)
-    return fit(model, lesson, PLAN, work)
+    return fit(model, *lesson, PLAN, work)
 
 
 def lora_weights(unet: UNet2DConditionModel) -> Mapping[str, Tensor]:

@@ -15,7 +15,7 @@ from panorama.images.vae import decode
 from weights.train.autoencoder import SHARES, Stage, draw_kinds, encode, reconstruction_loss
 from weights.train.device import batch_size, device, mixed_precision, on_device
 from weights.train.diffusion import WINDOW
-from weights.train.fit import Batch, Lesson, Plan, Work, fit
+from weights.train.fit import Batch, Plan, Work, fit
 from weights.train.windows import crop, draw_numbers
 
 STAGE = Stage(
@@ -95,4 +95,4 @@ def train(work: Work, vae: AutoencoderKL) -> AutoencoderTiny:
         with torch.autocast(device().type, enabled=False):
             return reconstruction_loss(decode(model, latents), target, STAGE)
 
-    return fit(model, Lesson(draw, loss), STAGE.plan, work)
+    return fit(model, draw, loss, STAGE.plan, work)
