@@ -129,6 +129,7 @@ LAND_WORDS: Mapping[str, tuple[str, ...]] = {
     "autumn hills": ("autumn hills", "autumn hills", "autumn", "an autumn forest"),
 }
 FRAMES = ("", "", "", "a panorama of ", "a view of ", "an illustration of ")
+KEEP = 0.6  # the probability that a caption of a training image names an attribute
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Scene:
         clouds = time == "overcast" or rng.random() < 0.5
         return cls(time, land, bool(trees), bool(clouds))
 
-    def caption(self, rng: np.random.Generator, keep: float = 0.6) -> str:
+    def caption(self, rng: np.random.Generator, keep: float = KEEP) -> str:
         """Describe the scene, each attribute left out with probability 1 - keep.
 
         Returns e.g. "sunset over snowy mountains with trees"; may be empty.
