@@ -109,9 +109,7 @@ def against_diffusers(lab: Lab) -> Figures:
     }
     calls["no sync, moving windows"] = strip(lab, lab.sd2, EXACT, steps=BRIEF, weight=0).denoise
     seconds = {}
-    for name, call in calls.items():
-        call()
-        cost = lab.measure(lab.sd2, call)
+    for name, cost in lab.compare(lab.sd2, calls).items():
         seconds[name] = cost.of(part, STEPS)
         yield f"{name}: seconds, extrapolated", seconds[name]
         yield f"{name}: GB", cost.gigabytes
@@ -320,9 +318,7 @@ def whole_canvas(lab: Lab) -> Figures:
             "stock": stock_call(kind, run),
         }
         seconds = {}
-        for side, call in calls.items():
-            call()
-            cost = lab.measure(base, call)
+        for side, cost in lab.compare(base, calls).items():
             seconds[side] = cost.of(chosen.num_inference_steps, whole)
             yield f"{name}, {side}: seconds of {whole} steps", seconds[side]
             yield f"{name}, {side}: GB", cost.gigabytes

@@ -68,26 +68,33 @@ def convolve(conv: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     `axis_modes`, set by `circular`, and `conv2d`, set by `gradient.frozen`.
     """
     own = vars(conv)
-    modes: Mapping[str, str] = own.get("axis_modes", {})
     conv2d: Callable[..., Tensor] = F.conv2d
     if torch.is_grad_enabled():  # otherwise nothing is kept anyway
         conv2d = own.get("conv2d", F.conv2d)
-    padding: Any = conv.padding
-    left, right, top, bottom = padding_of(conv)
-    uneven = (left, top) != (right, bottom)
-    if modes or uneven or conv.padding_mode != "zeros" or isinstance(padding, str):
-        x, padding = pad(conv, x, modes), (0, 0)
-    return conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+    x, zeros = pad(conv, x, own.get("axis_modes", {}))
+    return conv2d(x, weight, bias, conv.stride, zeros, conv.dilation, conv.groups)
 
 
-def pad(conv: nn.Conv2d, x: Tensor, modes: Mapping[str, str]) -> Tensor:
-    """Pad the input of a convolution by the mode of each axis, where it has none by its own."""
+def pad(conv: nn.Conv2d, x: Tensor, modes: Mapping[str, str]) -> tuple[Tensor, tuple[int, int]]:
+    """Pad the input of a convolution by the mode of each axis, by default the convolution's own.
+
+    Zeros that the convolution can add itself are left to it, since padding copies the input.
+
+    Returns:
+        The input (N, C, H, W), and the rows and columns of zeros to add on either side.
+    """
     left, right, top, bottom = padding_of(conv)
-    for axis, sides in (("x", (left, right, 0, 0)), ("y", (0, 0, top, bottom))):
-        mode = modes.get(axis, conv.padding_mode.replace("zeros", "constant"))
-        if any(sides):
-            x = F.pad(x, sides, mode=mode)
-    return x
+    zeros = {"y": 0, "x": 0}
+    for dim, axis, before, after in ((-2, "y", top, bottom), (-1, "x", left, right)):
+        mode = modes.get(axis, conv.padding_mode)
+        if mode == "zeros" and before == after:
+            zeros[axis] = before
+        elif mode == "circular":
+            x = torch.cat([x.narrow(dim, -before, before), x, x.narrow(dim, 0, after)], dim)
+        else:
+            sides = (before, after, 0, 0) if axis == "x" else (0, 0, before, after)
+            x = F.pad(x, sides, mode=mode.replace("zeros", "constant"))
+    return x, (zeros["y"], zeros["x"])
 
 
 def padded_convolutions(modules: tuple[nn.Module, ...]) -> list[nn.Conv2d]:
