@@ -31,7 +31,7 @@ ROWS = (
     Row("diffusers", 25, speed.against_diffusers),
     Row("memory", 5, speed.memory),
     Row("outside", 12, speed.outside),
-    Row("sdxl-360", 20, speed.whole_canvas),
+    Row("sdxl-360", 60, speed.whole_canvas),
     Row("syncdiffusion-xl", 12, speed.windowed_xl),
     Row("out of memory", 10, checks.out_of_memory),
     Row("failed step", 3, checks.failed_step),

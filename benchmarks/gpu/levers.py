@@ -42,28 +42,27 @@ def batches(lab: Lab) -> Figures:
 def graphs(lab: Lab) -> Figures:
     """Compare calls of the UNet with replays of a CUDA graph, which launches kernels at once."""
     for count in (1, 2, 5, 8):
-        call = unet_call(lab, count)
-        yield f"{count} windows: seconds of a call", repeated(lab, call)
+        call, x = unet_call(lab, count)
+        yield f"{count} windows: seconds of a call", repeated(lab, partial(call, x))
         if lab.cuda:
-            graph = record(call, ()).graph
+            graph = record(call, (x,)).graph
             yield f"{count} windows: seconds of a replay", repeated(lab, graph.replay)
 
 
-def unet_call(lab: Lab, count: int) -> Callable[[], Tensor]:
-    """Return a call of the UNet for some windows with guidance."""
+def unet_call(lab: Lab, count: int) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """Return a call of the UNet for some windows with guidance, and their latents."""
     unet, side = lab.sd2.unet, lab.sd2.window
     normal = partial(torch.randn, device=lab.device, dtype=unet.dtype)
-    x = normal(2 * count, 4, side, side)
     states = normal(2 * count, TOKENS, unet.config.cross_attention_dim)
     t = torch.tensor(500, device=lab.device)
 
     @torch.no_grad()
-    def call() -> Tensor:
+    def call(x: Tensor) -> Tensor:
         (output,) = unet(x, t, states, return_dict=False)
         prediction: Tensor = output
         return prediction
 
-    return call
+    return call, normal(2 * count, 4, side, side)
 
 
 def repeated(lab: Lab, call: Callable[[], Any]) -> float:

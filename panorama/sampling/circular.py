@@ -87,6 +87,8 @@ def pad(conv: nn.Conv2d, x: Tensor, modes: Mapping[str, str]) -> tuple[Tensor, t
     zeros = {"y": 0, "x": 0}
     for dim, axis, before, after in ((-2, "y", top, bottom), (-1, "x", left, right)):
         mode = modes.get(axis, conv.padding_mode)
+        if not (before or after):
+            continue
         if mode == "zeros" and before == after:
             zeros[axis] = before
         elif mode == "circular":

@@ -56,10 +56,59 @@ class DepthControl:
     scale: float  # how closely to follow it, more than 0
 
 
+@dataclass(frozen=True, eq=False)
+class Networks:
+    """A UNet, and a ControlNet if there is depth to follow, as one function of tensors."""
+
+    unet: Any
+    control: DepthControl | None
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        states: Tensor,
+        pooled: Tensor | None,
+        sizes: Tensor | None,
+        depth: Tensor | None,
+    ) -> Tensor:
+        """Predict the noise in N windows.
+
+        Args:
+            x: latents, scaled for the UNet, (N, C, h, w).
+            t: timestep.
+            states: of the text encoders, (N, n * L, D).
+            pooled: of SDXL's second text encoder, (N, D').
+            sizes: SDXL's time ids, (N, 6).
+            depth: of the windows in pixels, (N, 3, h * f, w * f).
+
+        Returns:
+            The predicted noise, (N, C, h, w).
+        """
+        options: dict[str, Any] = {
+            "encoder_hidden_states": states,
+            "added_cond_kwargs": None,
+            "return_dict": False,
+        }
+        if pooled is not None:
+            options["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
+        residuals: dict[str, Any] = {}
+        if self.control is not None:
+            down, middle = self.control.controlnet(
+                x, t, controlnet_cond=depth, conditioning_scale=self.control.scale, **options
+            )
+            residuals["down_block_additional_residuals"] = down
+            residuals["mid_block_additional_residual"] = middle
+        (output,) = self.unet(x, t, **options, **residuals)
+        prediction: Tensor = output
+        return prediction
+
+
 class UNetDenoiser:
     """Denoise windows by a UNet2DConditionModel that predicts noise.
 
-    It never waits for a GPU: what the processor computes is copied without blocking.
+    It waits for a GPU only while it records a graph: what the processor computes is copied without
+    blocking.
 
     Args:
         unet: of SD 2 or SDXL.
@@ -82,7 +131,7 @@ class UNetDenoiser:
         control: DepthControl | None = None,
         graphs: bool = False,
     ) -> None:
-        self._unet, self._solver, self._control = unet, solver, control
+        self._solver, self._control = solver, control
         self._dtype = unet.dtype  # scans every weight, so read it once
         self._canvas, self._factor = canvas, factor
         self._states = conditioning.states.to(unet.device, self._dtype)
@@ -91,7 +140,8 @@ class UNetDenoiser:
             self._pooled = self._pooled.to(unet.device, self._dtype)
         self._guidance_scale = conditioning.guidance_scale
         self.parts = conditioning.parts
-        self._predict = Graphs(self._networks) if graphs else self._networks
+        networks = Networks(unet, control)
+        self._predict = Graphs(networks) if graphs else networks
 
     def __call__(self, x: Tensor, t: Tensor, views: Sequence[View]) -> Tensor:
         """Predict noise with classifier-free guidance (arXiv 2207.12598, equation 6)."""
@@ -119,38 +169,6 @@ class UNetDenoiser:
             return noise_pred
         uncond, text = noise_pred.chunk(2)
         return uncond + self._guidance_scale * (text - uncond)
-
-    def _networks(
-        self,
-        x: Tensor,
-        t: Tensor,
-        states: Tensor,
-        pooled: Tensor | None,
-        sizes: Tensor | None,
-        depth: Tensor | None,
-    ) -> Tensor:
-        """Predict noise by the UNet, and by the ControlNet if there is depth to follow."""
-        options: dict[str, Any] = {
-            "encoder_hidden_states": states,
-            "added_cond_kwargs": None,
-            "return_dict": False,
-        }
-        if pooled is not None:
-            options["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
-        residuals: dict[str, Any] = {}
-        if self._control is not None:
-            down, middle = self._control.controlnet(
-                x,
-                t,
-                controlnet_cond=depth,
-                conditioning_scale=self._control.scale,
-                **options,
-            )
-            residuals["down_block_additional_residuals"] = down
-            residuals["mid_block_additional_residual"] = middle
-        (output,) = self._unet(x, t, **options, **residuals)
-        prediction: Tensor = output
-        return prediction
 
     def _micro_conditioning(self, views: Sequence[View]) -> Tensor:
         """Tell SDXL which part of which image each window is (arXiv 2307.01952, section 2.2).

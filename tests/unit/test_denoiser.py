@@ -1,5 +1,7 @@
 """Windows of a canvas: what SDXL is told of each, the depth of each, and guidance."""
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -258,6 +260,19 @@ def test_cuda_graphs_change_nothing_without_a_gpu(base: BaseModel) -> None:
     for batch in (slice(0, 2), slice(2, 5), slice(0, 2), slice(3, 5)):
         given = windows[batch], t, VIEWS[batch]
         assert torch.equal(replayed(*given), plain(*given))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_denoiser_goes_as_soon_as_nothing_uses_it(base: BaseModel, graphs: bool) -> None:
+    """Or it would hold a GPU's memory until Python looks for cycles."""
+    denoise = build(base, depth=DEPTH, graphs=graphs)
+    found = weakref.ref(denoise)
+    gc.disable()
+    try:
+        del denoise
+        assert found() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -156,7 +156,7 @@ def test_an_unknown_family_or_mode_is_refused_by_name() -> None:
         load("tiny", modes=["flat"])
 
 
-def test_the_recipe_builds_this_vocabulary(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+def test_the_recipe_builds_this_vocabulary(tokenizer: CLIPTokenizer) -> None:
     """Or a training that goes on in another process would read other words."""
     assert build_tokenizer().get_vocab() == tokenizer.get_vocab()
 

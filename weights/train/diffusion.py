@@ -30,7 +30,7 @@ DROPPED = 0.1  # share of captions left out, for guidance
 STRIP = slice(scenes.STRIP.start // FACTOR, scenes.STRIP.stop // FACTOR)  # rows of latents
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULER = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-"""The noise schedule of SD 2 base."""
+"""The noise schedule of SD 2 base; `add_noise` moves its tables to the device that trains."""
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -147,11 +147,12 @@ class Noisy(NamedTuple):
     alpha_bar: Tensor  # (N, 1, 1, 1)
 
     def error(self, noise_pred: Tensor) -> Tensor:
-        """Return the error of the predicted noise, that of x0 weighted by the SNR in [0.2, 5].
+        """Return the error of the predicted noise.
 
-        The upper bound is that of Min-SNR (arXiv 2303.09556). The lower one makes up for how little
-        the error of the noise says about x0 where there is next to nothing but noise, which is
-        where the colours of large areas are decided.
+        It is that of x0, weighted by the SNR clamped to [0.2, 5]. The upper bound is that of
+        Min-SNR (arXiv 2303.09556). The lower one makes up for how little the error of the noise
+        says about x0 where there is next to nothing but noise, which is where the colours of large
+        areas are decided.
         """
         error = F.mse_loss(noise_pred, self.noise, reduction="none").mean((1, 2, 3))
         snr = (self.alpha_bar / (1 - self.alpha_bar)).flatten()

@@ -117,7 +117,7 @@ class Gradients:
 def fit(model: Network, draw: Draw, loss: Loss, plan: Plan, work: Work) -> Network:
     """Train a model in place, from the last of its `checkpoints/` in the work folder.
 
-    Weights that need no gradient stay.
+    Weights that need no gradient stay. Buffers are not averaged, so they must not change.
 
     Returns:
         The trained model, its weights averaged if the plan says so.
@@ -150,7 +150,7 @@ def fit(model: Network, draw: Draw, loss: Loss, plan: Plan, work: Work) -> Netwo
         optimizer.step()
         if plan.average:
             decay = min(plan.average, (step + 1) / (step + 10))
-            with torch.no_grad():  # no network here has buffers that change
+            with torch.no_grad():
                 torch._foreach_lerp_(means, values, 1 - decay)
         mean += (value - mean) * max(0.01, 1 / (step - first + 1))
         if (step + 1) % 50 == 0:
