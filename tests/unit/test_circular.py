@@ -182,6 +182,23 @@ def test_strides_dilation_groups_and_named_padding() -> None:
 
 
 @pytest.mark.parametrize(
+    "kernel",
+    [(4, 4), (4, 3), (3, 4), (1, 3), (3, 1)],
+    ids=lambda kernel: f"{kernel[0]}x{kernel[1]}",
+)
+def test_uneven_and_absent_padding(kernel: tuple[int, int]) -> None:
+    """An even kernel pads one cell more at the end than at the start."""
+    conv = nn.Conv2d(2, 2, kernel, padding="same").double()
+    x = torch.randn(1, 2, 6, 7, dtype=torch.float64)
+    (top, bottom), (left, right) = (((k - 1) // 2, k // 2) for k in kernel)
+    padded = nn.functional.pad(x, (0, 0, top, bottom))
+    padded = nn.functional.pad(padded, (left, right, 0, 0), mode="circular")
+    with circular(conv, axes="x"):
+        expected = nn.functional.conv2d(padded, conv.weight, conv.bias)
+        torch.testing.assert_close(conv(x), expected)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"axes": "z"}, r"^axes='z'.*'x'"),
