@@ -20,7 +20,11 @@ WHOLE = 50  # steps of exact
 
 
 def variant(lab: Lab, base: BaseModel, name: str, **options: Any) -> Figures:
-    """Measure fast, steps without synchronising, and steps with a gradient, as whole images."""
+    """Measure fast, steps without synchronising, and steps with a gradient, as whole images.
+
+    Of the last two, a few steps are measured. CUDA graphs are recorded in them, so images of all
+    steps would take less time than is reported.
+    """
     runs = {
         "fast": (strip(lab, base, FAST, **options), FAST.num_inference_steps),
         "no sync": (strip(lab, base, EXACT, steps=5, weight=0, **options), WHOLE),
