@@ -162,19 +162,22 @@ class Lab:
         return Cost(median(times), used / 1e9 if self.cuda else 0.0, result)
 
     def compare(self, base: BaseModel, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Cost]:
-        """Measure calls after one of each, in turns, since the speed of a machine varies."""
+        """Measure calls in turns, after one of each, since the speed of a machine varies.
+
+        Returns:
+            The median cost of each call.
+        """
         for call in calls.values():
             call()
         rounds = [
             {name: self.measure(base, call, repeats=1) for name, call in calls.items()}
             for _ in range(1 if self.dry else 3)
         ]
-        return {
-            name: sorted((costs[name] for costs in rounds), key=lambda cost: cost.seconds)[
-                len(rounds) // 2
-            ]
+        ordered = {
+            name: sorted((costs[name] for costs in rounds), key=lambda cost: cost.seconds)
             for name in calls
         }
+        return {name: costs[len(rounds) // 2] for name, costs in ordered.items()}
 
 
 @dataclass(frozen=True)

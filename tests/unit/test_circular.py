@@ -181,11 +181,7 @@ def test_strides_dilation_groups_and_named_padding() -> None:
             torch.testing.assert_close(conv(x.roll(shift, -1)), expected)
 
 
-@pytest.mark.parametrize(
-    "kernel",
-    [(4, 4), (4, 3), (3, 4), (1, 3), (3, 1)],
-    ids=lambda kernel: f"{kernel[0]}x{kernel[1]}",
-)
+@pytest.mark.parametrize("kernel", [(4, 4), (4, 3), (3, 4), (1, 3), (3, 1)], ids=str)
 def test_uneven_and_absent_padding(kernel: tuple[int, int]) -> None:
     """An even kernel pads one cell more at the end than at the start."""
     conv = nn.Conv2d(2, 2, kernel, padding="same").double()
