@@ -97,6 +97,36 @@ def test_depth_images_are_those_of_the_cuts(cut: sdxl.Cut, base: BaseModel) -> N
         assert np.array_equal(found[1], expected)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_varied_depth_images_keep_their_order_and_some_stay(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    depth = torch.rand(16, 1, 8, 16, generator=generator).expand(-1, 3, -1, -1) * 0.8 + 0.2
+    varied = controlnet.vary(depth, generator)
+    assert varied.min() >= 0 and varied.max() <= 1
+    order = depth.flatten(1).argsort(1)
+    assert (varied.flatten(1).gather(1, order).diff(dim=1) >= 0).all()
+    same = (varied == depth).flatten(1).all(1)
+    assert 0 < same.sum() < 16
+
+
+def test_an_empty_room_is_the_same_room_without_its_furniture() -> None:
+    full = rooms.Room("office", "red").render(np.random.default_rng(3))
+    empty = rooms.EmptyRoom("office", "red").render(np.random.default_rng(3))
+    assert empty[0].shape == full[0].shape and empty[1].shape == full[1].shape
+    assert (empty[1] > full[1] + 0.5).mean() > 0.02  # furniture is nearer than the walls
+    kinds = [rooms.EmptyRoom(kind, "red") for kind in rooms.KINDS]
+    depths = [room.render(np.random.default_rng(3))[1] for room in kinds]
+    assert all(np.array_equal(depth, depths[0]) for depth in depths)
+
+
+def test_vertical_steps_are_where_rows_of_cells_differ() -> None:
+    images = torch.zeros(1, 3, 32, 16)
+    images[:, :, 8:, 8:] = 0.6
+    expected = torch.zeros(1, 3, 2)
+    expected[0, 0, 1] = 0.6
+    torch.testing.assert_close(measure.vertical_steps(images), expected)
+
+
 def test_correlation_is_that_of_each_image() -> None:
     depth = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(0))
     same = correlation(depth, torch.stack([2 * depth[0] + 1, -depth[1]]))

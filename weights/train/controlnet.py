@@ -1,6 +1,6 @@
 """Train the ControlNet that follows depth images, on the frozen base."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,6 +26,8 @@ DROPPED = 0.5  # share of captions left out, so that shapes are read off the dep
 DRAWS = 2  # timesteps for each image, of which the latest is taken: shapes are decided early
 SCALES = (0.5, 1.0)
 """The range of controlnet_conditioning_scale in training, so depth is followed throughout it."""
+VARIED = 0.5
+"""The share of depth images that `vary` changes."""
 
 
 def build(base: TextToSphere) -> ControlNetModel:
@@ -64,6 +66,20 @@ class LatentReader(nn.Module):
         for block in self.blocks:
             features.append(block(F.gelu(features[-1])))
         return self.head(F.gelu(at_finest(features))).sigmoid()[:, 0]
+
+
+def vary(depth: Tensor, generator: torch.Generator) -> Tensor:
+    """Give most depth images (N, 3, H, W) in [0, 1] another curve, and more contrast.
+
+    `depth_image` takes the root of inverse distances. Depth estimators such as MiDaS (arXiv
+    1907.01341) do not, and stretch them until the farthest is black and the nearest is white.
+    """
+    drawn = torch.rand(4, len(depth), 1, 1, 1, generator=generator, device=depth.device)
+    curved = depth ** (0.7 + 1.8 * drawn[0])
+    black = drawn[1] * curved.amin((1, 2, 3), keepdim=True)
+    white = 1 - drawn[2] * (1 - black) / 2
+    stretched = ((curved - black) / (white - black)).clamp(max=1)
+    return torch.where(drawn[3] < VARIED, stretched, depth)
 
 
 @dataclass(frozen=True)
@@ -124,20 +140,23 @@ def train(
     torch.manual_seed(5)
     base.requires_grad_(False).to(device())
     controlnet = build(base)
-    distances = [dataset.load(work.folder, kind, "train").distance for kind in dataset.KINDS]
+    distances = [dataset.load(work.folder, kind, "train").distance for kind in dataset.SETS]
     depths = torch.cat([depth_images(metres) for metres in distances])
-    lessons = Lessons(base, load_sizes(work, vae, tokenizer), depths)
+    spheres = load_sizes(work, vae, tokenizer, dataset.SETS)
+    outdoors, *indoors = spheres.kinds  # rooms are one kind, with or without furniture
+    lessons = Lessons(base, replace(spheres, kinds=(outdoors, sum(indoors))), depths)
     reader = train_reader(work, lessons).requires_grad_(False)
 
     def draw(generator: torch.Generator) -> Batch:
         scale = torch.empty(()).uniform_(*SCALES, generator=generator).to(device())
-        return *lessons.draw(generator), scale
+        *rest, depth = lessons.draw(generator)
+        return *rest, depth, vary(depth, on_device(generator)), scale
 
     def loss(*batch: Tensor) -> Tensor:
-        *rest, scale = batch
+        *rest, shown, scale = batch
         noisy, inputs, depth = lessons.unpack(tuple(rest))
         down, middle = controlnet(
-            controlnet_cond=depth, conditioning_scale=scale, return_dict=False, **inputs
+            controlnet_cond=shown, conditioning_scale=scale, return_dict=False, **inputs
         )
         noise_pred = base.unet(
             down_block_additional_residuals=down, mid_block_additional_residual=middle, **inputs

@@ -42,6 +42,9 @@ KINDS: Mapping[str, Kind] = {
     "outdoors": Kind(scenes.Scene, train=1800, test=120),
     "rooms": Kind(rooms.Room, train=1000, test=120),
 }
+EMPTY = "empty rooms"
+SETS: Mapping[str, Kind] = {**KINDS, EMPTY: Kind(rooms.EmptyRoom, train=100, test=10)}
+"""What is rendered. Only the ControlNet learns from empty rooms."""
 SPLITS = {"train": 0, "test": 1}
 
 
@@ -66,7 +69,7 @@ def load(work: Path, kind: str, split: str) -> Images:
 
 def render(work: Path) -> None:
     """Render every set that is missing."""
-    for kind in KINDS:
+    for kind in SETS:
         for split in SPLITS:
             render_set(work, kind, split)
 
@@ -78,7 +81,7 @@ def render_set(work: Path, kind: str, split: str) -> None:
     if done.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    count, size = getattr(KINDS[kind], split), (HEIGHT, 2 * HEIGHT)
+    count, size = getattr(SETS[kind], split), (HEIGHT, 2 * HEIGHT)
     coarse = tuple(side // COARSER for side in size)
     rgb = open_memmap(folder / f"{kind}-{split}-rgb.npy", "w+", np.uint8, (count, *size, 3))
     path = folder / f"{kind}-{split}-distance.npy"
@@ -96,6 +99,6 @@ def render_set(work: Path, kind: str, split: str) -> None:
 
 def draw_one(kind: str, split: str, index: int) -> Image:
     """Draw sample `index` of a split, whose seed names kind, split and index."""
-    rng = np.random.default_rng([list(KINDS).index(kind), SPLITS[split], index])
-    subject = KINDS[kind].subject.draw(rng)
+    rng = np.random.default_rng([list(SETS).index(kind), SPLITS[split], index])
+    subject = SETS[kind].subject.draw(rng)
     return *subject.render(rng), asdict(subject)

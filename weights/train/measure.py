@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from panorama.conditioning.depth import from_distance
 from panorama.modes import DEFAULT_FAMILY, Models, load
 from panorama.pipeline import Pipeline
 from panorama.quality import sharpness
@@ -265,43 +265,63 @@ def make_spheres(models: Models, mode: str, lora_scale: float) -> Make:
 
 
 def measure_depths(given: Measuring, mode: str) -> None:
-    """Print how closely images of a mode follow a depth image."""
-    for scale, kind in product(lora_scales(given.models.settings(mode)), WISHES):
-        make = make_spheres(given.models, mode, scale)
-        for name, (whole, rest) in depth_correlations(make, given.held_out(kind), kind).items():
+    """Print how closely images of a mode follow depth images."""
+    for scale, kind in product(lora_scales(given.models.settings(mode)), dataset.SETS):
+        make, held_out = make_spheres(given.models, mode, scale), given.held_out(kind)
+        seen = "vertical steps" if kind == dataset.EMPTY else "depth"
+        for name, (whole, rest) in correlations(make, held_out, kind).items():
             print(
-                f"with lora_scale {scale:g}, depth correlation over {DEPTHS} {kind}, {name}: "
+                f"with lora_scale {scale:g}, correlation of {seen}, {kind}, {name}: "
                 f"as it is {whole:.3f}, less each row's mean {rest:.3f}",
                 flush=True,
             )
 
 
-def depth_correlations(make: Make, held_out: dataset.Images, kind: str) -> dict[str, list[float]]:
+def correlations(make: Make, held_out: dataset.Images, kind: str) -> dict[str, list[float]]:
     """Correlate the depth that is read off images with the depth given.
 
+    In empty rooms, correlate vertical steps with those of the render, where walls meet floor and
+    ceiling.
+
     Returns:
-        For images that follow the depth image, for those of its caption alone, and for the render
-        itself: Pearson's correlation, the mean over images, as it is and after each row's mean is
-        taken out.
+        For the names of `follow`: Pearson's correlation, the mean over images, as it is and after
+        each row's mean is taken out.
     """
-    reader = load_judge(DepthReader(), "depths")
-    rng = np.random.default_rng(0)
-    found: dict[str, list[Tensor]] = {"depth image": [], "text alone": [], "render": []}
-    for index in range(DEPTHS):
-        subject = dataset.KINDS[kind].subject(**held_out.attributes[index])
-        prompt = PREFIX + subject.caption(rng, keep=1.0)
-        depth: NDArray[np.float32] = depth_image(held_out.distance[index])
-        images = {
-            "depth image": make(prompt, index, depth=torch.from_numpy(depth)) * 2 - 1,
-            "text alone": make(prompt, index) * 2 - 1,
-            "render": to_tensor(halve(held_out.rgb[index])[None]),
-        }
-        expected = cells(torch.from_numpy(depth)[None])
-        for name, image in images.items():
-            seen = reader(image)
-            pair = [correlation(seen, expected), correlation(around(seen), around(expected))]
-            found[name].append(torch.cat(pair))
+    reader, rng = load_judge(DepthReader(), "depths"), np.random.default_rng(0)
+    found: dict[str, list[Tensor]] = {}
+    for index, attributes in islice(enumerate(held_out.attributes), DEPTHS):
+        prompt = PREFIX + dataset.SETS[kind].subject(**attributes).caption(rng, keep=1.0)
+        images = follow(make, prompt, index, held_out)
+        if kind == dataset.EMPTY:
+            seen = {name: vertical_steps(image) for name, image in images.items()}
+            expected = seen["render"]
+        else:
+            seen = {name: reader(image) for name, image in images.items()}
+            expected = cells(torch.from_numpy(depth_image(held_out.distance[index]))[None])
+        for name, one in seen.items():
+            pair = [correlation(one, expected), correlation(around(one), around(expected))]
+            found.setdefault(name, []).append(torch.cat(pair))
     return {name: torch.stack(values).mean(0).tolist() for name, values in found.items()}
+
+
+def follow(make: Make, prompt: str, index: int, held_out: dataset.Images) -> dict[str, Tensor]:
+    """Make images (1, 3, H, W) in [-1, 1] that follow the depth of a held-out render.
+
+    The first follows a depth image like those of training. The second follows inverse distances,
+    as `depth_kind=distance` makes them. The third follows the prompt alone. The last is the render.
+    """
+    depth, inverse = (turn(held_out.distance[index]) for turn in (depth_image, from_distance))
+    return {
+        "depth image": make(prompt, index, depth=torch.from_numpy(depth)) * 2 - 1,
+        "inverse distances": make(prompt, index, depth=torch.from_numpy(inverse)) * 2 - 1,
+        "text alone": make(prompt, index) * 2 - 1,
+        "render": to_tensor(halve(held_out.rgb[index])[None]),
+    }
+
+
+def vertical_steps(images: Tensor) -> Tensor:
+    """Return the steps of brightness between cells of images (N, 3, H, W), (N, h - 1, w)."""
+    return cells(images.mean(1)).diff(dim=1).abs()
 
 
 MEASURES: Mapping[str, Callable[[Measuring], None]] = {
@@ -321,7 +341,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=1000, help="for the Frechet distance")
     parser.add_argument("--depths-only", action="store_true", help="leave out all but depth")
     arguments = parser.parse_args()
-    for kind in dataset.KINDS:
+    for kind in dataset.SETS:
         dataset.render_set(arguments.work, kind, "test")
     models = load(arguments.family, modes=arguments.modes or None)
     given = Measuring(models, arguments.work, arguments.sheets, arguments.windows)

@@ -8,7 +8,7 @@ its middle, d away from it into the room, and z up.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import pi
-from typing import Self
+from typing import ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -184,6 +184,7 @@ class Room:
 
     kind: str
     color: str
+    furnished: ClassVar[bool] = True
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> Self:
@@ -209,7 +210,7 @@ class Room:
         size = vector(*rng.uniform(*SIDES, 2), rng.uniform(2.5, 2.9))
         wall = np.asarray(jitter(COLORS[self.color], rng), np.float32)
         accent = 0.62 * wall + (0.0 if self.color != "white" else -0.12)
-        boxes = furnish(self, size, accent, rng)
+        boxes = furnish(self, size, accent, rng) if self.furnished else []
         camera = size / 2 + vector(*rng.uniform(-0.35, 0.35, 2), 0)
         camera[2] = rng.uniform(1.4, 1.6)
         rays = directions(HEIGHT * SUPERSAMPLE, float(rng.uniform(0, 2 * pi)))
@@ -217,6 +218,12 @@ class Room:
         for box in boxes:
             cast_on_box(camera, rays, box, distance, color)
         return average(color.transpose(1, 2, 0), distance)
+
+
+class EmptyRoom(Room):
+    """A room without furniture, as only a depth image asks for it."""
+
+    furnished = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Convolutions pad with zeros, as SDXL's did in training: at inference `circular` 
 not the weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from weights.train import dataset, diffusion
 from weights.train.autoencoder import FACTOR, HALVED, Version, encode
-from weights.train.dataset import KINDS, Subject
+from weights.train.dataset import KINDS, SETS, Subject
 from weights.train.device import batch_size, device, on_device
 from weights.train.diffusion import DROPPED, HIDDEN, Noisy, add_noise
 from weights.train.fit import Batch, Draw, Loss, Plan, Work, fit
@@ -234,20 +234,27 @@ def train(
     return fit(model, draw, loss, PLAN, work)
 
 
-def load_sizes(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Spheres:
-    """Return every training image at both sizes, with captions."""
-    large = torch.cat([encode(work, vae, kind) for kind in KINDS]).to(device())
-    return replace(load_spheres(work, vae, tokenizer, HALVED), large=large)
+def load_sizes(
+    work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer, kinds: Collection[str] = tuple(KINDS)
+) -> Spheres:
+    """Return every training image of some kinds at both sizes, with captions."""
+    large = torch.cat([encode(work, vae, kind) for kind in kinds]).to(device())
+    return replace(load_spheres(work, vae, tokenizer, HALVED, kinds=kinds), large=large)
 
 
 def load_spheres(
-    work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer, version: Version, words: str = ""
+    work: Work,
+    vae: AutoencoderKL,
+    tokenizer: CLIPTokenizer,
+    version: Version,
+    words: str = "",
+    kinds: Collection[str] = tuple(KINDS),
 ) -> Spheres:
-    """Return a version of the training images, with captions that begin with words."""
-    latents = [encode(work, vae, kind, version) for kind in KINDS]
+    """Return a version of the training images of some kinds; captions begin with words."""
+    latents = [encode(work, vae, kind, version) for kind in kinds]
     subjects = [
-        KINDS[kind].subject(**attributes)
-        for kind in KINDS
+        SETS[kind].subject(**attributes)
+        for kind in kinds
         for attributes in dataset.load(work.folder, kind, "train").attributes[: version.count]
     ]
     ids = diffusion.draw_captions(subjects, lambda *drawn: words + caption(*drawn), tokenizer)
