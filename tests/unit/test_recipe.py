@@ -109,13 +109,18 @@ def test_varied_depth_images_keep_their_order_and_some_stay(seed: int) -> None:
     assert 0 < same.sum() < 16
 
 
-def test_an_empty_room_is_the_same_room_without_its_furniture() -> None:
-    full = rooms.Room("office", "red").render(np.random.default_rng(3))
-    empty = rooms.EmptyRoom("office", "red").render(np.random.default_rng(3))
-    assert empty[0].shape == full[0].shape and empty[1].shape == full[1].shape
-    assert (empty[1] > full[1] + 0.5).mean() > 0.02  # furniture is nearer than the walls
-    kinds = [rooms.EmptyRoom(kind, "red") for kind in rooms.KINDS]
-    depths = [room.render(np.random.default_rng(3))[1] for room in kinds]
+def test_an_empty_room_has_neither_furniture_nor_a_lamp() -> None:
+    elevation = np.linspace(90, -90, 2 * rooms.HEIGHT + 1)[1::2, None]
+
+    def flatness(room: rooms.Room) -> list[float]:
+        heights = room.render(np.random.default_rng(3))[1] * np.sin(np.radians(elevation))
+        rows = elevation[:, 0]
+        return [float(np.ptp(heights[part])) for part in (rows > 65, rows < -65)]
+
+    assert min(flatness(rooms.Room("bedroom", "red"))) > 0.015  # a lamp, and a rug
+    assert max(flatness(rooms.EmptyRoom("bedroom", "red"))) < 2e-3
+    empty = [rooms.EmptyRoom(kind, "red") for kind in rooms.KINDS]
+    depths = [room.render(np.random.default_rng(3))[1] for room in empty]
     assert all(np.array_equal(depth, depths[0]) for depth in depths)
 
 

@@ -69,7 +69,7 @@ class LatentReader(nn.Module):
 
 
 def vary(depth: Tensor, generator: torch.Generator) -> Tensor:
-    """Give most depth images (N, 3, H, W) in [0, 1] another curve, and more contrast.
+    """Give a share of depth images (N, 3, H, W) in [0, 1] another curve, and more contrast.
 
     `depth_image` takes the root of inverse distances. Depth estimators such as MiDaS (arXiv
     1907.01341) do not, and stretch them until the farthest is black and the nearest is white.
