@@ -82,14 +82,14 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             le=30.0,
         ),
         sync_decay_rate: float = Input(
-            description="Factor by which that weight shrinks from one step to the next.",
+            description="Factor by which sync_weight is multiplied after each step.",
             default=0.99,
             ge=0.0,
             le=1.0,
         ),
         sync_freq: int = Input(description="Synchronise at every n-th step.", default=1, ge=1),
         sync_threshold: Optional[int] = Input(
-            description="Number of steps, counted from the first, during which to synchronise; exact shares means for eight times as many. Defaults to 5, or 8 with speed=fast.",
+            description="Number of steps, counted from the first, that synchronise the windows. With speed=exact, windows also share means for eight times as many. Defaults to 5, or 8 with speed=fast.",
             default=None,
             ge=0,
             le=200,
@@ -115,7 +115,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             description="Close the panorama into a ring along its longer side.", default=False
         ),
         speed: Optional[str] = Input(
-            description="exact: the published gradient on windows that overlap, and shared means. fast: shared means alone, with fewer windows and fewer steps, many times cheaper. Defaults to exact in syncdiffusion and to fast in syncdiffusion-xl.",
+            description="exact: the gradient of SyncDiffusion on windows that overlap, and shared means. fast: shared means alone, with fewer windows and fewer steps, about ten times cheaper. Defaults to exact in syncdiffusion and to fast in syncdiffusion-xl.",
             default=None,
             choices=["exact", "fast"],
         ),
@@ -125,7 +125,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             choices=["ddim", "euler", "dpm++", "unipc"],
         ),
         depth_image: Optional[Path] = Input(
-            description="Depth image to follow. The edges that a panorama closes should match. Left out, the prompt alone decides.",
+            description="Depth image to follow. If the panorama closes, the edges that meet should match. Left out, the prompt alone decides.",
             default=None,
         ),
         depth_kind: str = Input(
@@ -144,13 +144,13 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             default=None,
         ),
         lora_scale: float = Input(
-            description="Strength of that LoRA, or else of the model family's own, if it has one; 0 turns it off. While the family's own is on, TOK in the prompt stands for its trigger tokens. A prompt that contains none of them gets them at its start.",
+            description="Strength of the LoRA that lora names, or else of the model family's own, if it has one; 0 turns it off. While the family's own is on, TOK in the prompt stands for its trigger tokens. A prompt that contains none of them gets them at its start.",
             default=0.8,
             ge=0.0,
             le=2.0,
         ),
         image: Optional[Path] = Input(
-            description="Image to start from, resized to the panorama's size if that differs. Without upscale it is redrawn as the prompt says, with upscale it is enlarged. The edges that a panorama closes should match.",
+            description="Image to start from, resized to the panorama's size if that differs. Without upscale it is redrawn as the prompt says, with upscale it is enlarged. If the panorama closes, the edges that meet should match.",
             default=None,
         ),
         upscale: int = Input(
@@ -169,11 +169,11 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             default=False,
         ),
         zenith_prompt: Optional[str] = Input(
-            description="What the view straight up shows. Defaults to the prompt after 'looking up'.",
+            description="What the view straight up shows. Defaults to 'looking up' followed by the prompt.",
             default=None,
         ),
         nadir_prompt: Optional[str] = Input(
-            description="What the view straight down shows. Defaults to the prompt after 'looking down'.",
+            description="What the view straight down shows. Defaults to 'looking down' followed by the prompt.",
             default=None,
         ),
         output_format: str = Input(

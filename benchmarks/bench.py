@@ -42,7 +42,7 @@ from weights.train.device import has_bfloat16
 T = TypeVar("T")
 Table = dict[str, Any]
 
-WIDTH = 1024  # pixels, on the embedded family
+WIDTH = 1024  # pixels, on the tiny family
 PART = 5  # of 50 steps with 5 sync steps a fifth is timed
 BRIEF = 25  # of 50 steps without synchronising, where short rounds are wanted
 PROMPT = "sunset over snowy mountains"
@@ -77,7 +77,7 @@ def measure_operations(_: argparse.Namespace) -> Table:
 
 
 class Run:
-    """A way to make the latents of a canvas on the embedded family.
+    """A way to make the latents of a canvas on the tiny family.
 
     Attributes:
         base: the networks.
@@ -127,7 +127,7 @@ class Run:
 
 
 def load_tiny() -> Models:
-    """Load the embedded family's first mode; weights need no gradient, as published."""
+    """Load the tiny family's first mode; weights need no gradient, as published."""
     models = load("tiny", modes=["syncdiffusion"], device="cpu")
     for network in models.bases["syncdiffusion"].networks():
         network.requires_grad_(False)
@@ -194,7 +194,7 @@ def compare(
 
 
 def measure_time(options: argparse.Namespace) -> Table:
-    """Measure the embedded family: seconds, difference, and the share outside its networks."""
+    """Measure the tiny family: seconds, difference, and the share outside its networks."""
     models = load_tiny()
     runs = {name: Run(models, preset, sync=True) for name, preset in SAMPLERS.items()}
     rows = compare(runs, {name: run.part for name, run in runs.items()}, options.repeats)

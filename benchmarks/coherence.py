@@ -1,4 +1,4 @@
-"""Coherence and seams on the embedded family, over many seeds, as a table for each mode.
+"""Coherence and seams on the tiny family, over many seeds, as a table for each mode.
 
 syncdiffusion, syncdiffusion-xl: for every sync_weight, rings of five windows' width and flat strips
 of six are made from a prompt that leaves the palette open. The distance is the mean perceptual

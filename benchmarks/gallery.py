@@ -1,4 +1,4 @@
-"""Make the images of docs/gallery.md on the embedded family: script/gallery [--only NAME]."""
+"""Make the images of docs/gallery.md on the tiny family: script/gallery [--only NAME]."""
 
 import argparse
 from collections.abc import Callable, Iterable, Mapping

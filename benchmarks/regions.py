@@ -1,6 +1,6 @@
 """Prompts along a ring: the share of windows that show the time of day that their part names.
 
-Rings of the embedded family are six windows wide and have three parts, two windows each, with other
+Rings of the tiny family are six windows wide and have three parts, two windows each, with other
 times of day over one land.
 """
 

@@ -1,6 +1,6 @@
 """The cost and the effect of each way to synchronise, as a Markdown table.
 
-For each way, rings of five windows' width and flat strips of six are made on the embedded family,
+For each way, rings of five windows' width and flat strips of six are made on the tiny family,
 from prompts that name a land and leave the palette open, which windows have to agree on. Columns:
 
 - operations: those of Stable Diffusion 2 base at 2048 x 512, in units of 10^12.

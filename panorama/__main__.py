@@ -46,21 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="\n".join(describe_inputs()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompt", nargs="*", help="in quotes; short for -i prompt=PROMPT")
+    parser.add_argument(
+        "prompt", nargs="*", help="the prompt, in quotes; short for -i prompt=PROMPT"
+    )
     parser.add_argument(
         "-i",
         metavar="NAME=VALUE",
         dest="inputs",
         action="append",
         default=[],
-        help="an input of those below; a file's name follows @, as in image=@a.png",
+        help="one of the inputs listed below; a file's name follows @, as in image=@a.png",
     )
     parser.add_argument(
         "-o",
         metavar="FILE",
         dest="output",
         type=Path,
-        help=f"its ending sets output_format, or is {PAGE} for a viewer; defaults to output.png",
+        help=f"its ending sets output_format, or is {PAGE} for a viewer; defaults to output.png, "
+        "or to the ending of output_format",
     )
     parser.add_argument(
         "--previews",

@@ -15,7 +15,7 @@ from panorama.sampling.operations import count_work
 MAX_COST: Mapping[str, int] = {"cuda": 100_000, "cpu": 20_000}
 """The default bound, in guided evaluations of the UNet for one window, by the type of device.
 
-On the embedded family, whose windows are the smallest, 16384 x 16384 with speed=fast costs 96,530
+On the tiny family, whose windows are the smallest, 16384 x 16384 with speed=fast costs 96,530
 and a strip of 16384 x 256 with the defaults 13,513.
 """
 LEAST_BOUND = 1000

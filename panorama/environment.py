@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def family_name() -> str:
-    """Return the family that PANORAMA_FAMILY names, or else the embedded one."""
+    """Return the family that PANORAMA_FAMILY names, or else the tiny one."""
     from panorama.modes import DEFAULT_FAMILY  # imports torch, which takes seconds
 
     return os.environ.get("PANORAMA_FAMILY") or DEFAULT_FAMILY

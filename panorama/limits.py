@@ -25,7 +25,7 @@ class Limits:
             found.append(f"this family has not learned the words {shorten(', '.join(unknown))}")
         if request.height > self.height and len(request.parts) == 1:
             found.append(
-                f"height={request.height}: this family has learned images {self.height} high, and "
-                "repeats a single prompt on a higher one"
+                f"height={request.height}: this family has learned images {self.height} high; on a "
+                "higher one, a single prompt is repeated or becomes a texture"
             )
         return found

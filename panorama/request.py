@@ -215,7 +215,7 @@ class Request:
         modes=WINDOW_MODES,
     )
     sync_decay_rate: float = _input(
-        "Factor by which that weight shrinks from one step to the next.",
+        "Factor by which sync_weight is multiplied after each step.",
         default=0.99,
         bounds=(0.0, 1.0),
         modes=WINDOW_MODES,
@@ -224,8 +224,8 @@ class Request:
         "Synchronise at every n-th step.", default=1, bounds=(1, inf), modes=WINDOW_MODES
     )
     sync_threshold: int | None = _input(
-        "Number of steps, counted from the first, during which to synchronise; exact shares means "
-        "for eight times as many. Defaults to 5, or 8 with speed=fast.",
+        "Number of steps, counted from the first, that synchronise the windows. With speed=exact, "
+        "windows also share means for eight times as many. Defaults to 5, or 8 with speed=fast.",
         default=None,
         example=5,
         bounds=(0, 200),
@@ -256,9 +256,9 @@ class Request:
         "Close the panorama into a ring along its longer side.", default=False, modes=WINDOW_MODES
     )
     speed: str | None = _input(
-        "exact: the published gradient on windows that overlap, and shared means. fast: shared "
-        "means alone, with fewer windows and fewer steps, many times cheaper. Defaults to exact in "
-        "syncdiffusion and to fast in syncdiffusion-xl.",
+        "exact: the gradient of SyncDiffusion on windows that overlap, and shared means. fast: "
+        "shared means alone, with fewer windows and fewer steps, about ten times cheaper. Defaults "
+        "to exact in syncdiffusion and to fast in syncdiffusion-xl.",
         default=None,
         example="exact",
         choices=("exact", "fast"),
@@ -272,8 +272,8 @@ class Request:
         choices=("ddim", "euler", "dpm++", "unipc"),
     )
     depth_image: Path | None = _input(
-        "Depth image to follow. The edges that a panorama closes should match. Left out, the "
-        "prompt alone decides.",
+        "Depth image to follow. If the panorama closes, the edges that meet should match. Left "
+        "out, the prompt alone decides.",
         default=None,
         modes=SDXL_MODES,
     )
@@ -301,17 +301,17 @@ class Request:
         modes=SDXL_MODES,
     )
     lora_scale: float = _input(
-        "Strength of that LoRA, or else of the model family's own, if it has one; 0 turns it off. "
-        "While the family's own is on, TOK in the prompt stands for its trigger tokens. A prompt "
-        "that contains none of them gets them at its start.",
+        "Strength of the LoRA that lora names, or else of the model family's own, if it has one; "
+        "0 turns it off. While the family's own is on, TOK in the prompt stands for its trigger "
+        "tokens. A prompt that contains none of them gets them at its start.",
         default=0.8,
         bounds=(0.0, 2.0),
         modes=SDXL_MODES,
     )
     image: Path | None = _input(
         "Image to start from, resized to the panorama's size if that differs. Without upscale it "
-        "is redrawn as the prompt says, with upscale it is enlarged. The edges that a panorama "
-        "closes should match.",
+        "is redrawn as the prompt says, with upscale it is enlarged. If the panorama closes, the "
+        "edges that meet should match.",
         default=None,
     )
     upscale: int = _input(
@@ -338,14 +338,14 @@ class Request:
         modes=("sdxl-360",),
     )
     zenith_prompt: str | None = _input(
-        "What the view straight up shows. Defaults to the prompt after 'looking up'.",
+        "What the view straight up shows. Defaults to 'looking up' followed by the prompt.",
         default=None,
         example="a blue sky",
         modes=("sdxl-360",),
         needs=("fix_poles",),
     )
     nadir_prompt: str | None = _input(
-        "What the view straight down shows. Defaults to the prompt after 'looking down'.",
+        "What the view straight down shows. Defaults to 'looking down' followed by the prompt.",
         default=None,
         example="green grass",
         modes=("sdxl-360",),

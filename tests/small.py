@@ -67,12 +67,12 @@ def small_unet() -> UNet2DConditionModel:
 
 
 def own_scheduler() -> DDIMScheduler:
-    """Return the embedded family's own scheduler."""
+    """Return the tiny family's own scheduler."""
     return DDIMScheduler.from_pretrained(SD2, subfolder="scheduler")
 
 
 def make_solver(name: str | None = None, steps: int = STEPS) -> Solver:
-    """Return a run of a scheduler by its name, on the embedded family's noise schedule."""
+    """Return a run of a scheduler by its name, on the tiny family's noise schedule."""
     return Solver(build_scheduler(name, own_scheduler()), steps)
 
 

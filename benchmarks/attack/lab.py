@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
     "num_inference_steps": 1,
     "seed": 1,
 }
-"""The smallest legal request of the embedded family."""
+"""The smallest legal request of the tiny family."""
 LONG = SMALL | {"num_inference_steps": 200}
 
 Figures = dict[str, Any]

@@ -14,7 +14,7 @@ TINY = Path(__file__).parents[2] / "weights" / "tiny"
 
 
 def run(count: int, seed: int) -> dict[str, int]:
-    """Flip a byte at a random place of a random file of the embedded family, and load it.
+    """Flip a byte at a random place of a random file of the tiny family, and load it.
 
     Args:
         count: flips, each in an otherwise whole family.

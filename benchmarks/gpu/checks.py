@@ -1,4 +1,4 @@
-"""What must be right on a GPU: the embedded family's images, and memory where it runs out."""
+"""What must be right on a GPU: the tiny family's images, and memory where it runs out."""
 
 import gc
 import logging
@@ -31,7 +31,7 @@ SHARES = (0.8, 0.6, 0.4, 0.3, 0.2)
 def ring(
     lab: Lab, preset: Preset, steps: int | None = None, threshold: int | None = None
 ) -> Settings:
-    """Return the settings of a ring of the embedded family."""
+    """Return the settings of a ring of the tiny family."""
     threshold = preset.sync_threshold if threshold is None else threshold
     return Settings(
         prompt=PROMPT,
@@ -59,7 +59,7 @@ def levels(one: Tensor, other: Tensor) -> str:
 
 
 def embedded_family(lab: Lab) -> Figures:
-    """Compare images of the embedded family: devices, precisions, batches."""
+    """Compare images of the tiny family: devices, precisions, batches."""
     single = lab.embedded(torch.float32)
     rings = {"fast": ring(lab, FAST), "exact, 10 steps": ring(lab, EXACT, 10, 2)}
     expected: dict[str, Tensor] = {}

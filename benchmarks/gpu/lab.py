@@ -127,7 +127,7 @@ class Lab:
         return network.to(dtype).eval().requires_grad_(False)
 
     def embedded(self, dtype: torch.dtype, device: str = "") -> BaseModel:
-        """Load the networks of the embedded family."""
+        """Load the networks of the tiny family."""
         base = load_bases("tiny", ["syncdiffusion"], dtype)["syncdiffusion"]
         base.to(device or self.device)
         return base

@@ -22,7 +22,7 @@ class LPIPS(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     The features of five stages, normalised over channels, are compared cell by cell; a head per
     stage weighs the channels. With the default channels and its published weights this is LPIPS
-    v0.1 on VGG16; the embedded family has the same network with fewer channels.
+    v0.1 on VGG16; the tiny family has the same network with fewer channels.
 
     Args:
         channels: output channels of every convolution, a tuple for each stage; a stage ends in

@@ -1,4 +1,4 @@
-"""Many prompts from a file, made by real processes on the embedded family, or by fake models."""
+"""Many prompts from a file, made by real processes on the tiny family, or by fake models."""
 
 import fcntl
 import json

@@ -217,7 +217,7 @@ def test_a_cancelled_prediction_stops_and_the_next_says_that_it_waits(
 
 
 def test_a_cancellation_takes_effect_within_a_step(monkeypatch):
-    """On the embedded family, whose next image is what it was before."""
+    """On the tiny family, whose next image is what it was before."""
     monkeypatch.setattr(predict, "load_models", lambda: load("tiny", modes=["sdxl-360"]))
     predictor = Predictor()
     predictor.setup()

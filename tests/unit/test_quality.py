@@ -144,7 +144,7 @@ def test_a_tall_image_is_not_turned_on_its_side() -> None:
 
 @pytest.fixture(scope="module")
 def perceptual() -> LPIPS:
-    """The network that guides the embedded family."""
+    """The network that guides the tiny family."""
     network: LPIPS = LPIPS.from_pretrained(ROOT / "weights" / "tiny" / "perceptual")
     return network.eval()
 
@@ -287,7 +287,7 @@ def test_a_ring_that_is_decoded_as_if_it_were_flat_is_told(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same sunset, coded by the networks of the embedded family without a step."""
+    """The same sunset, coded by the networks of the tiny family without a step."""
     if not wraps:
         monkeypatch.setattr("panorama.images.vae.circular", lambda *_, **__: nullcontext())
     inputs = {"image": ROOT / "docs" / "sunset.png", "strength": 0.0, "loop_closure": True}

@@ -1,4 +1,4 @@
-"""The recipe of the embedded family, as far as it can be tested without training."""
+"""The recipe of the tiny family, as far as it can be tested without training."""
 
 import copy
 from dataclasses import replace

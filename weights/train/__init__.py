@@ -1,1 +1,1 @@
-"""The recipe of the embedded family: render its images, train it, measure it."""
+"""The recipe of the tiny family: render its images, train it, measure it."""

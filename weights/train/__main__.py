@@ -1,4 +1,4 @@
-"""Train the embedded family, or some stages of it: `python -m weights.train --help`."""
+"""Train the tiny family, or some stages of it: `python -m weights.train --help`."""
 
 import argparse
 import logging

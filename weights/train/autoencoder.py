@@ -1,4 +1,4 @@
-"""Train the autoencoder that both embedded models share, and encode what they are trained on."""
+"""Train the autoencoder of both models, and encode the images they are trained on."""
 
 import logging
 import os

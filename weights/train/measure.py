@@ -1,4 +1,4 @@
-"""Measure the embedded family on held-out data: `python -m weights.train.measure --help`.
+"""Measure the tiny family on held-out data: `python -m weights.train.measure --help`.
 
 The output is the figures of the model card. For syncdiffusion: the autoencoder's PSNR, the judge's
 own accuracy, how often windows show what their prompt asked for, and how close to renders they are.
