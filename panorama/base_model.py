@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from panorama.conditioning.lora import LEGAL, Lora, LoraError, load_tokens, read_lora
 from panorama.conditioning.prompts import TextEncoder
+from panorama.images.vae import factor_of
 from panorama.sampling.operations import Prices, count_prices
 from panorama.sampling.perceptual import LPIPS
 
@@ -51,7 +52,7 @@ class BaseModel:
     @property
     def factor(self) -> int:
         """Pixels per latent cell."""
-        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
+        return factor_of(self.vae)
 
     @property
     def window(self) -> int:

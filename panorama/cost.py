@@ -79,7 +79,8 @@ def _knobs(request: ResolvedRequest, settings: ModeSettings) -> Iterator[tuple[s
         yield "upscale", [n for n in INPUTS["upscale"].choices if 1 < n <= request.upscale]
     if settings.window:
         largest = settings.window - request.loop_closure
-        if settings.speeds[request.speed or settings.speed].takes_stride:
+        takes_stride = settings.speeds[request.speed or settings.speed].takes_stride
+        if takes_stride and not request.only_enlarges:
             yield "sync_threshold", range((request.sync_threshold or 0) + 1)
             yield "stride", range(largest, request.stride - 1, -1)
     steps = request.num_inference_steps

@@ -87,11 +87,7 @@ class Job:
 
     def poles(self) -> Mapping[bool, str]:
         """Return what the zenith (True) and the nadir (False) show; {} to leave them."""
-        request, whole = self.request, self.request.parts[0]
-        if not request.fix_poles:
-            return {}
-        zenith, nadir = request.zenith_prompt, request.nadir_prompt
-        return {True: zenith or f"looking up {whole}", False: nadir or f"looking down {whole}"}
+        return dict(zip((True, False), self.request.poles, strict=False))
 
     def metadata(self, family: str, device: torch.device) -> dict[str, Any]:
         """Return the metadata to store with the panorama, in the thread that makes it."""

@@ -19,7 +19,7 @@ class Limits:
     def exceeded(self, request: ResolvedRequest) -> list[str]:
         """Return a sentence for each limit that a request exceeds."""
         found = []
-        prompts = " ".join((*request.parts, request.negative_prompt))
+        prompts = " ".join((*request.parts, request.negative_prompt, *request.poles))
         words = dict.fromkeys(re.findall(r"[^\W\d_]+", re.sub(r"<\w+>", " ", prompts.lower())))
         if unknown := [word for word in words if word not in self.words]:
             found.append(f"this family has not learned the words {shorten(', '.join(unknown))}")

@@ -112,6 +112,8 @@ class Models:
             pixels = image.pixels[0].permute(1, 2, 0).numpy()  # (H, W, 3)
             warn_of_open_edges("image", pixels, resolved.closed_axis)
         texts = {"prompt": resolved.parts, "negative_prompt": (resolved.negative_prompt,)}
+        poles = zip(("zenith_prompt", "nadir_prompt"), resolved.poles, strict=False)
+        texts |= {name: (text,) for name, text in poles}
         check_lengths(self.bases[request.mode].text_encoders, texts)
         cost = check_cost(resolved, settings, self.max_cost, self._cost)
         if self.limits:

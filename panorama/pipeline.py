@@ -80,8 +80,8 @@ class Settings:
 
     @property
     def partial_steps(self) -> int:
-        """The number of steps that are made from an image."""
-        return round(self.strength * self.num_inference_steps)
+        """The number of steps that are made from an image: at least one, unless strength is 0."""
+        return max(round(self.strength * self.num_inference_steps), int(self.strength > 0))
 
     def __post_init__(self) -> None:
         check_least(self, guidance_scale=0, num_inference_steps=1, controlnet_conditioning_scale=0)
@@ -317,7 +317,7 @@ class Pipeline:
         for up, prompt in prompts.items():
             face = Face(up, plain.height)
             shown = face.show(image).clamp(0, 1)
-            seen = None if depth is None else face.show(depth[None, None])[0, 0]
+            seen = None if depth is None else face.show(depth[None, None])[0, 0].clamp(0, 1)
             view = replace(plain, prompt=prompt, depth=seen)
             noise, x0 = self.noise(view, generator), self.encode_image(view, shown)
             hold = LowBand(x0, self.base.window * POLE_SIGMA)

@@ -70,6 +70,7 @@ class Input:
     choices: tuple[Any, ...] = ()  # every legal value, () for any
     modes: tuple[str, ...] = EVERY_MODE  # those that take it
     needs: tuple[str, ...] = ()  # inputs of which one at least must be set, or it means nothing
+    draws: bool = False  # belongs to the first stage, which enlarging an image leaves out
 
     @property
     def required(self) -> bool:
@@ -213,15 +214,21 @@ class Request:
         default=20.0,
         bounds=(0.0, 30.0),
         modes=WINDOW_MODES,
+        draws=True,
     )
     sync_decay_rate: float = _input(
         "Factor by which sync_weight is multiplied after each step.",
         default=0.99,
         bounds=(0.0, 1.0),
         modes=WINDOW_MODES,
+        draws=True,
     )
     sync_freq: int = _input(
-        "Synchronise at every n-th step.", default=1, bounds=(1, inf), modes=WINDOW_MODES
+        "Synchronise at every n-th step.",
+        default=1,
+        bounds=(1, inf),
+        modes=WINDOW_MODES,
+        draws=True,
     )
     sync_threshold: int | None = _input(
         "Number of steps, counted from the first, that synchronise the windows. With speed=exact, "
@@ -230,6 +237,7 @@ class Request:
         example=5,
         bounds=(0, 200),
         modes=WINDOW_MODES,
+        draws=True,
     )
     num_inference_steps: int | None = _input(
         "Number of denoising steps. Defaults to 50, or 20 with speed=fast.",
@@ -244,6 +252,7 @@ class Request:
         default=16,
         bounds=(8, inf),
         modes=WINDOW_MODES,
+        draws=True,
     )
     seed: int | None = _input(
         "Seed of the noise: on one machine, the same seed and inputs give the same image. Random "
@@ -383,6 +392,9 @@ class Request:
             if rule.needs and not any(self.sets(name) for name in rule.needs):
                 reason = f"not be set without {' or '.join(rule.needs)}"
                 raise rule.refuse(value, reason, rule.default)
+            if rule.draws and self.only_enlarges:
+                reason = "not be set with image and upscale, which draw no windows of their own"
+                raise rule.refuse(value, reason, rule.default)
 
     def resolve(
         self, settings: ModeSettings, file_size: tuple[int, int] | None = None
@@ -413,7 +425,9 @@ class Request:
         if self.upscale > 1 or self.image:
             open_inputs["strength"] = UPSCALE_STRENGTH if self.upscale > 1 else IMAGE_STRENGTH
         if self.mode in WINDOW_MODES:
-            open_inputs |= {"speed": settings.speed, "sync_threshold": speed.sync_threshold}
+            open_inputs["speed"] = settings.speed
+            if not self.only_enlarges:
+                open_inputs["sync_threshold"] = speed.sync_threshold
         given = {name: value for name, value in self.inputs().items() if value is not None}
         resolved = ResolvedRequest(**open_inputs | given | sides | _lora(self, settings))
         if resolved.negative_prompt and resolved.guidance_scale == 1:
@@ -432,6 +446,11 @@ class Request:
         """Return True if an input has another value than its default."""
         return bool(getattr(self, name) != INPUTS[name].default)
 
+    @property
+    def only_enlarges(self) -> bool:
+        """True if the image is enlarged as it is, and not redrawn before."""
+        return self.image is not None and self.upscale > 1
+
     def mode_inputs(self) -> dict[str, Any]:
         """Return the inputs that the mode takes, by name."""
         inputs = self.inputs().items()
@@ -449,6 +468,7 @@ class ResolvedRequest(Request):
     seed: int
     parts: tuple[str, ...]  # texts of the prompt's parts, with the tokens that precede them
     tokens: str = ""  # the LoRA's trigger tokens that a part was given, "" if none was
+    poles: tuple[str, ...] = ()  # texts of the zenith and the nadir, () to leave them
 
     @property
     def closed_axis(self) -> Literal["", "x", "y"]:
@@ -515,7 +535,8 @@ def _check_output(request: Request) -> None:
     if request.output_format == "png" and quality != rule.default:
         reason = "not be set with output_format='png', which is exact"
         raise rule.refuse(quality, reason, rule.default)
-    length = len(json.dumps([request.prompt, request.negative_prompt]))
+    poles = [request.zenith_prompt, request.nadir_prompt]
+    length = len(json.dumps([request.prompt, request.negative_prompt, *poles]))
     if request.output_format == "jpg" and length > LONGEST_EXIF:
         reason = f"be 'png' or 'webp' with prompts of {length} bytes, which a JPEG cannot record"
         raise INPUTS["output_format"].refuse("jpg", reason, "png")
@@ -641,7 +662,7 @@ def _check_stride(request: ResolvedRequest, window: int, speed: SpeedSettings) -
 
 
 def _lora(request: Request, settings: ModeSettings) -> dict[str, Any]:
-    """Return the LoRA's scale, 0 without a LoRA, and the prompt's parts with the tokens for it."""
+    """Return the LoRA's scale, 0 without a LoRA, and all texts with the tokens for it."""
     rule, scale = INPUTS["lora_scale"], request.lora_scale
     if request.mode in rule.modes and not settings.has_lora and request.lora is None:
         if scale not in (0, rule.default):
@@ -654,7 +675,15 @@ def _lora(request: Request, settings: ModeSettings) -> dict[str, Any]:
         "lora_scale": scale,
         "parts": parts,
         "tokens": "".join(tokens) if parts != plain else "",
+        "poles": _poles(request, parts[0], tokens) if request.fix_poles else (),
     }
+
+
+def _poles(request: Request, whole: str, tokens: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the texts of the zenith and the nadir: those given, or the prompt after a view."""
+    zenith = f"looking up {whole}", request.zenith_prompt
+    nadir = f"looking down {whole}", request.nadir_prompt
+    return tuple(_name_tokens(text, tokens) if text else own for own, text in (zenith, nadir))
 
 
 def _name_tokens(text: str, tokens: tuple[str, ...]) -> str:

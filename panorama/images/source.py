@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from panorama.images.vae import from_pil
 
 FORMATS = ("BMP", "JPEG", "PNG", "TIFF", "WEBP")
 MAX_BYTES = 4 * uploads.MAX_PIXELS
+WHITE = 65535  # of a grey image of 16 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,8 +36,8 @@ def read(path: Path) -> SourceImage:
     The orientation in its EXIF data is applied.
 
     Raises:
-        ValueError: the file does not exist, is not a whole image, or is too small or too large.
-            A file that is too large is not decoded.
+        ValueError: the file does not exist, is not a whole image, has more than 16 bits a sample,
+            or is too small or too large. A file that is too large is not decoded.
     """
     pixels, sha256 = uploads.read("image", path, FORMATS, MAX_BYTES, decode)
     return SourceImage(pixels, sha256)
@@ -43,6 +46,16 @@ def read(path: Path) -> SourceImage:
 def decode(data: bytes) -> Tensor:
     """Decode an image file to (1, 3, H, W) in [0, 1]; raise what Pillow raises."""
     with uploads.opened(data, FORMATS) as image:
+        if image.mode.startswith(("I", "F")):
+            return decode_grey(image)
         rgba = image.convert("RGBA")
         opaque = Image.alpha_composite(Image.new("RGBA", rgba.size, "black"), rgba)
         return from_pil(opaque.convert("RGB"))
+
+
+def decode_grey(image: Image.Image) -> Tensor:
+    """Return a grey image of 16 bits as (1, 3, H, W) in [0, 1]."""
+    if image.mode in ("I", "F") or image.has_transparency_data:
+        raise ValueError("its pixels have more than 16 bits, or more than 8 and a transparent one")
+    grey = torch.from_numpy(np.asarray(image, np.float32) / np.float32(WHITE))
+    return grey.expand(1, 3, -1, -1)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import ceil
+from math import ceil, gcd
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,6 @@ from panorama.sampling.views import even_starts, flat_starts
 
 MAX_CELLS = 65536
 """The largest canvas, in latent cells, that is decoded whole and so exactly: 8192 x 512 pixels."""
-MARGIN = 16
-"""Pixels from the opposite edge that are resampled with an image that closes."""
 MIN_SLICE = 128
 """The least cells along a slice: a decoder sees about 17 cells beyond what it decodes."""
 
@@ -149,13 +147,26 @@ def resize(image: Tensor, size: tuple[int, int], closed: Axis = "") -> Tensor:
     """Resample an image (N, C, H, W) to (height, width), bicubic and around the closed axis."""
     if image.shape[-2:] == size:
         return image
-    pads = [MARGIN if closed == axis else 0 for axis in "xxyy"]
-    padded = F.pad(image, pads, mode="circular")
-    scales = [new / old for new, old in zip(size, image.shape[-2:], strict=True)]
-    whole = [round(scale * old) for scale, old in zip(scales, padded.shape[-2:], strict=True)]
+    (height, width), (old_height, old_width) = size, image.shape[-2:]
+    above, top = margins(old_height, height) if closed == "y" else (0, 0)
+    beside, left = margins(old_width, width) if closed == "x" else (0, 0)
+    padded = F.pad(image, (beside, beside, above, above), mode="circular")
+    whole = height + 2 * top, width + 2 * left
     resized = F.interpolate(padded, whole, mode="bicubic", antialias=True)
-    top, left = ((new - side) // 2 for new, side in zip(whole, size, strict=True))
-    return resized[..., top : top + size[0], left : left + size[1]].clamp(0, 1)
+    return resized[..., top : top + height, left : left + width].clamp(0, 1)
+
+
+def margins(old: int, new: int) -> tuple[int, int]:
+    """Return how much of the opposite edge to resample with a side that closes.
+
+    Returns:
+        The pixels before and after resampling, at least as many as the filter reaches. Their ratio
+        is exactly that of the sides, so that nothing is shifted.
+    """
+    divisor = gcd(old, new)
+    reach = 2 * ceil(old / new) + 1  # of a bicubic filter
+    steps = ceil(reach * divisor / old)
+    return steps * old // divisor, steps * new // divisor
 
 
 def factor_of(vae: Any) -> int:

@@ -99,11 +99,10 @@ class Solver:
         self._scheduler = copy.deepcopy(scheduler)
         self._scheduler.set_timesteps(num_inference_steps)
         self._levels = noise_levels(self._scheduler)
-        first = 0 if last is None else num_inference_steps - last
-        self._whole = first == 0
-        self.timesteps: Tensor = self._scheduler.timesteps[first:]
-        if first and hasattr(self._scheduler, "set_begin_index"):
-            self._scheduler.set_begin_index(first)
+        self._first = 0 if last is None else num_inference_steps - last
+        self.timesteps: Tensor = self._scheduler.timesteps[self._first :]
+        if self._first and hasattr(self._scheduler, "set_begin_index"):
+            self._scheduler.set_begin_index(self._first)
 
     def level(self, t: Tensor) -> NoiseLevel:
         """Return the noise level of latents at a timestep of the run."""
@@ -117,7 +116,7 @@ class Solver:
             x0: latents of an image. A run of part of the schedule, with at least one step,
                 starts from them.
         """
-        if x0 is None or self._whole:
+        if x0 is None or not self._first:
             latents: Tensor = noise * self._scheduler.init_noise_sigma
             return latents
         level = self.level(self.timesteps[0])
@@ -144,14 +143,14 @@ class Solver:
         return previous
 
     def keep_moves(self, steps: Iterable[int]) -> None:
-        """Let the run continue from latents that are moved before these steps.
+        """Let the run continue from latents that are moved before these of its steps, from 0.
 
         UniPC's corrector (arXiv 2302.04867, algorithm 1) recomputes a sample from the one before,
         which was not moved. It is switched off at these steps.
         """
         if hasattr(self._scheduler, "disable_corrector"):
-            # diffusers counts a corrector with the step before.
-            moved = [step - 1 for step in steps]
+            # diffusers counts a corrector with the step before, in the whole schedule.
+            moved = [self._first + step - 1 for step in steps]
             self._scheduler.disable_corrector = [*self._scheduler.disable_corrector, *moved]
 
 

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "sampling": {"errors"},
     "conditioning": {"errors", "uploads", "sampling"},
     "images": {"errors", "uploads", "sampling"},
-    "base_model": {"errors", "sampling", "conditioning"},
+    "base_model": {"errors", "sampling", "conditioning", "images"},
     "pipeline": {"errors", "sampling", "conditioning", "images", "base_model"},
     "weights": {"errors", "request", "sampling"},
     "loras": {"errors", "sampling", "conditioning"},

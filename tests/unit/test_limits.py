@@ -51,6 +51,15 @@ def test_unknown_words_are_named_once(models: Models, caplog: pytest.LogCaptureF
     ]
 
 
+def test_unknown_words_of_the_poles_are_named(
+    models: Models, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = {"prompt": "the sea", "mode": "sdxl-360", "fix_poles": True}
+    assert warnings(models, caplog, **inputs) == []
+    (found,) = warnings(models, caplog, **inputs, zenith_prompt="a kite")
+    assert "'kite'" in found
+
+
 def test_a_tall_strip_of_one_prompt_is_named(
     models: Models, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -390,6 +390,15 @@ def test_a_prompt_of_too_many_tokens_is_refused_before_any_work(
     assert len(str(error.value)) < 250
 
 
+@pytest.mark.parametrize("field", ["zenith_prompt", "nadir_prompt"])
+def test_a_pole_of_too_many_tokens_is_refused_before_any_work(models: Models, field: str) -> None:
+    most = models.bases["sdxl-360"].text_encoders[0].max_tokens
+    models.prepare(request(fix_poles=True, **{field: "sea " * (most - 2)}))
+    for long in ({field: "sea " * (most - 1)}, {"prompt": "sea " * (most - 2)}):
+        with pytest.raises(ValueError, match=rf"^{min(long)}|zenith_prompt='.*at most {most} tok"):
+            models.prepare(request(fix_poles=True, **long))
+
+
 def test_a_depth_image_without_a_controlnet_is_refused_before_any_work(
     models: Models, depth_image: Path
 ) -> None:

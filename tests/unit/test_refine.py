@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
 )
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -110,6 +112,27 @@ def test_resizing_a_ring_commutes_with_rolling(factor: int) -> None:
     rolled = resize(image.roll(7, -1), size, "x")
     torch.testing.assert_close(rolled, larger.roll(7 * factor, -1), atol=1e-6, rtol=0)
     assert (resize(image.roll(7, -1), size) - larger.roll(7 * factor, -1)).abs().max() > 1e-2
+
+
+@given(old=st.integers(16, 300), new=st.integers(16, 300), axis=st.sampled_from(["x", "y"]))
+@hypothesis_settings(deadline=None, max_examples=60)
+def test_resizing_a_ring_commutes_with_rolling_at_any_ratio(old: int, new: int, axis: Any) -> None:
+    dim, divisor = {"x": -1, "y": -2}[axis], gcd(old, new)
+    image = torch.rand(1, 3, *((24, old) if axis == "x" else (old, 24)))
+    size = (48, new) if axis == "x" else (new, 48)
+    steps = max(1, divisor // 3)
+    rolled = resize(image.roll(steps * old // divisor, dim), size, axis)
+    expected = resize(image, size, axis).roll(steps * new // divisor, dim)
+    torch.testing.assert_close(rolled, expected, atol=1e-4, rtol=0)
+
+
+def test_resizing_a_ring_shifts_nothing() -> None:
+    """Far from the seam the wrap changes nothing, at ratios that no margin of 16 divides."""
+    for old, new in ((1000, 1024), (2000, 1024), (1920, 1024), (1200, 64)):
+        image = torch.rand(1, 3, 16, old)
+        ring, flat = resize(image, (16, new), "x"), resize(image, (16, new))
+        middle = slice(new // 4, -new // 4)
+        torch.testing.assert_close(ring[..., middle], flat[..., middle], atol=1e-4, rtol=0)
 
 
 # Part of a schedule
@@ -234,6 +257,7 @@ def test_strength_0_returns_the_reconstruction_and_1_the_text_alone(
     with torch.no_grad(), circular(base.vae):
         assert torch.equal(draw(0.0), encode(base.vae, 2 * image - 1))
     assert torch.equal(draw(1.0), pipe.denoise(settings, conditioning, noise))
+    assert not torch.equal(draw(0.01), draw(0.0))  # one step, however few there are
     assert not torch.equal(draw(0.5), draw(1.0))
 
 

@@ -367,6 +367,9 @@ def test_a_jpg_is_refused_for_prompts_that_its_metadata_has_no_room_for():
     assert (name, legal) == ("output_format", "png")
     assert "metadata" in rule or "record" in rule
     assert Request(prompt="a" * 10_000, negative_prompt="b" * 10_000, output_format="jpg")
+    poles = {name: "\u3000" * 5_010 + "sky" for name in ("zenith_prompt", "nadir_prompt")}
+    inputs = {"prompt": "sea", "mode": "sdxl-360", "fix_poles": True, **poles}
+    assert refusal(lambda: Request(**inputs, output_format="jpg"))[0] == "output_format"
 
 
 def test_an_error_names_a_file_without_its_folder():
@@ -412,6 +415,41 @@ def test_tokens_of_the_lora_precede_a_prompt_that_names_none(inputs, prompt):
 def test_bars_separate_the_parts_of_a_prompt(prompt, parts):
     resolved = resolve(prompt=prompt)
     assert (resolved.prompt, resolved.parts) == (prompt, parts)
+
+
+@pytest.mark.parametrize("scale", [0.8, 0.0])
+def test_views_of_the_poles_show_their_texts_or_the_prompt_with_the_tokens(scale):
+    def poles(**inputs):
+        request = Request(prompt="sea", mode="sdxl-360", lora_scale=scale, **inputs)
+        resolved = request.resolve(SETTINGS["sdxl-360"])
+        assert resolved.resolve(SETTINGS["sdxl-360"]) == resolved
+        return resolved.poles
+
+    tokens = "<s0><s1> " if scale else ""
+    assert poles() == ()
+    assert poles(fix_poles=True) == (f"looking up {tokens}sea", f"looking down {tokens}sea")
+    own = poles(fix_poles=True, zenith_prompt="a TOK sky", nadir_prompt="sand")
+    assert own == ("a <s0><s1> sky" if scale else "a TOK sky", f"{tokens}sand")
+
+
+DRAWS = ("sync_weight", "sync_decay_rate", "sync_freq", "sync_threshold", "stride")
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_what_enlarging_an_image_leaves_out_is_refused_with_it(name):
+    inputs = {"prompt": "sea", "mode": "syncdiffusion-xl", "speed": "exact"}
+    own = {name: OTHER[name]}
+    assert Request(**inputs, **own, upscale=2) and Request(**inputs, **own, image=DEPTH)
+    field, rule, legal = refusal(lambda: Request(**inputs, **own, image=DEPTH, upscale=2))
+    assert (field, legal) == (name, INPUTS[name].default)
+    assert "image and upscale" in rule
+
+
+def test_an_image_can_be_enlarged_with_the_defaults():
+    inputs = {"mode": "syncdiffusion-xl", "image": DEPTH, "upscale": 2, "height": 1024}
+    resolved = resolve(**inputs)
+    assert resolved.sync_threshold is None and resolved.speed
+    assert resolved.resolve(SETTINGS["syncdiffusion-xl"]) == resolved
 
 
 def test_bars_of_a_negative_prompt_are_literal():

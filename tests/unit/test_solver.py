@@ -147,12 +147,12 @@ def test_euler_makes_the_steps_of_ddim() -> None:
         x, y = euler.step(noise, t, x), ddim.step(noise, same, y)
 
 
-def response(moved_steps: list[int], **config: Any) -> tuple[float, float]:
+def response(moved_steps: list[int], last: int | None = None, **config: Any) -> tuple[float, float]:
     """Return how far the next x follows a move of the third one, and how far it should."""
     ends: list[Tensor] = []
     for move in (0.0, 1.0):
         scheduler = UniPCMultistepScheduler(**BETAS, solver_order=1, **config)
-        solver = Solver(scheduler, 20)
+        solver = Solver(scheduler, 20, last)
         solver.keep_moves(moved_steps)
         x = torch.ones(1, 4, 2, 2, dtype=torch.float64)
         for step, t in enumerate(solver.timesteps[:3]):
@@ -164,10 +164,14 @@ def response(moved_steps: list[int], **config: Any) -> tuple[float, float]:
     return float((ends[1] - ends[0]).mean()), expected
 
 
-def test_unipc_steps_from_the_windows_as_they_were_moved() -> None:
-    found, expected = response([0, 1, 2, 3, 4])
+@pytest.mark.parametrize("last", [None, 12])
+def test_unipc_steps_from_the_windows_as_they_were_moved(last: int | None) -> None:
+    found, expected = response([0, 1, 2, 3, 4], last)
     assert found == pytest.approx(expected, rel=1e-3)
-    found, expected = response([0, 1])  # its corrector takes part
+    found, expected = response([0, 1], last)  # its corrector takes part
     assert abs(found - expected) > 0.1 * expected
-    found, expected = response([], disable_corrector=[1])  # the user wants it so
+
+
+def test_correctors_that_the_user_disabled_stay_so() -> None:
+    found, expected = response([], disable_corrector=[1])
     assert found == pytest.approx(expected, rel=1e-3)

@@ -45,6 +45,23 @@ def test_what_is_transparent_is_black(tmp_path: Path) -> None:
     assert (image[:, :, :12] == 0).all() and (image[:, :, 12:] == 1).all()
 
 
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_grey_of_16_bits_keeps_them(tmp_path: Path, name: str) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (24, 32), np.uint16)
+    values[0, :2] = 0, 65535
+    Image.fromarray(values).save(tmp_path / name)
+    image = read(tmp_path / name).pixels
+    expected = torch.from_numpy(values.astype(np.float32) / np.float32(65535))
+    assert torch.equal(image, expected.expand(1, 3, -1, -1))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_samples_of_32_bits_are_refused(tmp_path: Path, dtype: type) -> None:
+    Image.fromarray(np.ones((24, 32), dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=r"image='a\.tif': .*more than 16 bits.*; try a PNG"):
+        read(tmp_path / "a.tif")
+
+
 def test_the_same_file_has_the_same_hash(tmp_path: Path) -> None:
     save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes())
