@@ -252,12 +252,14 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
         def on_step(step: int, steps: int, preview: object) -> None:
             print(f"step {step}/{steps}", flush=True)
 
-        if self.running and not self.running.done():
+        if self.running:
             print("waiting for a cancelled prediction to stop", flush=True)
+        future = None
         try:
             # The context tells Cog which prediction a printed line belongs to.
             run = self.models.run
             future = self.running = self.thread.submit(copy_context().run, run, job, on_step, poll)
+            future.add_done_callback(self.forget)
             while not wait([future], timeout=0.1).done:  # Cog cannot raise in an endless wait
                 if self.termination.over.is_set():
                     print(
@@ -267,3 +269,9 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             return future.result()
         finally:
             cancelled.set()  # the next prediction queues for the same thread
+            future = None  # an error holds this frame, and all that the run had on the GPU
+
+    def forget(self, future: "Future[Panorama]") -> None:
+        """Let go of a run that is over, with its panorama or the frames of its error."""
+        if self.running is future:
+            self.running = None

@@ -283,7 +283,7 @@ def make(line: Line, models: "Models", process: Process, folder: Path) -> bool:
     try:
         request = legal_request(line, models, together=process.together)
         result["seed"] = request.seed
-        job = models.prepare(request)
+        job = prepare(request, models, together=process.together)
         with sharing_windows() if process.together else nullcontext():
             result |= make_image(job, models, process, folder / line.file)
     except Exception as error:
@@ -339,6 +339,26 @@ def legal_request(line: Line, models: "Models", *, together: bool) -> Request:
         rule = "have windows to share with --together, or be in a file of its own"
         raise INPUTS["mode"].refuse(mode, rule, INPUTS["mode"].default)
     return line.request
+
+
+def prepare(request: Request, models: "Models", *, together: bool) -> "Job":
+    """Prepare a request. Processes that work together all do so, or all raise ValueError.
+
+    A LoRA or a file may be out of reach for one of them alone, and the others would wait for it.
+    """
+    error: ValueError | None = None
+    try:
+        job = models.prepare(request)
+    except ValueError as caught:
+        error = caught
+    if together:
+        found: list[str | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(found, str(error) if error else None)
+        others = [f"process {rank + 1}: {text}" for rank, text in enumerate(found) if text]
+        error = error or (ValueError(others[0]) if others else None)
+    if error:
+        raise error
+    return job
 
 
 def whole_images(lines: Sequence[Line], family: str, folder: Path) -> set[str]:

@@ -23,7 +23,6 @@ LARGEST = 2 * 10**9  # bytes of a file
 ROOM = 8 * 10**9  # bytes of all files that are kept
 DEADLINE = 600  # seconds for a file
 REDIRECTS = 5
-CHUNK = 1 << 20
 
 NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(/(?P<file>[^?#]+\.safetensors))?")
 """A repository on the hub, and a file in it."""
@@ -126,6 +125,11 @@ class Fetcher:
 
     def _only_file(self, repository: str) -> str:
         """Ask the hub for the one file of a repository that may be a LoRA."""
+        if constants.is_offline_mode():
+            rule = (
+                f"name its file, as in {repository}/FILE.safetensors, while HF_HUB_OFFLINE is set"
+            )
+            raise FetchError(rule)
         with self._get(httpx2.URL(f"{constants.ENDPOINT}/api/models/{repository}")) as response:
             response.read()
             names = [str(each["rfilename"]) for each in response.json()["siblings"]]
@@ -140,7 +144,7 @@ class Fetcher:
         deadline, size = time.monotonic() + DEADLINE, 0
         with self._get(url) as response, path.open("wb") as file:
             announced = int(response.headers.get("Content-Length", 0))
-            for chunk in response.iter_raw(CHUNK):
+            for chunk in response.iter_raw():
                 size += len(chunk)
                 if max(size, announced) > self.largest:
                     raise FetchError(f"have at most {self.largest} bytes")

@@ -5,6 +5,7 @@ import mimetypes
 import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
@@ -92,20 +93,32 @@ class CogServer:
         """Make a panorama; see `Backend`."""
         name = uuid4().hex
         body: dict[str, Any] = {"id": name, "input": to_json(request)}
-        if urlsplit(self.url).hostname in LOOPBACK:
-            body |= {"webhook": f"{self.webhook}/{name}", "webhook_events_filter": ["logs"]}
+        events = {"webhook": f"{self.webhook}/{name}", "webhook_events_filter": ["logs"]}
         self.running[name] = on_step
+        try:
+            local = urlsplit(self.url).hostname in LOOPBACK
+            answer = self.post(body | events if local else body, poll)
+            if local and answer.status_code == 422 and "webhook" in answer.text:  # by a proxy
+                answer = self.post(body, poll)
+        finally:
+            del self.running[name]
+        return read_output(answer)
+
+    def post(self, body: Mapping[str, Any], poll: Callable[[], None]) -> httpx2.Response:
+        """Post a prediction and wait for its answer; cancel it if `poll` raises."""
+        url = f"{self.url}/predictions"
         with ThreadPoolExecutor(1) as thread:
-            post = thread.submit(httpx2.post, f"{self.url}/predictions", json=body, timeout=None)
+            post = thread.submit(httpx2.post, url, json=body, timeout=None)
             try:
                 while not wait([post], timeout=0.1).done:
                     poll()
             except BaseException:
-                httpx2.post(f"{self.url}/predictions/{name}/cancel")
+                while not post.done():  # the server may not have read the prediction yet
+                    with suppress(httpx2.HTTPError):
+                        httpx2.post(f"{url}/{body['id']}/cancel")
+                    wait([post], timeout=0.5)
                 raise
-            finally:
-                del self.running[name]
-        return read_output(post.result())
+        return post.result()
 
     async def report(self, name: str, event: dict[str, Any]) -> None:
         """Pass the last step in the log of a prediction on to the page."""
@@ -131,7 +144,11 @@ def to_url(value: Any) -> Any:
 
 def read_output(answer: httpx2.Response) -> bytes:
     """Return the file in a server's answer; ValueError with its error if there is none."""
-    body = answer.json()
+    try:
+        body = answer.json()
+    except ValueError as error:
+        reason = f"{answer.status_code} {answer.reason_phrase}"
+        raise ValueError(f"the server answers with {reason}, not with a prediction") from error
     if body.get("status") != "succeeded":
         error = str(body.get("error") or body.get("detail") or body)
         raise ValueError(FAILED.sub("", error))

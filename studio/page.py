@@ -95,9 +95,12 @@ def run(backend: Backend, request: Request, stopped: Event) -> Iterator[Step | b
     Thread(target=work, daemon=True).start()
     while isinstance(event := events.get(), Step):
         yield event
-    if isinstance(event, Exception):
-        raise event
-    yield event
+    try:
+        if isinstance(event, Exception):
+            raise event
+        yield event
+    finally:
+        del event  # an error holds this frame, and all that the run had on the GPU
 
 
 class Studio:
@@ -191,8 +194,8 @@ class Studio:
             self.progress: gr.update(visible=False),
             self.preview: gr.update(value=None, visible=False),
         }
-        yield self.show_error("", ()) | busy | self.show_progress("Starting")
         try:
+            yield self.show_error("", ()) | busy | self.show_progress("Starting")
             for event in run(self.backend, Request(**inputs), stopped):
                 if isinstance(event, Step):
                     yield self.show_step(event)
@@ -206,6 +209,7 @@ class Studio:
             traceback.print_exc()
             yield idle | self.show_error(f"{type(error).__name__}: {error}", ())
         finally:
+            stopped.set()  # a page that was closed leaves no run behind
             del self.running[session.session_hash]
 
     def be_ready(self) -> list[Any]:

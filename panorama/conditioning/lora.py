@@ -5,9 +5,9 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from math import sqrt
+from math import isfinite, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,7 @@ def read_file(path: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
         raise LoraError(f"a LoRA whose tensor {shorten(spoilt)} holds NaN or infinity")
     try:
         config = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise LoraError("a LoRA whose metadata is damaged") from error
     return weights, config if isinstance(config, dict) else {}
 
@@ -240,14 +240,24 @@ def configured_alpha(config: Mapping[str, Any], layer: str) -> float | None:
     A pattern must be the end of a layer's name. PEFT takes regular expressions, but a file of
     strangers could hold one that never ends.
     """
-    alpha: float | None = config.get("lora_alpha")
-    for pattern, value in config.get("alpha_pattern", {}).items():
+    alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern", {})
+    if not isinstance(patterns, Mapping):
+        raise LoraError("a LoRA whose metadata is damaged")
+    for pattern, value in patterns.items():
         name = pattern.removeprefix("^").removeprefix("text_model.")
         if not re.fullmatch(r"[\w.]+", name):
             raise LoraError(f"a LoRA whose alphas are by a pattern, {shorten(pattern)}")
         if f".{layer}".endswith(f".{name}"):
             alpha = value
-    return alpha
+    return None if alpha is None else finite(alpha)
+
+
+def finite(alpha: Any) -> float:
+    """Return an alpha of a file's metadata as a number."""
+    with suppress(TypeError, ValueError, OverflowError):
+        if isfinite(number := float(alpha)):
+            return number
+    raise LoraError(f"a LoRA whose alpha is {shorten(alpha)}, and no number")
 
 
 def check_fit(changes: Changes, networks: Mapping[str, Any]) -> None:

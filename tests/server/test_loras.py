@@ -6,6 +6,7 @@ import os
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -39,11 +40,15 @@ class Server:
     Attributes:
         answers: Status, headers and content by path.
         requests: Host and path of what was asked for, and all headers.
+        pause: Seconds after every byte of content.
+        sent: Bytes of content, by all answers.
     """
 
     port: int = 0
     answers: dict[str, tuple[int, dict[str, str], bytes]] = field(default_factory=dict)
     requests: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    pause: float = 0.0
+    sent: int = 0
 
     def url(self, path: str, host: str = "files.test") -> str:
         return f"https://{host}:{self.port}{path}"
@@ -68,7 +73,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
                     self.send_header(name, value)
             self.end_headers()
             with suppress(OSError):  # the client may have read enough
-                self.wfile.write(content)
+                for part in map(bytes, zip(content)) if found.pause else [content]:
+                    self.wfile.write(part)
+                    found.sent += len(part)
+                    time.sleep(found.pause)
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -322,9 +330,12 @@ def test_redirects_end(fetcher: Fetcher, server: Server) -> None:
 def test_a_deadline_ends_a_slow_file(
     fetcher: Fetcher, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loras, "DEADLINE", -1)
-    with pytest.raises(FetchError, match="within -1 seconds"):
+    monkeypatch.setattr(loras, "DEADLINE", 0.2)
+    server.pause = 0.02
+    with pytest.raises(FetchError, match=r"within 0\.2 seconds"):
         fetcher.fetch(server.add("/a.safetensors"))
+    assert server.sent < len(FILE) / 2
+    assert kept(fetcher) == 0
 
 
 def test_offline_only_what_is_kept_is_found(
@@ -336,6 +347,8 @@ def test_offline_only_what_is_kept_is_found(
     assert fetcher.fetch(url) == path
     with pytest.raises(FetchError, match="HF_HUB_OFFLINE"):
         fetcher.fetch(server.add("/b.safetensors"))
+    with pytest.raises(FetchError, match=r"name its file, as in owner/name/FILE\.safetensors"):
+        Fetcher(fetcher.folder).fetch("owner/name")
 
 
 # --- what is kept ---

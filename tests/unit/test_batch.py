@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch import distributed, multiprocessing
 
 from panorama.batch import (
     Process,
@@ -218,6 +219,21 @@ def test_a_bad_line_is_made_when_it_is_corrected(tmp_path, fake, capsys):
     assert run(prompts, tmp_path, capsys) == [2]
 
 
+def join(rank: int, ranks: int, folder: Path) -> None:
+    """Join a group of processes that meet in a folder."""
+    meeting = f"file://{folder / 'meeting'}"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=ranks)
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    join(0, 1, tmp_path)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
 def test_a_mode_that_the_family_lacks_or_that_has_no_windows_fails_its_line(tmp_path, fake, capsys):
     lines = [{"prompt": "a", "mode": "sdxl-360"}, {"prompt": "b"}]
     for line in read_lines(write(tmp_path / "prompts.jsonl", lines)):
@@ -537,6 +553,35 @@ def test_results_are_added_under_a_lock(tmp_path):
     assert path.read_bytes() == b'{"file": "a.png"}\n'
 
 
+class Unlucky(FakeModels):
+    """Models that cannot fetch the LoRA of one line."""
+
+    def prepare(self, request: Request) -> Job:
+        if request.prompt == "fog":
+            raise ValueError("lora='owner/name': must be on a host that can be reached")
+        return super().prepare(request)
+
+
+def work_together(rank: int, prompts: Path, folder: Path) -> None:
+    join(rank, 2, folder)
+    models = Unlucky() if rank else FakeModels()
+    process = Process(rank, 2, together=True)
+    made = [make(line, models, process, folder) for line in read_lines(prompts)]  # type: ignore[arg-type]
+    assert made == [True, False, True]
+    assert len(models.seeds) == 2  # of images that were begun
+    distributed.destroy_process_group()
+
+
+def test_a_line_that_one_of_the_processes_cannot_prepare_fails_in_all(tmp_path: Path) -> None:
+    lines = [{"prompt": prompt} for prompt in ("sea", "fog", "sky")]
+    prompts = write(tmp_path / "prompts.jsonl", lines)
+    multiprocessing.spawn(work_together, (prompts, tmp_path), nprocs=2)
+    errors = [result.get("error") for result in results(tmp_path)]
+    assert errors[::2] == [None, None]
+    assert errors[1].startswith("ValueError: process 2: lora='owner/name': must ")
+
+
+@pytest.mark.usefixtures("group")
 @pytest.mark.parametrize("together", [False, True])
 def test_only_processes_that_work_together_share_windows(
     together: bool, tmp_path: Path, fake: FakeModels, monkeypatch: pytest.MonkeyPatch

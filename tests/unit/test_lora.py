@@ -329,6 +329,16 @@ def test_keys_of_two_kinds_are_refused(fresh: BaseModel, tmp_path: Path) -> None
         read_lora(path, networks(fresh))
 
 
+def test_an_alpha_is_not_empty(fresh: BaseModel, tmp_path: Path) -> None:
+    layers = loras.with_alphas(draw(fresh, UNET), (4.0,))
+    path = loras.save(layers, tmp_path / "lora.safetensors", loras.kohya)
+    weights = load_file(path)
+    key = next(key for key in weights if "alpha" in key)
+    save_file(weights | {key: torch.ones(0)}, path)
+    with pytest.raises(LoraError, match="a LoRA with keys"):
+        read_lora(path, networks(fresh))
+
+
 @pytest.mark.parametrize("tensor", [torch.ones(()), torch.ones(3), torch.ones(0, 8)])
 @pytest.mark.parametrize("side", ["lora_A", "lora_B"])
 def test_halves_are_matrices(fresh: BaseModel, tmp_path: Path, side: str, tensor: Tensor) -> None:
@@ -342,7 +352,16 @@ def test_halves_are_matrices(fresh: BaseModel, tmp_path: Path, side: str, tensor
 
 @pytest.mark.parametrize(
     ("metadata", "kind"),
-    [("{", "metadata is damaged"), ('{"unet.alpha_pattern": {"(a+)+$": 1}}', "by a pattern")],
+    [
+        ("{", "metadata is damaged"),
+        ("[" * 100_000, "metadata is damaged"),
+        ('{"unet.alpha_pattern": []}', "metadata is damaged"),
+        ('{"unet.alpha_pattern": {"(a+)+$": 1}}', "by a pattern"),
+        ('{"unet.lora_alpha": "many"}', "alpha is 'many', and no number"),
+        ('{"unet.lora_alpha": [1]}', "no number"),
+        ('{"unet.lora_alpha": Infinity}', "no number"),
+        ('{"unet.lora_alpha": 1' + "0" * 400 + "}", "no number"),
+    ],
 )
 def test_metadata_that_cannot_be_read_is_refused(
     fresh: BaseModel, tmp_path: Path, metadata: str, kind: str
