@@ -36,7 +36,10 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("weights/*/README.md"))]
 NEEDS = {"docker", "gpu", "network", "root", "hours"}
 """What a block of commands may need, so that it is not run here."""
-TOOLS = {"apt-get", "cog", "cp", "curl", "docker", "export", "grep", "printf", "python3", "sleep"}
+TOOLS = {
+    *("apt-get", "cog", "cp", "curl", "docker", "export", "grep", "nginx", "printf", "python3"),
+    *("service", "sleep"),
+}
 KEYWORDS = {"until", "do", "done"}
 LONGEST = 600  # characters of a paragraph, five lines of 120
 
