@@ -68,6 +68,8 @@ def requests_of(mode: str) -> st.SearchStrategy:
     rules = {name: rule for name, rule in INPUTS.items() if mode in rule.modes}
     own = {name: legal(rule) for name, rule in rules.items() if not rule.needs}
     own |= {"prompt": parts if mode in WINDOW_MODES else prompts, "mode": st.just(mode)}
+    if "stride" in own:  # most others are refused
+        own["stride"] = st.integers(8, 160)
     exact = st.fixed_dictionaries(own | {"output_quality": st.just(95)})
     lossy = st.fixed_dictionaries(own | {"output_format": st.sampled_from(["jpg", "webp"])})
     return (exact | lossy).map(lambda own: Request(**own))

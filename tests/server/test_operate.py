@@ -113,10 +113,11 @@ def test_the_supervisor_ends_a_server_whose_worker_was_killed():
 
 
 @pytest.mark.server
-def test_the_supervisor_passes_a_signal_on():
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_the_supervisor_passes_a_signal_on(sent):
     with lab.serving(SUPERVISE, SERVE, PANORAMA_MODES="sdxl-360") as server:
         worker = server.worker.pid
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(sent)
         assert server.process.wait(60) == 0
         assert gone(worker)
 

@@ -24,6 +24,7 @@ from panorama.batch import (
     locked_folder,
     main,
     make,
+    own_device,
     read_lines,
     read_results,
 )
@@ -404,6 +405,32 @@ def test_a_failed_line_is_reported_and_tried_again(tmp_path, fake, capsys):
     assert "no memory" in results(tmp_path)[1]["error"]
     fake.failing = ""
     assert run(prompts, tmp_path, capsys) == [2]
+
+
+def test_the_models_are_those_that_the_lines_and_the_environment_ask_for(
+    tmp_path, fake, monkeypatch
+):
+    loaded: list[dict[str, Any]] = []
+
+    def load(family: str, **options: Any) -> FakeModels:
+        loaded.append({"family": family, **options})
+        return fake
+
+    monkeypatch.setattr("panorama.modes.load", load)
+    monkeypatch.setattr("panorama.batch.own_device", lambda: "own device")
+    monkeypatch.setenv("PANORAMA_MAX_COST", "5000")
+    monkeypatch.setenv("PANORAMA_FAMILY", "nonesuch")
+    prompts = write(tmp_path / "prompts.jsonl", [{"prompt": "sea", "mode": "syncdiffusion-xl"}])
+    assert main([str(prompts), "-o", str(tmp_path), "--family", "tiny"]) == 0
+    options = {"modes": ["syncdiffusion-xl"], "device": "own device", "max_cost": 5000}
+    assert loaded == [{"family": "tiny", **options}]
+
+
+@pytest.mark.parametrize(("available", "device"), [(True, "cuda:1"), (False, "None")])
+def test_each_process_has_a_gpu_of_its_own(monkeypatch, available, device):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: available)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert str(own_device()) == device
 
 
 def test_another_family_makes_its_own(tmp_path, fake, capsys, monkeypatch):

@@ -203,6 +203,10 @@ def test_windows_are_counted_without_being_made(models: Models) -> None:
         {"prompt": "sea", "height": 16384, "num_inference_steps": 200},
         {"prompt": "sea", "width": 16384, "height": 16384, "speed": "fast"},
         {"prompt": "s", "mode": "sdxl-360", "width": 4096, "height": 1024},
+        *(
+            {**{"prompt": "s", "mode": "sdxl-360", "num_inference_steps": 200}, "upscale": factor}
+            for factor in (2, 8)
+        ),
     ],
 )
 def test_the_change_that_an_error_suggests_fits(

@@ -521,6 +521,20 @@ def test_edges_that_do_not_meet_make_a_warning_with_the_step(caplog, closed, edg
     assert "neighbouring pixels by 0.012" in message
 
 
+@pytest.mark.parametrize(
+    ("values", "warns"),
+    [
+        (np.r_[np.zeros(999), 1 / 255], False),
+        (np.r_[np.zeros(999), 3 / 255], True),
+        (np.tile([0.0, 0.1], 500) + np.linspace(0, 0.2, 1000), False),  # 3 times the usual step
+        (np.tile([0.0, 0.1], 500) + np.linspace(0, 0.4, 1000), True),  # 5 times
+    ],
+)
+def test_edges_may_differ_by_two_levels_and_by_four_times_the_usual_step(caplog, values, warns):
+    warn_of_open_edges("depth_image", columns(values), "x")
+    assert len(caplog.records) == warns
+
+
 @pytest.mark.parametrize("closed", ["", "x", "y"])
 def test_edges_that_are_not_closed_make_none(caplog, closed):
     depth = columns(np.linspace(0, 0.75, 64))

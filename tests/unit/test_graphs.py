@@ -63,6 +63,14 @@ def function(monkeypatch: pytest.MonkeyPatch) -> Iterator[Function]:
         yield given
 
 
+@pytest.mark.parametrize("cuda", [True, False])
+def test_only_calls_without_a_gradient_on_a_gpu_are_replayed(cuda: bool) -> None:
+    x: Any = SimpleNamespace(is_cuda=cuda)
+    assert not graphs.can_replay(x)
+    with torch.no_grad():
+        assert graphs.can_replay(x) == cuda
+
+
 def arguments(count: int, seed: int, depth: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     generator = torch.Generator().manual_seed(seed)
     x, other = torch.randn(2, count, 3, generator=generator)

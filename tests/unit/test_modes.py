@@ -25,7 +25,7 @@ from panorama.__main__ import main
 from panorama.base_model import BaseModel
 from panorama.errors import NotFiniteError
 from panorama.images.files import Panorama, read_metadata
-from panorama.images.vae import MAX_CELLS, to_pil
+from panorama.images.vae import MAX_CELLS, resize, to_pil
 from panorama.jobs import MODES
 from panorama.modes import Models, load, load_bases
 from panorama.pipeline import Pipeline
@@ -395,7 +395,8 @@ def test_a_pole_of_too_many_tokens_is_refused_before_any_work(models: Models, fi
     most = models.bases["sdxl-360"].text_encoders[0].max_tokens
     models.prepare(request(fix_poles=True, **{field: "sea " * (most - 2)}))
     for long in ({field: "sea " * (most - 1)}, {"prompt": "sea " * (most - 2)}):
-        with pytest.raises(ValueError, match=rf"^{min(long)}|zenith_prompt='.*at most {most} tok"):
+        name = field if field in long else "zenith_prompt"  # which begins with the prompt's text
+        with pytest.raises(ValueError, match=rf"^{name}='.*at most {most} tokens"):
             models.prepare(request(fix_poles=True, **long))
 
 
@@ -627,6 +628,12 @@ def test_each_stage_is_counted_and_previewed_at_its_size(models: Models) -> None
     assert set(panorama.seconds) == timed
 
 
+def test_the_zenith_is_up(models: Models) -> None:
+    own = {"zenith_prompt": "a kite", "nadir_prompt": "sand", "lora_scale": 0.0}
+    assert models.prepare(request(fix_poles=True, **own)).poles() == {True: "a kite", False: "sand"}
+    assert models.prepare(request()).poles() == {}
+
+
 def test_the_metadata_makes_an_enlarged_panorama_again(models: Models, tmp_path: Path) -> None:
     panorama = models.generate(request(upscale=2, fix_poles=True))
     panorama.save(tmp_path / "out.png")
@@ -654,6 +661,37 @@ def test_an_image_is_enlarged_as_it_is(models: Models, source: Path) -> None:
     assert panorama.image.size == (2 * WIDTH, 2 * HEIGHT)
     recorded = panorama.metadata["inputs"]["image"]
     assert recorded == f"sha256:{hashlib.sha256(source.read_bytes()).hexdigest()}"
+
+
+def test_an_image_of_another_size_is_resized_around_the_seam_and_then_enlarged(
+    models: Models, source: Path
+) -> None:
+    with Image.open(source) as image:
+        image.resize((WIDTH - 32, HEIGHT)).save(source)
+    own = {"image": source, "upscale": 2, "strength": 0.0, "width": WIDTH, "height": HEIGHT}
+    job = models.prepare(request(**own))
+    pipeline, settings = Pipeline(models.bases["sdxl-360"]), job.settings(2)
+    small = resize(job.image.pixels, (HEIGHT, WIDTH), "x")
+    latents = pipeline.encode_image(settings, small)
+    expected = to_pil(pipeline.decode(settings, latents))
+    assert np.array_equal(models.run(job).image, expected)
+
+
+def test_steps_from_an_image_are_counted(models: Models, source: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    job = models.prepare(request(image=source, strength=0.5, num_inference_steps=4))
+    models.run(job, lambda step, total, _: steps.append((step, total)))
+    assert steps == [(1, 2), (2, 2)]
+    whole = models.prepare(request(num_inference_steps=4))
+    assert job.cost == pytest.approx(whole.cost / 2)
+
+
+def test_an_image_gives_the_size_before_a_depth_image_does(
+    models: Models, source: Path, depth_image: Path
+) -> None:
+    job = models.prepare(request(image=source, depth_image=depth_image))
+    assert (job.request.width, job.request.height) == job.image.size == (WIDTH, HEIGHT)
+    assert job.depth.size != job.image.size
 
 
 def test_an_image_whose_edges_do_not_meet_is_warned_of(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.activations import Activations
 from panorama.images.files import SUFFIXES, read_metadata
+from panorama.jobs import stages_of
 from panorama.modes import Models, load
 from panorama.pipeline import Pipeline, Settings
 from panorama.quality import (
@@ -24,6 +25,7 @@ from panorama.quality import (
     disjoint_windows,
     edge_ratio,
     intra_lpips,
+    measure,
     seam_contrast,
     seam_ratio,
     seam_shows,
@@ -114,9 +116,9 @@ def test_edges_are_looked_for_in_the_upper_third_of_a_wide_image() -> None:
 def test_only_a_few_rows_at_a_time_become_floats() -> None:
     """All of them would take 1.6 GB in an image of 16384 x 8192 pixels."""
     image = torch.zeros(16 * BAND, 16 * BAND, 3, dtype=torch.uint8).permute(2, 0, 1)[None]
-    for measure in (seam_ratio, sharpness):
+    for find in (seam_ratio, sharpness):
         with Activations([image]) as activations:
-            measure(image)
+            find(image)
         floats = 4 * image.nbytes
         assert 0 < activations.most < floats / 4
 
@@ -237,6 +239,29 @@ def test_what_a_png_says_is_what_its_pixels_measure(models: Models, tmp_path: Pa
     assert said["sharpness"] == pytest.approx(sharpness(seen), rel=1e-3)
     perceptual = models.bases["syncdiffusion"].perceptual
     assert said["intra_lpips"] == pytest.approx(intra_lpips(perceptual, windows), rel=1e-3)
+
+
+def test_windows_of_an_enlarged_image_are_reduced_to_their_own_size(
+    models: Models, tmp_path: Path
+) -> None:
+    wanted = request("syncdiffusion-xl", upscale=2)
+    models.generate(wanted).save(tmp_path / "out.png")
+    said, seen = read_metadata(tmp_path / "out.png")["quality"], pixels(tmp_path / "out.png")
+    base = models.bases["syncdiffusion-xl"]
+    windows = disjoint_windows(seen, 2 * base.window * base.factor)
+    expected = intra_lpips(base.perceptual, windows, 2)
+    assert said["intra_lpips"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_an_image_of_one_color_has_no_ratios(models: Models) -> None:
+    job = models.prepare(request("syncdiffusion", loop_closure=True))
+    pipeline = Pipeline(models.bases["syncdiffusion"])
+    stage = stages_of(job, pipeline)[-1]
+    size = job.request.width, job.request.height
+    assert measure(job, pipeline, stage, Image.new("RGB", size)) == {
+        "intra_lpips": 0.0,
+        "sharpness": 0.0,
+    }
 
 
 def test_a_measure_that_fails_is_left_out_and_the_image_is_the_same(

@@ -241,6 +241,58 @@ def test_captions_left_out_are_not_given(base: BaseModel) -> None:
     assert drawn.captions(index, sizes, 0.0, generator).given.all()
 
 
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_a_training_that_is_stopped_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, average: float
+) -> None:
+    def draw(generator: torch.Generator) -> fit.Batch:
+        return torch.randn(5, 3, generator=generator), torch.randn(5, 2, generator=generator)
+
+    def train(work: Work) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+
+        def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return F.mse_loss(model(x), y)
+
+        plan = fit.Plan("line", steps=6, learning_rate=0.1, warmup=2, average=average)
+        return fit.fit(model, draw, loss, plan, work).state_dict()
+
+    whole, late = train(Work(tmp_path / "whole")), Work(tmp_path / "parts", deadline=0.0)
+    for _ in range(5):
+        with pytest.raises(fit.OutOfTime):
+            train(late)
+    parts = train(late)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=0, atol=0)
+
+
+def test_the_average_follows_the_weights_slowly(tmp_path: Path) -> None:
+    """With its decay, or less at the start: (k + 1) / (k + 10) in step k."""
+    model, seen = nn.Linear(1, 1, bias=False), []
+
+    def draw(generator: torch.Generator) -> fit.Batch:
+        seen.append(model.weight.item())
+        return (torch.ones(1, 1),)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return -model(x).sum()
+
+    expected = model.weight.item()
+    plan = fit.Plan("line", steps=40, learning_rate=0.1, warmup=1, average=0.5)
+    mean = fit.fit(model, draw, loss, plan, Work(tmp_path)).weight
+    for k, weight in enumerate([*seen[1:], model.weight.item()]):
+        decay = min(0.5, (k + 1) / (k + 10))
+        expected = decay * expected + (1 - decay) * weight
+    assert mean.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_learning_rate_warms_up_and_falls_along_a_cosine() -> None:
+    plan = fit.Plan("line", steps=110, learning_rate=1.0, warmup=10)
+    rates = [plan.rate(step) for step in (0, 4, 9, 10, 60, 109)]
+    assert rates == pytest.approx([0.1, 0.5, 1.0, 1.0, 0.5, 0.0], abs=1e-3)
+
+
 def test_images_of_each_kind_are_drawn_as_often() -> None:
     drawn = Spheres(torch.empty(0), None, (10, 90), torch.empty(0))
     index = drawn.draw_index(4000, torch.Generator().manual_seed(0))

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from panorama.base_model import BaseModel
-from panorama.images.vae import decode, encode, encode_canvas, resize
+from panorama.images.sphere import Face
+from panorama.images.vae import encode, encode_canvas, resize
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.canvas import Canvas
 from panorama.sampling.circular import circular
@@ -290,14 +291,37 @@ def test_poles_are_redrawn_and_the_equator_stays_bit_by_bit(base: BaseModel) -> 
     assert torch.equal(fixed, again)
 
 
-def test_a_pole_that_no_step_changes_differs_by_the_autoencoder_alone(
-    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("changes", [{"prompt": "a storm"}, {"depth": True}])
+@pytest.mark.parametrize("up", [True, False])
+def test_a_pole_follows_its_own_prompt_and_depth(
+    base: BaseModel, up: bool, changes: dict[str, Any]
 ) -> None:
-    monkeypatch.setattr("panorama.pipeline.POLE_STRENGTH", 0.0)
     pipe, image = Pipeline(base), picture(256, 512)
-    fixed = pipe.fix_poles(sphere(), image, {True: "clear sky"}, noise_of())
-    (face,) = [pipe.face(sphere())]
-    with torch.no_grad():
-        shown = 2 * picture(face.height, face.width) - 1
-        error = (decode(base.vae, encode(base.vae, shown)) - shown).abs().max()
-    assert (fixed - image).abs().max() <= error
+    depth = torch.rand(256, 512, generator=noise_of(1)) if "depth" in changes else None
+    strong = sphere(controlnet_conditioning_scale=1.0)
+    plain = pipe.fix_poles(strong, image, {up: "clear sky"}, noise_of())
+    prompts = {up: changes.get("prompt", "clear sky")}
+    other = pipe.fix_poles(replace(strong, depth=depth), image, prompts, noise_of())
+    changed = (plain != other).any(1)[0].any(1)  # (H,) rows
+    near, far = (slice(64), slice(128, None)) if up else (slice(192, None), slice(128))
+    assert changed[near].any() and not changed[far].any()
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5])
+@pytest.mark.parametrize("up", [True, False])
+def test_what_a_pole_changes_in_perspective_is_added_there(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch, up: bool, strength: float
+) -> None:
+    """By the steps that keep the pole's colours, and by the autoencoder alone without steps."""
+    monkeypatch.setattr("panorama.pipeline.POLE_STRENGTH", strength)
+    pipe, image = Pipeline(base), picture(256, 512)
+    fixed = pipe.fix_poles(sphere(), image, {up: "clear sky"}, noise_of())
+    view = replace(pipe.face(sphere()), prompt="clear sky")
+    face = Face(up, view.height)
+    shown = face.show(image)
+    x0, noise = pipe.encode_image(view, shown), pipe.noise(view, noise_of())
+    hold = LowBand(x0, base.window / 8)
+    latents = pipe.denoise(view, pipe.encode(view), noise, x0=x0, hold=hold)
+    expected = face.blend(image, pipe.decode(view, latents) - shown).clamp(0, 1)
+    torch.testing.assert_close(fixed, expected, atol=1e-5, rtol=0)
+    assert (fixed - image).abs().max() > 0.01

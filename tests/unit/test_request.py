@@ -755,7 +755,7 @@ def test_a_webp_has_room_for_the_enlarged_panorama():
     assert (field, legal) == ("output_format", "png")
 
 
-def test_an_image_gives_the_size_before_a_depth_image_does():
+def test_an_error_of_a_size_names_the_image_that_it_is_from():
     request = Request(prompt="sea", mode="sdxl-360", image=Path("a.png"), depth_image=DEPTH)
     resolved = request.resolve(SPHERE, (640, 320))
     assert (resolved.width, resolved.height) == (640, 320)

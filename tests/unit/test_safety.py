@@ -64,8 +64,10 @@ def test_a_flagged_image_is_withheld_and_leaves_nothing_to_the_next(
     unchecked = make(models, disable_safety_checker=True)
     with pytest.raises(ImageWithheldError, match=WITHHELD):
         make(models)
+    shown: list[Image.Image] = []
     with pytest.raises(ImageWithheldError, match=WITHHELD):
-        models.generate(Request(**QUICK), lambda step, steps, preview: preview())
+        models.generate(Request(**QUICK), lambda step, steps, preview: shown.append(preview()))
+    assert shown == []
     assert np.array(unchecked).any()  # the checker paints what it flags black
     assert make(models, disable_safety_checker=True).tobytes() == unchecked.tobytes()
     with pytest.raises(ImageWithheldError):
