@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, pstdev
 
 import torch
 from torch import Tensor
@@ -88,7 +88,7 @@ def table_windows(arguments: argparse.Namespace) -> None:
             steps = settings.num_inference_steps
             panoramas = [torch.cat(image.split(window, -1)) * 2 - 1 for image in images]
             print(
-                f"{name:5}  {weight:11g}  {mean(distances):.4f} ({stdev(distances):.4f})"
+                f"{name:5}  {weight:11g}  {mean(distances):.4f} ({pstdev(distances):.4f})"
                 f"  {max(distances):.3f}  {mean(distances) / reference - 1:+6.1%}"
                 f"  {mean(edge_ratio(i, pipeline, settings, steps) for i in images):5.2f}"
                 f"  {mean(repetition(i, window, ring=bool(shape.closed)) for i in images):10.3f}"
@@ -120,8 +120,8 @@ def table_sdxl_360(arguments: argparse.Namespace) -> None:
             if arguments.keep:
                 keep(image, arguments.keep / f"{name}-{scale:g}-{seed:02d}.png")
         print(
-            f"{scale:10g}  {name:8}  {mean(seams):6.3f} ({stdev(seams):.3f})"
-            f"   {mean(scores):.3f} ({stdev(scores):.3f})",
+            f"{scale:10g}  {name:8}  {mean(seams):6.3f} ({pstdev(seams):.3f})"
+            f"   {mean(scores):.3f} ({pstdev(scores):.3f})",
             flush=True,
         )
 

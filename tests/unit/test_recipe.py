@@ -321,7 +321,7 @@ def test_gradients_are_those_of_the_last_batch_and_frozen_weights_stay(tmp_path:
         for parameter, gradient in zip(learned, expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient)
     before = copy.deepcopy(model.state_dict())
-    plan = fit.Plan("line", steps=5, learning_rate=0.1, warmup=1, weight_decay=0.5)
+    plan = fit.Plan("line", steps=5, learning_rate=0.1, warmup=1)
     fit.fit(model, draw, loss, plan, Work(tmp_path))
     after = model.state_dict()
     for name in before:
@@ -511,6 +511,17 @@ def test_the_decoder_learns_and_the_encoder_stays(
     after = autoencoder.train_decoder(Work(tmp_path), base.vae).state_dict()
     changed = {key.split(".")[0] for key in before if not torch.equal(before[key], after[key])}
     assert changed == {"decoder", "post_quant_conv"}
+
+
+def test_latents_are_of_as_many_images_as_there_are(
+    base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for count in (1, 2):
+        images = draw_images("rooms", count)
+        monkeypatch.setattr(dataset, "load", lambda work, kind, split, images=images: images)
+        found = [autoencoder.encode(Work(tmp_path), base.vae, "rooms") for _ in range(2)]
+        assert len(found[0]) == count
+        assert torch.equal(*found)
 
 
 def test_both_models_get_the_distilled_decoder(

@@ -83,7 +83,9 @@ STAGES: Mapping[str, Callable[[Work], None]] = {
 def main() -> None:
     """Run stages in order; each training resumes from its last checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stages", nargs="*", help=f"of {', '.join(STAGES)}; default: all")
+    parser.add_argument(
+        "stages", nargs="*", help=f"of {', '.join(STAGES)}; default: all that are not done"
+    )
     parser.add_argument("--work", type=Path, default=WORK, help="images and checkpoints")
     parser.add_argument("--minutes", type=float, default=inf, help="stop after so long, to resume")
     arguments = parser.parse_args()
@@ -93,11 +95,13 @@ def main() -> None:
         parser.error(f"unknown stages: {', '.join(sorted(unknown))}")
     try:
         for stage in arguments.stages or STAGES:
-            if not (done := work.folder / "done" / stage).exists():
-                STAGES[stage](work)
-                write_lock(export.TINY)
-                done.parent.mkdir(parents=True, exist_ok=True)
-                done.touch()
+            if (done := work.folder / "done" / stage).exists():
+                logging.info("%s is done; remove %s to run it again", stage, done)
+                continue
+            STAGES[stage](work)
+            write_lock(export.TINY)
+            done.parent.mkdir(parents=True, exist_ok=True)
+            done.touch()
     except OutOfTime as error:
         sys.exit(f"{error}; the same command resumes")
 

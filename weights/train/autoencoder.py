@@ -76,8 +76,8 @@ def draw_crops(
 ) -> Tensor:
     """Draw crops (N, 3, h, w) in [-1, 1] of spheres (M, 3, H, W) in [0, 255], across the wrap too.
 
-    Half of the batches show them at half their scale, and half of the crops are mirrored. Most lie
-    around the horizon, where there is most to see.
+    Half of the time they are shown at half their scale, and half of the crops are mirrored. Most
+    lie around the horizon, where there is most to see.
     """
     scale = 1 + draw_number(2, generator)
     generator = on_device(generator)
@@ -161,7 +161,8 @@ def train(work: Work) -> AutoencoderKL:
         model.load_state_dict(fitted.state_dict())
     some = images["outdoors"][:: max(1, len(images["outdoors"]) // 64)]
     with torch.no_grad():
-        latents = [model.encode(to_tensor(image[None])).latent_dist.mean for image in some]
+        tensors = (to_tensor(image[None]).to(device()) for image in some)
+        latents = [model.encode(tensor).latent_dist.mean for tensor in tensors]
     model.register_to_config(scaling_factor=1 / float(torch.stack(latents).std()))
     # Rounded as the files are: all that is trained after it reads the same latents again.
     return model.half().float().eval()
@@ -184,28 +185,27 @@ HALVED = Version("small", halve)
 def encode(work: Work, vae: AutoencoderKL, kind: str, version: Version = Version()) -> Tensor:
     """Encode the training images of a kind; a file in the work folder keeps the latents.
 
-    A change of the encoder's weights gives another file.
+    Other weights of the encoder, or another number of images, give another file.
 
     Returns:
         The scaled latents, (N, 4, H / 8, W / 8), on the CPU.
     """
     encoder = torch.nn.ModuleList([vae.encoder, vae.quant_conv])
     weights = torch.cat([p.flatten().cpu() for p in encoder.parameters()]).numpy().tobytes()
-    name = f"{kind}-{version.name}" if version.name else kind
+    images = dataset.load(work.folder, kind, "train").rgb[: version.count]
+    name = "-".join(filter(None, (kind, version.name, str(len(images)))))
     path = work.folder / "latents" / f"{name}-{sha256(weights).hexdigest()[:16]}.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
     vae.to(device())
-    images = dataset.load(work.folder, kind, "train").rgb[: version.count]
     latents, count, wrap = [], batch_size(2), version.wrap
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for first in range(0, len(images), count):
             changed = np.stack(list(pool.map(version.change, images[first : first + count])))
             wide = np.pad(changed, ((0, 0), (0, 0), (wrap, wrap), (0, 0)), mode="wrap")
             with mixed_precision():
-                mean = vae.encode(to_tensor(wide)).latent_dist.mean.float()
-            inside = slice(wrap // FACTOR, mean.shape[-1] - wrap // FACTOR)
-            latents.append((mean[..., inside] * vae.config.scaling_factor).cpu())
+                means = coder.encode(vae, to_tensor(wide).to(device()))
+            latents.append(means[..., wrap // FACTOR : means.shape[-1] - wrap // FACTOR].cpu())
     logger.info("latents of %s: %d", name, len(images))
     save(torch.cat(latents), path)
     return torch.cat(latents)

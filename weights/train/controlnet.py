@@ -14,10 +14,10 @@ from weights.train import dataset
 from weights.train.autoencoder import FACTOR
 from weights.train.depths import at_finest, build_head, cells, depth_images, error
 from weights.train.device import device, on_device
-from weights.train.diffusion import Noisy, add_noise
+from weights.train.diffusion import Noisy
 from weights.train.fit import Batch, Plan, Work, fit
 from weights.train.recognise import Block
-from weights.train.sdxl import SIDE, Captions, Cuts, Spheres, TextToSphere, load_sizes, time_ids
+from weights.train.sdxl import SIDE, Captions, Cuts, Spheres, TextToSphere, load_sizes
 from weights.train.windows import crop
 
 PLAN = Plan("controlnet", steps=3000, learning_rate=1e-3, average=0.99, warmup=50)
@@ -92,11 +92,8 @@ class Lessons:
 
     def draw(self, generator: torch.Generator) -> Batch:
         """Draw noisy latents, their captions, and depth images (N, 3, H, W) in [0, 1]."""
-        cuts = self.spheres.draw(generator)
-        generator = on_device(generator)
-        sizes = time_ids(cuts, generator)
-        captions = self.spheres.captions(cuts.index, sizes, DROPPED, generator)
-        return *add_noise(cuts.x0, generator, DRAWS), *captions, self.depth(cuts)
+        cuts, lesson = self.spheres.lesson(DROPPED, generator, DRAWS)
+        return *lesson, self.depth(cuts)
 
     def unpack(self, batch: Batch) -> tuple[Noisy, dict[str, Any], Tensor]:
         """Return the noisy latents, the arguments of the UNet and the depth images of a batch."""

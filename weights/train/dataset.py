@@ -17,6 +17,7 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from panorama.images.files import write_atomically
 from weights.train import rooms, scenes
 from weights.train.scenes import HEIGHT
 
@@ -94,7 +95,7 @@ def render_set(work: Path, kind: str, split: str) -> None:
             attributes.append(facts)
             if index % 200 == 0:
                 logger.info("%s %s: %d of %d", kind, split, index, count)
-    done.write_text(json.dumps(attributes))
+    write_atomically(done, json.dumps(attributes).encode())
 
 
 def draw_one(kind: str, split: str, index: int) -> Image:

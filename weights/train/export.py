@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from panorama.sampling.perceptual import LPIPS
+from weights.train import sdxl
 from weights.train.diffusion import SCHEDULER, TextToImage
 from weights.train.fit import Network
-from weights.train.sdxl import TextToSphere, build_inference_scheduler
+from weights.train.sdxl import TextToSphere
 from weights.train.style import lora_weights, token_embeddings
 
 TINY = Path(__file__).parent.parent / "tiny"
@@ -51,7 +52,7 @@ def export_base(base: TextToSphere, tokenizer: CLIPTokenizer) -> None:
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
         unet=base.unet,
-        scheduler=build_inference_scheduler(),
+        scheduler=sdxl.SCHEDULER,
     )
     share("vae")
 

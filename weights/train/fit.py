@@ -50,7 +50,6 @@ class Plan:
     steps: int
     learning_rate: float
     warmup: int = 200
-    weight_decay: float = 0.01
     average: float = 0.0  # decay of the exponential moving average of the weights, 0 for none
 
     def seed(self, step: int) -> int:
@@ -132,7 +131,6 @@ def fit(model: Network, draw: Draw, loss: Loss, plan: Plan, work: Work) -> Netwo
         learned,
         plan.learning_rate,
         (0.9, 0.99),
-        weight_decay=plan.weight_decay,
         fused=device().type == "cuda",
     )
     average = copy.deepcopy(model).requires_grad_(False) if plan.average else model

@@ -182,7 +182,8 @@ def measure_skylines(make: Make, given: Measuring) -> None:
         depth = reader(images)  # (N, H / CELL, W / CELL)
         mounts = ((depth > MOUNTS[0]) & (depth < MOUNTS[1])).any(-1)  # (N, H / CELL)
         rows = mounts.float().argmax(1) * CELL + scenes.STRIP.start  # of the highest cells' tops
-        share = float((90 - 180 * rows / scenes.HEIGHT >= RISE).float().mean())
+        rises = mounts.any(1) & (90 - 180 * rows / scenes.HEIGHT >= RISE)
+        share = float(rises.float().mean())
         print(f"skyline of {len(rows)} {name} of snowy mountains >= {RISE:g} degrees: {share:.1%}")
 
 
@@ -343,7 +344,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for kind in dataset.SETS:
         dataset.render_set(arguments.work, kind, "test")
-    models = load(arguments.family, modes=arguments.modes or None)
+    models = load(arguments.family, modes=arguments.modes or None, device="cpu")
     given = Measuring(models, arguments.work, arguments.sheets, arguments.windows)
     for mode in models.bases:
         print(f"{mode}:")

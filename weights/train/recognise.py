@@ -1,7 +1,7 @@
 """Networks that look at images: the feature network that guides, and the judges that measure.
 
 The feature network, `panorama.sampling.perceptual.LPIPS` with few channels, takes the place of
-VGG16 in the tiny family. The judges have another architecture, other crops and other seeds.
+VGG16 in the tiny family. The judges have another architecture and other seeds.
 They never guide; they measure prompt agreement and coherence.
 """
 

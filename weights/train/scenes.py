@@ -307,17 +307,16 @@ def paint_cumulus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
     canvas.paint(alpha, mix(under, sky.cloud, shade), block)
 
 
-Mount = Callable[[Array], Array]
-"""From places across a mount, -1 to 1 at its foot, to the share of its height there."""
+Mount = tuple[float, Callable[[Array], Array]]
+"""Half the width of a mount over its height, and the share of its height by the place across it,
+from -1 to 1."""
 
 MOUNTS: Mapping[str, Mount] = {
-    "peak": lambda x: 1 - np.abs(x) ** 0.9,
-    "cone": lambda x: np.minimum(1.16 * (1 - np.abs(x) ** 0.75), 0.84 + 0.6 * np.abs(x)),
-    "mesa": lambda x: smoothstep(1.0, 0.72, np.abs(x)),
-    "island": lambda x: 1 - x**2,
+    "peak": (1.15, lambda x: 1 - np.abs(x) ** 0.9),
+    "cone": (1.25, lambda x: np.minimum(1.16 * (1 - np.abs(x) ** 0.75), 0.84 + 0.6 * np.abs(x))),
+    "mesa": (1.1, lambda x: smoothstep(1.0, 0.72, np.abs(x))),
+    "island": (2.4, lambda x: 1 - x**2),
 }
-WIDTHS: Mapping[str, float] = {"peak": 1.15, "cone": 1.25, "mesa": 1.1, "island": 2.4}
-"""Half the width of a mount over its height."""
 
 
 def paint_mounts(canvas: Canvas, sky: Sky, land: Land, rng: np.random.Generator) -> None:
@@ -339,13 +338,14 @@ def paint_mount(
     haze: np.float32, rng: np.random.Generator,
 ) -> None:  # fmt: skip
     """Paint a mount in two facets, one of them in the light, and what lies on top of it."""
-    half = WIDTHS[kind] * height * rng.uniform(0.85, 1.25)
+    width, profile = MOUNTS[kind]
+    half = width * height * rng.uniform(0.85, 1.25)
     reflected = kind == "island"
     low = -height if reflected else -0.02
     block, x, y = canvas.block(low, 1.1 * height, azimuth, half)
     x, y = x / half, y / height
     jags = 0.05 * waves(7 * x, 0 * x, rng, 3, 4) * (kind in ("peak", "cone"))
-    outline = MOUNTS[kind](x) + jags * (1 - np.abs(x))
+    outline = profile(x) + jags * (1 - np.abs(x))
     inside = (outline - np.abs(y)) * height
     alpha = edge(inside, canvas.pixel) * (1.0 if not reflected else np.where(y < 0, 0.45, 1.0))
     # The two facets meet along a line that runs down from the summit in a zigzag.
@@ -542,7 +542,7 @@ def waves(
 
 
 def jitter(thing: T, rng: np.random.Generator) -> T:
-    """Copy a thing with every colour moved a little, all in the same direction."""
+    """Copy a thing with its single colours moved a little, all in the same direction."""
     gain = rng.normal(1, 0.03) * rng.normal(1, 0.012, 3)
     colors = {name: value for name, value in vars(thing).items() if np.shape(value) == (3,)}
     return replace(thing, **{name: tuple(value * gain) for name, value in colors.items()})

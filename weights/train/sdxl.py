@@ -56,6 +56,8 @@ CUTS = (
     ),
 )
 """Spheres, windows of them, windows and halves of larger ones, and windows of strips."""
+SCHEDULER = EulerDiscreteScheduler(**diffusion.SCHEDULE, steps_offset=1, timestep_spacing="leading")
+"""SDXL base's scheduler, with the noise schedule of the training."""
 LOOKS = (
     Version("looking up", partial(look, up=True), count=500, wrap=0),
     Version("looking down", partial(look, up=False), count=500, wrap=0),
@@ -76,11 +78,6 @@ def build_unet() -> UNet2DConditionModel:
         addition_time_embed_dim=SIZE_CHANNELS,
         projection_class_embeddings_input_dim=HIDDEN + 6 * SIZE_CHANNELS,
     )
-
-
-def build_inference_scheduler() -> EulerDiscreteScheduler:
-    """Build SDXL base's scheduler, with the noise schedule of the training."""
-    return EulerDiscreteScheduler(**diffusion.SCHEDULE, steps_offset=1, timestep_spacing="leading")
 
 
 def warm_start(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -166,6 +163,16 @@ class Spheres:
         top = cut.tops[0] + draw_numbers(cut.tops[1] - cut.tops[0] + 1, count, generator)
         left = draw_numbers(latents.shape[-1], count, generator)
         return Cuts(crop(latents, index, top, left, (SIDE, cut.width)), index, cut, top, left)
+
+    def lesson(
+        self, dropped: float, generator: torch.Generator, draws: int = 1
+    ) -> tuple[Cuts, Batch]:
+        """Draw cuts, and them with noise and captions, a share of which is left out."""
+        cuts = self.draw(generator)
+        generator = on_device(generator)
+        sizes = time_ids(cuts, generator)
+        captions = self.captions(cuts.index, sizes, dropped, generator)
+        return cuts, (*add_noise(cuts.x0, generator, draws), *captions)
 
     def draw_index(self, count: int, generator: torch.Generator) -> Tensor:
         """Draw numbers (N,) of images, as many of each kind on average."""
@@ -267,11 +274,7 @@ def text_lesson(
     """Return the lesson of predicting noise under captions, a share of which is left out."""
 
     def draw(generator: torch.Generator) -> Batch:
-        cuts = spheres.draw(generator)
-        generator = on_device(generator)
-        sizes = time_ids(cuts, generator)
-        captions = spheres.captions(cuts.index, sizes, dropped, generator)
-        return *add_noise(cuts.x0, generator), *captions
+        return spheres.lesson(dropped, generator)[1]
 
     def loss(*batch: Tensor) -> Tensor:
         noisy, captions = Noisy(*batch[:4]), Captions(*batch[4:])

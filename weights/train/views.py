@@ -28,8 +28,8 @@ def to_range(images: Tensor) -> Tensor:
 
 
 def to_tensor(images: Pixels) -> Tensor:
-    """Convert images (N, H, W, 3) in [0, 255] to (N, 3, H, W) in [-1, 1] on the device."""
-    return to_range(channels_first(np.array(images)))
+    """Convert images (N, H, W, 3) in [0, 255] to (N, 3, H, W) in [-1, 1], on the CPU."""
+    return to_range(torch.from_numpy(np.array(images)).permute(0, 3, 1, 2))
 
 
 def halve(images: Pixels) -> Pixels:
