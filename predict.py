@@ -252,7 +252,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
         def on_step(step: int, steps: int, preview: object) -> None:
             print(f"step {step}/{steps}", flush=True)
 
-        if self.running:
+        if self.running and not self.running.done():
             print("waiting for a cancelled prediction to stop", flush=True)
         future = None
         try:

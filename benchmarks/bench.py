@@ -1,6 +1,6 @@
 """The cost of a panorama against the published loop: operations, time, memory, as ratios.
 
-operations: counted at the published configurations. time: of a panorama's denoising on the embedded
+operations: counted at the published configurations. time: of a panorama's denoising on the tiny
 family, the median of a few rounds; of 50 steps, and of their sync steps, a fifth is taken and
 counts five times. diffusers: its pipeline on the same windows; beside exact, two of 50 steps in
 more rounds. scale: canvases of 4, 16 and 64 windows' width. true-size: one sync step of two windows

@@ -235,6 +235,8 @@ def join_processes(together: bool, best_of: int) -> Iterator[Process]:
         yield Process(rank(), ranks, together=False, best_of=best_of)
         return
     device = own_device() if together else None  # without it, they only wait for one another
+    if device:
+        torch.cuda.set_device(device)  # where nccl gathers objects
     backend = "nccl" if device else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE, device_id=device)
     try:
@@ -345,6 +347,7 @@ def prepare(request: Request, models: "Models", *, together: bool) -> "Job":
     """Prepare a request. Processes that work together all do so, or all raise ValueError.
 
     A LoRA or a file may be out of reach for one of them alone, and the others would wait for it.
+    Any other error ends its process, and the launcher then ends the others.
     """
     error: ValueError | None = None
     try:

@@ -26,6 +26,6 @@ class Limits:
         if request.height > self.height and len(request.parts) == 1:
             found.append(
                 f"height={request.height}: this family has learned images {self.height} high; on a "
-                "higher one, a single prompt is repeated or becomes a texture"
+                "higher one, a single prompt makes a repeated scene or a texture"
             )
         return found

@@ -257,7 +257,7 @@ def finite(alpha: Any) -> float:
     with suppress(TypeError, ValueError, OverflowError):
         if isfinite(number := float(alpha)):
             return number
-    raise LoraError(f"a LoRA whose alpha is {shorten(alpha)}, and no number")
+    raise LoraError(f"a LoRA whose alpha, {shorten(alpha)}, is not a finite number")
 
 
 def check_fit(changes: Changes, networks: Mapping[str, Any]) -> None:

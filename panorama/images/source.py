@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, PHOTOMETRIC_INTERPRETATION
 from torch import Tensor
 
 from panorama import uploads
@@ -36,8 +37,8 @@ def read(path: Path) -> SourceImage:
     The orientation in its EXIF data is applied.
 
     Raises:
-        ValueError: the file does not exist, is not a whole image, has more than 16 bits a sample,
-            or is too small or too large. A file that is too large is not decoded.
+        ValueError: the file does not exist, is not a whole image, has neither 8 bits nor 16 in
+            grey, or is too small or too large. A file that is too large is not decoded.
     """
     pixels, sha256 = uploads.read("image", path, FORMATS, MAX_BYTES, decode)
     return SourceImage(pixels, sha256)
@@ -55,7 +56,9 @@ def decode(data: bytes) -> Tensor:
 
 def decode_grey(image: Image.Image) -> Tensor:
     """Return a grey image of 16 bits as (1, 3, H, W) in [0, 1]."""
-    if image.mode in ("I", "F") or image.has_transparency_data:
-        raise ValueError("its pixels have more than 16 bits, or more than 8 and a transparent one")
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    plain = tags.get(BITSPERSAMPLE, (16,)) == (16,) and tags.get(PHOTOMETRIC_INTERPRETATION, 1) == 1
+    if image.mode in ("I", "F") or not plain or image.has_transparency_data:
+        raise ValueError("it has neither 8 bits nor 16 unsigned ones in opaque grey")
     grey = torch.from_numpy(np.asarray(image, np.float32) / np.float32(WHITE))
     return grey.expand(1, 3, -1, -1)

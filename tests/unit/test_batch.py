@@ -306,7 +306,7 @@ def test_a_bad_number_of_processes_is_refused(processes, tmp_path, fake, capsys,
 
 
 class FakeModels:
-    """The embedded family without its networks: black images."""
+    """The tiny family without its networks: black images."""
 
     family = "tiny"
     failing = ""  # a prompt

@@ -357,10 +357,10 @@ def test_halves_are_matrices(fresh: BaseModel, tmp_path: Path, side: str, tensor
         ("[" * 100_000, "metadata is damaged"),
         ('{"unet.alpha_pattern": []}', "metadata is damaged"),
         ('{"unet.alpha_pattern": {"(a+)+$": 1}}', "by a pattern"),
-        ('{"unet.lora_alpha": "many"}', "alpha is 'many', and no number"),
-        ('{"unet.lora_alpha": [1]}', "no number"),
-        ('{"unet.lora_alpha": Infinity}', "no number"),
-        ('{"unet.lora_alpha": 1' + "0" * 400 + "}", "no number"),
+        ('{"unet.lora_alpha": "many"}', "alpha, 'many', is not a finite number"),
+        ('{"unet.lora_alpha": [1]}', "not a finite number"),
+        ('{"unet.lora_alpha": Infinity}', "not a finite number"),
+        ('{"unet.lora_alpha": 1' + "0" * 400 + "}", "not a finite number"),
     ],
 )
 def test_metadata_that_cannot_be_read_is_refused(

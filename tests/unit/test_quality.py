@@ -286,7 +286,7 @@ def test_a_measure_that_fails_is_left_out_and_the_image_is_the_same(
 
 @pytest.fixture(scope="module")
 def tiny() -> Models:
-    """The embedded family."""
+    """The tiny family."""
     return load("tiny", modes=["syncdiffusion"], device="cpu")
 
 

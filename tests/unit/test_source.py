@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tifffile import imwrite
 
 from panorama.images.source import MAX_BYTES, read
 from panorama.uploads import SMALLEST_SIDE
@@ -55,10 +56,20 @@ def test_grey_of_16_bits_keeps_them(tmp_path: Path, name: str) -> None:
     assert torch.equal(image, expected.expand(1, 3, -1, -1))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.int32])
-def test_samples_of_32_bits_are_refused(tmp_path: Path, dtype: type) -> None:
-    Image.fromarray(np.ones((24, 32), dtype)).save(tmp_path / "a.tif")
-    with pytest.raises(ValueError, match=r"image='a\.tif': .*more than 16 bits.*; try a PNG"):
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (np.float32, {}),
+        (np.int32, {}),
+        (np.int16, {}),
+        (np.uint16, {"photometric": "miniswhite"}),
+    ],
+)
+def test_other_samples_of_more_than_8_bits_are_refused(
+    tmp_path: Path, dtype: type, options: dict[str, str]
+) -> None:
+    imwrite(tmp_path / "a.tif", np.ones((24, 32), dtype), **options)
+    with pytest.raises(ValueError, match=r"image='a\.tif': .*nor 16 unsigned.*; try a PNG"):
         read(tmp_path / "a.tif")
 
 
