@@ -150,6 +150,6 @@ def read_output(answer: httpx2.Response) -> bytes:
         reason = f"{answer.status_code} {answer.reason_phrase}"
         raise ValueError(f"the server answers with {reason}, not with a prediction") from error
     if body.get("status") != "succeeded":
-        error = str(body.get("error") or body.get("detail") or body)
-        raise ValueError(FAILED.sub("", error))
+        message = str(body.get("error") or body.get("detail") or body)
+        raise ValueError(FAILED.sub("", message))
     return base64.b64decode(body["output"].partition(",")[2])
