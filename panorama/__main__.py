@@ -62,8 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="FILE",
         dest="output",
         type=Path,
-        help=f"its ending sets output_format, or is {PAGE} for a viewer; defaults to output.png, "
-        "or to the ending of output_format",
+        help=f"its ending sets output_format, or is {PAGE} for a viewer; default: output.FORMAT",
     )
     parser.add_argument(
         "--previews",

@@ -113,12 +113,12 @@ def test_the_supervisor_ends_a_server_whose_worker_was_killed():
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_the_supervisor_passes_a_signal_on(sent):
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_the_supervisor_passes_a_signal_on(sent, code):
     with lab.serving(SUPERVISE, SERVE, PANORAMA_MODES="sdxl-360") as server:
         worker = server.worker.pid
         server.process.send_signal(sent)
-        assert server.process.wait(60) == 0
+        assert server.process.wait(60) == code
         assert gone(worker)
 
 
