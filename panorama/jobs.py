@@ -195,8 +195,7 @@ class Run:
         """Draw the image from noise, or from the job's image."""
         source, x0 = self.job.image, None
         if source is not None and self.job.request.upscale > 1:
-            pixels = source.pixels.to(self.pipeline.base.vae.device)
-            return resize(pixels, (settings.height, settings.width), settings.closed)
+            return resize(source.pixels, (settings.height, settings.width), settings.closed)
         with timed(self.seconds, "denoise"):
             if source is not None:
                 x0 = self.pipeline.encode_image(settings, source.pixels)

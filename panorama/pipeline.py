@@ -313,6 +313,7 @@ class Pipeline:
         Returns:
             The image (1, 3, height, width) in [0, 1].
         """
+        image = image.to(self.base.vae.device)
         plain, depth = self.face(settings), settings.depth
         for up, prompt in prompts.items():
             face = Face(up, plain.height)

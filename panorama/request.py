@@ -393,7 +393,7 @@ class Request:
                 reason = f"not be set without {' or '.join(rule.needs)}"
                 raise rule.refuse(value, reason, rule.default)
             if rule.draws and self.only_enlarges:
-                reason = "not be set with image and upscale, which draw no windows of their own"
+                reason = "not be set with image and upscale, which only enlarge the image"
                 raise rule.refuse(value, reason, rule.default)
 
     def resolve(
@@ -680,7 +680,7 @@ def _lora(request: Request, settings: ModeSettings) -> dict[str, Any]:
 
 
 def _poles(request: Request, whole: str, tokens: tuple[str, ...]) -> tuple[str, ...]:
-    """Return the texts of the zenith and the nadir: those given, or the prompt after a view."""
+    """Return the texts of the zenith and the nadir: those given, or made from the prompt."""
     zenith = f"looking up {whole}", request.zenith_prompt
     nadir = f"looking down {whole}", request.nadir_prompt
     return tuple(_name_tokens(text, tokens) if text else own for own, text in (zenith, nadir))

@@ -59,6 +59,6 @@ def decode_grey(image: Image.Image) -> Tensor:
     tags = getattr(image, "tag_v2", {})  # of a TIFF
     plain = tags.get(BITSPERSAMPLE, (16,)) == (16,) and tags.get(PHOTOMETRIC_INTERPRETATION, 1) == 1
     if image.mode in ("I", "F") or not plain or image.has_transparency_data:
-        raise ValueError("it has neither 8 bits nor 16 unsigned ones in opaque grey")
+        raise ValueError("its samples have neither 8 bits nor 16 unsigned bits of opaque grey")
     grey = torch.from_numpy(np.asarray(image, np.float32) / np.float32(WHITE))
     return grey.expand(1, 3, -1, -1)

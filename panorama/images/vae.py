@@ -161,8 +161,8 @@ def margins(old: int, new: int) -> tuple[int, int]:
 
     Returns:
         The pixels before and after resampling, at least as many as the filter reaches. Their ratio
-        is exactly that of the sides, so that nothing is shifted. Of sides without a common divisor
-        it is all of them.
+        is exactly that of the sides, so that nothing is shifted. If the sides have no common
+        divisor, this is the whole side.
     """
     divisor = gcd(old, new)
     reach = 2 * ceil(old / new) + 1  # of a bicubic filter

@@ -143,7 +143,7 @@ class Solver:
         return previous
 
     def keep_moves(self, steps: Iterable[int]) -> None:
-        """Let the run continue from latents that are moved before these of its steps, from 0.
+        """Let the run continue from latents that are moved before some steps, counted from 0.
 
         UniPC's corrector (arXiv 2302.04867, algorithm 1) recomputes a sample from the one before,
         which was not moved. It is switched off at these steps.

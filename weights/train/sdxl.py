@@ -167,7 +167,7 @@ class Spheres:
     def lesson(
         self, dropped: float, generator: torch.Generator, draws: int = 1
     ) -> tuple[Cuts, Batch]:
-        """Draw cuts, and the lesson made of them: with noise, and with captions but for a share."""
+        """Draw cuts, and a batch of them with noise and with captions, a share of them left out."""
         cuts = self.draw(generator)
         generator = on_device(generator)
         sizes = time_ids(cuts, generator)
