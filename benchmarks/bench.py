@@ -12,24 +12,23 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from benchmarks.activations import Activations, weights_of
+from benchmarks.lab import Lab, time_inside
 from benchmarks.operations import PUBLISHED_LOOP, STRIDE, Networks, Setting, calls_of
 from benchmarks.plain_loop import StableDiffusion, plain_loop
 from benchmarks.stock import panorama_call
-from benchmarks.true_size import TrueSize, activations, kept_by_unet
-from panorama.images.vae import decode_canvas
+from benchmarks.true_size import CPU, activations, kept_by_unet, ways
+from panorama.images.vae import decode, decode_canvas
 from panorama.modes import Models, load
 from panorama.pipeline import Pipeline, Settings
 from panorama.sampling.presets import FAST, WINDOWED, Preset
@@ -198,33 +197,10 @@ def measure_time(options: argparse.Namespace) -> Table:
     models = load_tiny()
     runs = {name: Run(models, preset, sync=True) for name, preset in SAMPLERS.items()}
     rows = compare(runs, {name: run.part for name, run in runs.items()}, options.repeats)
-    rows["exact: share outside its networks"] = overhead(runs["exact"])
+    exact = runs["exact"]
+    seconds, inside = time_inside(Lab(CPU, dry=False), exact.base, exact)
+    rows["exact: share outside its networks"] = 1 - sum(inside.values()) / seconds
     return rows
-
-
-def overhead(run: Run) -> float:
-    """Return the share of a run that is spent neither in networks nor in their gradients."""
-    inside = 0.0
-
-    def clocked(call: Callable[..., Any]) -> Callable[..., Any]:
-        def timed_call(*arguments: Any, **options: Any) -> Any:
-            nonlocal inside
-            seconds, result = timed(lambda: call(*arguments, **options))
-            inside += seconds
-            return result
-
-        return timed_call
-
-    perceptual = run.base.perceptual
-    calls = [
-        *((run.base.unet, "forward"), (run.base.vae, "decode")),
-        *((perceptual, "embed"), (perceptual, "distance"), (torch.autograd, "grad")),
-    ]
-    with ExitStack() as stack:
-        for owner, name in calls:
-            stack.enter_context(patch.object(owner, name, clocked(getattr(owner, name))))
-        whole, _ = timed(run)
-    return 1 - inside / whole
 
 
 def measure_diffusers(options: argparse.Namespace) -> Table:
@@ -325,12 +301,10 @@ def measure_true_size(_: argparse.Namespace) -> Table:
     for precision, kind in {"single": torch.float32, "half": torch.bfloat16}.items():
         for name, most in activations(kind).items():
             rows[f"{name}: gigabytes of activations, {precision} precision"] = most / 1e9
-    torch.manual_seed(0)
-    networks = TrueSize(dtype)
-    StableDiffusion(networks.base, networks.conditioning).decode(torch.randn(1, 4, 8, 8))
-    ways = networks.ways()  # the decoding before set up the libraries
+    lab = Lab(CPU, dry=False, dtype=dtype)
+    decode(lab.sd2.vae, torch.randn(1, 4, 8, 8))  # sets up the libraries
     for name in ("published loop", "exact", "fast"):
-        rows[f"{name}: seconds"], _ = timed(ways[name])
+        rows[f"{name}: seconds"], _ = timed(ways(lab)[name])
     for row, value in list(rows.items()):
         name, _, what = row.partition(": ")
         if what and name != "published loop":

@@ -9,23 +9,17 @@ memory besides the weights against the width instead.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import torch
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.activations import Activations, weights_of
 from benchmarks.figures import STYLE, save
-from benchmarks.gpu.lab import Lab, Run, published
-from panorama.pipeline import Pipeline, Settings
+from benchmarks.lab import FakeLab
+from panorama.pipeline import Settings
 from panorama.sampling.presets import EXACT, FAST, WHOLE, Preset
 
 STRIDE = 16  # latent cells
@@ -55,19 +49,6 @@ ROWS = (
 )
 
 
-class FakeLab(Lab):
-    """Builds networks of fake tensors, which cannot be cast, at their precision from the start."""
-
-    def build(self, kind: Callable[[dict[str, Any]], Any], name: str, dtype: torch.dtype) -> Any:
-        """Build a published network."""
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            return kind(published(name)).eval().requires_grad_(False)
-        finally:
-            torch.set_default_dtype(default)
-
-
 def working_memory(row: Row) -> int:
     """Return the most bytes that a step or the decoding takes besides the weights."""
     settings = Settings(
@@ -79,31 +60,11 @@ def working_memory(row: Row) -> int:
         layout=row.preset.layout(STRIDE),
         sync=row.preset.sync(1),
     )
-    run = fake_run(row.base, settings, checkpointing=row.checkpointing)
-    decoding = most(run, lambda: run.pipeline.decode(settings, run.noise))
-    return max(most(run, run.denoise), decoding)
-
-
-def fake_run(base: str, settings: Settings, **options: Any) -> Run:
-    """Return a run of "sd2" or "sdxl" on fake tensors, with the pipeline's options."""
     lab = FakeLab(torch.device("cpu"), dry=False)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        built = lab.sd2 if base == "sd2" else lab.sdxl
-    scheduler = type(built.scheduler).from_config(built.scheduler.config)  # its values are read
-    run = Run(Pipeline(replace(built, scheduler=scheduler), **options), settings)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        _ = run.noise, run.conditioning  # the run keeps them
-    return run
-
-
-def most(run: Run, call: Callable[[], object]) -> int:
-    """Return the most bytes alive at once in a call beside the weights; it checks no values."""
-    with ExitStack() as stack:
-        stack.enter_context(patch.object(Tensor, "isfinite", lambda x: torch.ones(1)))
-        stack.enter_context(patch("panorama.images.vae.require_finite"))
-        found = stack.enter_context(Activations(weights_of(run.pipeline.base)))
-        call()
-    return found.most
+    base = {"sd2": lab.sd2, "sdxl": lab.sdxl}[row.base]
+    run = lab.run(base, settings, checkpointing=row.checkpointing)
+    decoding = lab.most(base, lambda: run.pipeline.decode(settings, run.noise))
+    return max(lab.most(base, run.denoise), decoding)
 
 
 def table() -> Iterator[str]:

@@ -5,18 +5,16 @@ our sampler are counted beforehand. The cost of each call is counted by torch on
 configurations, whose weights have a shape and no values.
 """
 
-import json
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.lab import published
 from benchmarks.plain_loop import plain_loop
 from panorama.sampling.canvas import Canvas
 from panorama.sampling.operations import count_operations, count_work, guided
@@ -24,18 +22,11 @@ from panorama.sampling.perceptual import LPIPS
 from panorama.sampling.presets import EXACT, Preset
 from panorama.sampling.views import Fixed
 
-PUBLISHED = Path(__file__).parents[1] / "tests" / "data" / "sd2"
 PUBLISHED_LOOP = replace(EXACT, layout=Fixed, means=0)
 WINDOW, STRIDE, FACTOR = 64, 16, 8
 
 Call = tuple[str, int, bool]
 """A network, the side of the latents or the image that it gets, and True with a gradient."""
-
-
-def published(name: str) -> dict[str, Any]:
-    """Return the configuration of one of Stable Diffusion 2 base's models."""
-    config: dict[str, Any] = json.loads((PUBLISHED / f"{name}.json").read_text())
-    return config
 
 
 class Tally:
@@ -75,8 +66,8 @@ class Networks:
 
     def __init__(self) -> None:
         with torch.device("meta"):
-            self.unet = UNet2DConditionModel.from_config(published("unet"))
-            self.vae = AutoencoderKL.from_config(published("vae"))
+            self.unet = UNet2DConditionModel.from_config(published("sd2/unet"))
+            self.vae = AutoencoderKL.from_config(published("sd2/vae"))
             self.tiny_vae = AutoencoderTiny()  # its defaults are those of TAESD
             self.lpips = LPIPS()
         self.cost = cache(self._cost)
@@ -151,7 +142,7 @@ def calls_of(setting: Setting, preset: Preset | None) -> Counter[Call]:
                 ("VGG16", image, True): work.gradients,
             }
         )
-    scheduler = DDIMScheduler.from_config(published("scheduler"))
+    scheduler = DDIMScheduler.from_config(published("sd2/scheduler"))
     scheduler.set_timesteps(chosen.num_inference_steps)
     tally = Tally(decoder)
     noise = torch.ones(1, 4, canvas.height, canvas.width)

@@ -12,8 +12,8 @@ import diffusers.utils.logging
 import torch
 
 from benchmarks.gpu import checks, levers, speed
-from benchmarks.gpu.lab import Figures, Lab
 from benchmarks.gpu.report import Report, Result, environment_of, show
+from benchmarks.lab import Figures, Lab
 from panorama.environment import hide_progress_bars
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench import PROMPT
-from benchmarks.gpu.lab import Figures, Lab
+from benchmarks.lab import Figures, Lab
 from benchmarks.operations import STRIDE
 from panorama import weights
 from panorama.base_model import BaseModel, load_base_model

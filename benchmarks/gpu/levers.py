@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu.lab import Figures, Lab, strip
+from benchmarks.lab import Figures, Lab, strip
 from panorama.base_model import BaseModel
 from panorama.sampling.graphs import record
 from panorama.sampling.operations import TOKENS

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.bench import Goal
-from benchmarks.gpu.lab import Lab
+from benchmarks.lab import Lab
 
 GOALS = {
     ("published", "exact: times as fast as the published loop"): Goal(least=2),

@@ -3,14 +3,12 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from diffusers import (
@@ -22,7 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.gpu.lab import Figures, Lab, Run, strip
+from benchmarks.lab import Figures, Lab, Run, strip, time_inside
 from benchmarks.operations import PUBLISHED_LOOP
 from benchmarks.plain_loop import StableDiffusion, plain_loop
 from benchmarks.stock import panorama_call
@@ -141,7 +139,7 @@ def share_of_peak(lab: Lab) -> Figures:
     """Compare the UNet's operations a second in fast with the card's largest matrix product."""
     run = strip(lab, lab.sd2, FAST)
     run.denoise()
-    seconds, inside = time_inside(lab, run)
+    seconds, inside = time_inside(lab, run.pipeline.base, run.denoise)
     canvas, steps = run.pipeline.canvas(run.settings), run.settings.num_inference_steps
     windows = sum(map(len, run.settings.layout(canvas, lab.sd2.window, steps)))
     done = windows * guided_operations(lab.sd2) / 1e12
@@ -202,7 +200,7 @@ def outside(lab: Lab) -> Figures:
         "exact, a sync step in ten": strip(lab, lab.sd2, EXACT, steps=10, threshold=1),
     }.items():
         run.denoise()
-        seconds, inside = time_inside(lab, run)
+        seconds, inside = time_inside(lab, run.pipeline.base, run.denoise)
         yield f"{name}: seconds", seconds
         for part, within in inside.items():
             yield f"{name}: seconds in {part}", within
@@ -226,59 +224,6 @@ def waits(lab: Lab, run: Run) -> Counter[str]:
             torch.cuda.set_sync_debug_mode("default")
     found = [w for w in caught if "synchroniz" in str(w.message)]
     return Counter(f"{Path(w.filename).name}:{w.lineno}" for w in found)
-
-
-def time_inside(lab: Lab, run: Run) -> tuple[float, dict[str, float]]:
-    """Denoise; return the seconds that it takes, and those between start and end of calls."""
-    with clocked(lab, run.pipeline.base) as spans:
-        seconds = lab.measure(run.pipeline.base, run.denoise, repeats=1).seconds
-    return seconds, {
-        name: sum(lapse(*span) for span in found) for name, found in spans.items() if found
-    }
-
-
-@contextmanager
-def clocked(lab: Lab, base: BaseModel) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
-    """Note when calls of networks and of their gradients start and end, on the device's clock."""
-    calls = {
-        "UNet": [(base.unet, "forward")],
-        "decoder": [(base.vae, "decode")],
-        "LPIPS": [(base.perceptual, "embed"), (base.perceptual, "distance")],
-        "gradients": [(torch.autograd, "grad")],
-    }
-    spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
-
-    def wrap(call: Callable[..., Any], found: list[tuple[Any, Any]]) -> Callable[..., Any]:
-        def clocked_call(*arguments: Any, **options: Any) -> Any:
-            start = now(lab)
-            result = call(*arguments, **options)
-            found.append((start, now(lab)))
-            return result
-
-        return clocked_call
-
-    with ExitStack() as stack:
-        for name, places in calls.items():
-            for owner, attribute in places:
-                wrapped = wrap(getattr(owner, attribute), spans[name])
-                stack.enter_context(patch.object(owner, attribute, wrapped))
-        yield spans
-
-
-def now(lab: Lab) -> Any:
-    """Return an event on the GPU, or the time on a CPU."""
-    if not lab.cuda:
-        return perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
-
-
-def lapse(start: Any, end: Any) -> float:
-    """Return the seconds between what `now` returned; the device must have come to both."""
-    if isinstance(start, float):
-        return float(end - start)
-    return float(start.elapsed_time(end)) / 1000
 
 
 def top_ten(lab: Lab) -> Figures:

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from torch import nn
 
-from benchmarks.gpu.lab import published
+from benchmarks.lab import published
 from benchmarks.operations import Networks
 from panorama import weights
 from panorama.__main__ import parse_inputs

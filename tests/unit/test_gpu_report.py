@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from benchmarks.gpu.__main__ import ROWS, Row, run
-from benchmarks.gpu.lab import Figures, Lab
 from benchmarks.gpu.report import GOALS, Report
+from benchmarks.lab import Figures, Lab
 
 ROOT = Path(__file__).parents[2]
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.hardware import fake_run, most
+from benchmarks.lab import FakeLab
 from panorama.pipeline import Settings
 from panorama.sampling.views import Feathered
 
@@ -13,9 +12,10 @@ def most_bytes(factor: int) -> dict[str, int]:
     """Return the most bytes alive at once beside the weights and the image, by part of the work."""
     size = {"height": 512 * factor, "width": 1024 * factor}
     settings = Settings("", **size, closed="x", num_inference_steps=1, layout=Feathered())
-    run = fake_run("sdxl", settings)
+    lab = FakeLab(torch.device("cpu"), dry=False)
+    run = lab.run(lab.sdxl, settings)
     pipe, noise = run.pipeline, run.noise
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with lab.mode:
         smaller = torch.empty(1, 3, settings.height // 2, settings.width // 2)
     parts = {
         "encode": lambda: pipe.encode_image(settings, smaller),
@@ -23,7 +23,7 @@ def most_bytes(factor: int) -> dict[str, int]:
         "decode": lambda: pipe.decode(settings, noise),
     }
     image = 3 * 4 * settings.height * settings.width
-    return {name: most(run, call) - image for name, call in parts.items()}
+    return {name: lab.most(lab.sdxl, call) - image for name, call in parts.items()}
 
 
 @pytest.mark.slow

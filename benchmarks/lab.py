@@ -1,13 +1,15 @@
-"""The networks that a report runs: of the published sizes on a GPU, tiny ones in a dry run."""
+"""Networks of the published sizes with random weights, and what their runs take."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from diffusers import (
@@ -18,9 +20,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from benchmarks.activations import weights_of
+from benchmarks.activations import Activations, weights_of
 from panorama.base_model import BaseModel
 from panorama.conditioning.prompts import TextEncoder
 from panorama.modes import load_bases
@@ -33,7 +36,7 @@ from panorama.sampling.presets import Preset
 Figures = Iterator[tuple[str, Any]]
 """What a row found: names and values, each as soon as it is known."""
 
-PUBLISHED = Path(__file__).parents[2] / "tests" / "data"
+PUBLISHED = Path(__file__).parents[1] / "tests" / "data"
 """Configurations of the published models."""
 
 SMALL_UNET = {"norm_num_groups": 4, "layers_per_block": 1, "cross_attention_dim": 16}
@@ -100,10 +103,10 @@ class Lab:
     @cached_property
     def sdxl(self) -> BaseModel:
         """SDXL base 1.0 and its ControlNet in half precision, without text encoders."""
-        unet = self.build(UNet2DConditionModel.from_config, "sdxl/unet", self.dtype)
-        controlnet = self.build(ControlNetModel.from_config, "sdxl/controlnet", self.dtype)
+        unet = self.network(UNet2DConditionModel.from_config, "sdxl/unet", self.dtype)
+        controlnet = self.network(ControlNetModel.from_config, "sdxl/controlnet", self.dtype)
         # The family has a VAE that does not overflow in half precision.
-        vae = self.build(AutoencoderKL.from_config, "sdxl/vae", self.dtype)
+        vae = self.network(AutoencoderKL.from_config, "sdxl/vae", self.dtype)
         scheduler = EulerDiscreteScheduler(
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
         )
@@ -111,20 +114,27 @@ class Lab:
 
     def build_sd2(self, dtype: torch.dtype) -> BaseModel:
         """Build Stable Diffusion 2 base with LPIPS."""
-        unet = self.build(UNet2DConditionModel.from_config, "sd2/unet", dtype)
-        vae = self.build(AutoencoderKL.from_config, "sd2/vae", dtype)
-        text = self.build(build_text_encoder, "sd2/text_encoder", dtype)
+        unet = self.network(UNet2DConditionModel.from_config, "sd2/unet", dtype)
+        vae = self.network(AutoencoderKL.from_config, "sd2/vae", dtype)
+        text = self.network(build_text_encoder, "sd2/text_encoder", dtype)
         scheduler = DDIMScheduler.from_config(published("sd2/scheduler"))
-        with self.device:
-            perceptual = LPIPS(SMALL_VGG if self.dry else VGG16).eval().requires_grad_(False)
+        perceptual = self.build(partial(LPIPS, SMALL_VGG if self.dry else VGG16), torch.float32)
         return BaseModel(unet, vae, (TextEncoder(None, text),), scheduler, perceptual=perceptual)
 
-    def build(self, kind: Callable[[dict[str, Any]], Any], name: str, dtype: torch.dtype) -> Any:
-        """Build a published network on the device; it gets the same weights each time."""
+    def network(self, kind: Callable[[dict[str, Any]], Any], name: str, dtype: torch.dtype) -> Any:
+        """Build a network with a published configuration, a smaller one in a dry run."""
+        config = {**published(name), **(SMALL[name] if self.dry else {})}
+        return self.build(partial(kind, config), dtype)
+
+    def build(self, make: Callable[[], Any], dtype: torch.dtype) -> Any:
+        """Build a network on the device; it gets the same weights each time."""
         torch.manual_seed(0)
         with self.device:
-            network = kind({**published(name), **(SMALL[name] if self.dry else {})})
-        return network.to(dtype).eval().requires_grad_(False)
+            return make().to(dtype).eval().requires_grad_(False)
+
+    def run(self, base: BaseModel, settings: Settings, **options: Any) -> "Run":
+        """Return a run of a base model, with options of the pipeline."""
+        return Run(Pipeline(base, **options), settings)
 
     def embedded(self, dtype: torch.dtype, device: str = "") -> BaseModel:
         """Load the networks of the tiny family."""
@@ -178,6 +188,42 @@ class Lab:
             for name in calls
         }
         return {name: costs[len(rounds) // 2] for name, costs in ordered.items()}
+
+
+@dataclass(frozen=True)
+class FakeLab(Lab):
+    """A lab of torch's fake tensors, which have a size and a device and no values."""
+
+    @cached_property
+    def mode(self) -> FakeTensorMode:
+        """The mode that makes tensors fake."""
+        return FakeTensorMode(allow_non_fake_inputs=True)
+
+    def build(self, make: Callable[[], Any], dtype: torch.dtype) -> Any:
+        """Build a network in its precision from the start: fake weights cannot be cast."""
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with self.mode:
+                return make().eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(default)
+
+    def run(self, base: BaseModel, settings: Settings, **options: Any) -> "Run":
+        """Return a run whose inputs are fake too."""
+        run = super().run(base, settings, **options)
+        with self.mode:
+            _ = run.noise, run.conditioning  # the run keeps them
+        return run
+
+    def most(self, base: BaseModel, call: Callable[[], object]) -> int:
+        """Return the most bytes alive at once in a call beside the weights; it checks no values."""
+        with ExitStack() as stack:
+            stack.enter_context(patch.object(Tensor, "isfinite", lambda x: torch.ones(1)))
+            stack.enter_context(patch("panorama.images.vae.require_finite"))
+            found = stack.enter_context(Activations(weights_of(base)))
+            call()
+        return found.most
 
 
 @dataclass(frozen=True)
@@ -247,6 +293,61 @@ def strip(
         sync=preset.sync(preset.sync_threshold if threshold is None else threshold, weight=weight),
     )
     return Run(Pipeline(base, **options), settings)
+
+
+def time_inside(
+    lab: Lab, base: BaseModel, call: Callable[[], Any]
+) -> tuple[float, dict[str, float]]:
+    """Return the seconds that a call takes, and those inside networks and their gradients."""
+    with clocked(lab, base) as spans:
+        seconds = lab.measure(base, call, repeats=1).seconds
+    return seconds, {
+        name: sum(lapse(*span) for span in found) for name, found in spans.items() if found
+    }
+
+
+@contextmanager
+def clocked(lab: Lab, base: BaseModel) -> Iterator[dict[str, list[tuple[Any, Any]]]]:
+    """Note when calls of networks and of their gradients start and end, on the device's clock."""
+    calls = {
+        "UNet": [(base.unet, "forward")],
+        "decoder": [(base.vae, "decode")],
+        "LPIPS": [(base.perceptual, "embed"), (base.perceptual, "distance")],
+        "gradients": [(torch.autograd, "grad")],
+    }
+    spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in calls}
+
+    def wrap(call: Callable[..., Any], found: list[tuple[Any, Any]]) -> Callable[..., Any]:
+        def clocked_call(*arguments: Any, **options: Any) -> Any:
+            start = now(lab)
+            result = call(*arguments, **options)
+            found.append((start, now(lab)))
+            return result
+
+        return clocked_call
+
+    with ExitStack() as stack:
+        for name, places in calls.items():
+            for owner, attribute in places:
+                wrapped = wrap(getattr(owner, attribute), spans[name])
+                stack.enter_context(patch.object(owner, attribute, wrapped))
+        yield spans
+
+
+def now(lab: Lab) -> Any:
+    """Return an event on the GPU, or the time on a CPU."""
+    if not lab.cuda:
+        return perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def lapse(start: Any, end: Any) -> float:
+    """Return the seconds between what `now` returned; the device must have come to both."""
+    if isinstance(start, float):
+        return float(end - start)
+    return float(start.elapsed_time(end)) / 1000
 
 
 def published(name: str) -> dict[str, Any]:
