@@ -61,7 +61,7 @@ def working_memory(row: Row) -> int:
         sync=row.preset.sync(1),
     )
     lab = FakeLab(torch.device("cpu"), dry=False)
-    base = {"sd2": lab.sd2, "sdxl": lab.sdxl}[row.base]
+    base = lab.sd2 if row.base == "sd2" else lab.sdxl
     run = lab.run(base, settings, checkpointing=row.checkpointing)
     decoding = lab.most(base, lambda: run.pipeline.decode(settings, run.noise))
     return max(lab.most(base, run.denoise), decoding)

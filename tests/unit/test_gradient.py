@@ -64,10 +64,9 @@ def kept(
     network: Any,
     run: Callable[[Any, Tensor], Tensor],
     context: AbstractContextManager[Any],
-    side: int = 32,
 ) -> int:
     """Return the bytes that a network keeps for the gradient of two inputs."""
-    x = torch.randn(2, 4, side, side, dtype=network.dtype).requires_grad_()
+    x = torch.randn(2, 4, 32, 32, dtype=network.dtype).requires_grad_()
     with context, saved_bytes(network) as found:
         output = run(network, x)
     assert output.requires_grad
