@@ -302,9 +302,10 @@ def measure_true_size(_: argparse.Namespace) -> Table:
         for name, most in activations(kind).items():
             rows[f"{name}: gigabytes of activations, {precision} precision"] = most / 1e9
     lab = Lab(CPU, dry=False, dtype=dtype)
+    steps = ways(lab)
     decode(lab.sd2.vae, torch.randn(1, 4, 8, 8))  # sets up the libraries
     for name in ("published loop", "exact", "fast"):
-        rows[f"{name}: seconds"], _ = timed(ways(lab)[name])
+        rows[f"{name}: seconds"], _ = timed(steps[name])
     for row, value in list(rows.items()):
         name, _, what = row.partition(": ")
         if what and name != "published loop":
