@@ -97,6 +97,39 @@ def test_depth_images_are_those_of_the_cuts(cut: sdxl.Cut, base: BaseModel) -> N
         assert np.array_equal(found[1], expected)
 
 
+@torch.no_grad()
+def test_depth_is_learned_under_guidance(base: BaseModel) -> None:
+    model = text_to_sphere(base)
+    lessons = controlnet.Lessons(model, spheres(base), torch.rand(3, 1, 256, 512))
+    batch = lessons.draw(torch.Generator().manual_seed(0))
+    noisy, inputs, guidance, _ = lessons.unpack(batch)
+    low, high = controlnet.GUIDANCES
+    assert low <= guidance.min() < guidance.max() <= high
+    guided = controlnet.guide(base.unet(**inputs).sample, guidance)
+
+    def predict(given: bool) -> torch.Tensor:
+        words = Captions(batch[4], torch.full((len(batch[4]),), given), batch[6])
+        return model(noisy.latents, noisy.t, words)
+
+    expected = guidance * predict(True) + (1 - guidance) * predict(False)
+    torch.testing.assert_close(guided, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_all_lessons_are_given_at_each_step_and_their_losses_count_the_same(
+    base: BaseModel,
+) -> None:
+    depths = torch.zeros(3, 1, 256, 512), torch.ones(3, 1, 256, 512)
+    lessons = [controlnet.Lessons(text_to_sphere(base), spheres(base), depth) for depth in depths]
+
+    def mean_depth(one: controlnet.Lessons, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        *_, depth = one.unpack(batch)
+        assert torch.equal(depth, torch.full_like(depth, float(one.depths.max())))
+        return depth.mean()
+
+    draw, loss = controlnet.each(lessons, controlnet.Lessons.draw, mean_depth)
+    assert loss(*draw(torch.Generator().manual_seed(0))) == 0.5
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_varied_depth_images_keep_their_order_and_some_stay(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

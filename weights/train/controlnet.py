@@ -1,5 +1,6 @@
 """Train the ControlNet that follows depth images, on the frozen base."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -10,22 +11,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTokenizer
 
-from weights.train import dataset
+from panorama.request import INPUTS
+from weights.train import dataset, style
 from weights.train.autoencoder import FACTOR
 from weights.train.depths import at_finest, build_head, cells, depth_images, error
 from weights.train.device import device, on_device
 from weights.train.diffusion import Noisy
-from weights.train.fit import Batch, Plan, Work, fit
+from weights.train.fit import Batch, Draw, Loss, Plan, Work, fit
 from weights.train.recognise import Block
 from weights.train.sdxl import SIDE, Captions, Cuts, Spheres, TextToSphere, load_sizes
 from weights.train.windows import crop
 
 PLAN = Plan("controlnet", steps=3000, learning_rate=1e-3, average=0.99, warmup=50)
 READER_PLAN = Plan("latent-depth", steps=2000, learning_rate=2e-3, average=0.99, warmup=50)
-DROPPED = 0.5  # share of captions left out, so that shapes are read off the depth (2302.05543)
 DRAWS = 2  # timesteps for each image, of which the latest is taken: shapes are decided early
 SCALES = (0.5, 1.0)
-"""The range of controlnet_conditioning_scale in training, so depth is followed throughout it."""
+"""The range of controlnet_conditioning_scale in training; most are near the first, the default."""
+GUIDANCES = (1.0, 6.0)
+"""The range of guidance_scale in training."""
 VARIED = 0.5
 """The share of depth images that `vary` changes."""
 
@@ -82,6 +85,17 @@ def vary(depth: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where(drawn[3] < VARIED, stretched, depth)
 
 
+def twice(batch: Tensor) -> Tensor:
+    """Repeat a batch (N, ...) after itself."""
+    return torch.cat([batch, batch])
+
+
+def guide(noise_pred: Tensor, guidance: Tensor) -> Tensor:
+    """Guide the noise (2 N, C, h, w) predicted with captions, then without (arXiv 2207.12598)."""
+    given, left_out = noise_pred.chunk(2)
+    return left_out + guidance * (given - left_out)
+
+
 @dataclass(frozen=True)
 class Lessons:
     """The lessons of the reader and ControlNet: images with their depth, and the frozen base."""
@@ -91,15 +105,24 @@ class Lessons:
     depths: Tensor  # (N, 1, H, W) depth images of the spheres, half as high as the large ones
 
     def draw(self, generator: torch.Generator) -> Batch:
-        """Draw noisy latents, their captions, and depth images (N, 3, H, W) in [0, 1]."""
-        cuts, lesson = self.spheres.lesson(DROPPED, generator, DRAWS)
-        return *lesson, self.depth(cuts)
+        """Draw noisy latents, captions, guidance, and depth images (N, 3, H, W) in [0, 1]."""
+        cuts, lesson = self.spheres.lesson(0.0, generator, DRAWS)
+        guidance = torch.empty(len(cuts.index), 1, 1, 1).uniform_(*GUIDANCES, generator=generator)
+        return *lesson, guidance.to(device()), self.depth(cuts)
 
-    def unpack(self, batch: Batch) -> tuple[Noisy, dict[str, Any], Tensor]:
-        """Return the noisy latents, the arguments of the UNet and the depth images of a batch."""
-        noisy, (*captions, depth) = Noisy(*batch[:4]), batch[4:]
-        conditions = self.base.conditions(Captions(*captions))
-        return noisy, {"sample": noisy.latents, "timestep": noisy.t, **conditions}, depth
+    def unpack(self, batch: Batch) -> tuple[Noisy, dict[str, Any], Tensor, Tensor]:
+        """Return the parts of a batch.
+
+        Returns:
+            The noisy latents, the UNet's arguments for them with their captions and then without,
+            guidance and the depth images.
+        """
+        noisy, captions, (guidance, depth) = Noisy(*batch[:4]), Captions(*batch[4:7]), batch[7:]
+        given = torch.cat([captions.given, torch.zeros_like(captions.given)])
+        both = Captions(twice(captions.ids), given, twice(captions.sizes))
+        conditions = self.base.conditions(both)
+        inputs = {"sample": twice(noisy.latents), "timestep": twice(noisy.t), **conditions}
+        return noisy, inputs, guidance, depth
 
     def depth(self, cuts: Cuts) -> Tensor:
         """Return the depth images (N, 3, H, W) in [0, 1] of cuts."""
@@ -110,55 +133,91 @@ class Lessons:
         return F.interpolate(depth.float(), scale_factor=finer).expand(-1, 3, -1, -1)
 
 
-def train_reader(work: Work, lessons: Lessons) -> nn.Module:
-    """Train on clean latents, and on the base's predictions from noisy ones, however vague."""
+def load_lessons(
+    work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer, base: TextToSphere
+) -> tuple[Lessons, Lessons]:
+    """Return the lessons of the base, and those of the base in the style of its LoRA.
+
+    The style is read from its checkpoint, or trained first.
+    """
+    distances = [dataset.load(work.folder, kind, "train").distance for kind in dataset.SETS]
+    depths = [depth_images(metres) for metres in distances]
+    spheres = load_sizes(work, vae, tokenizer, dataset.SETS)
+    outdoors, *indoors = spheres.kinds  # rooms are one kind, with or without furniture
+    plain = replace(spheres, kinds=(outdoors, sum(indoors)))
+    styled = style.train(work, vae, tokenizer, base).requires_grad_(False)
+    styled.unet.set_adapters(style.LORA, INPUTS["lora_scale"].default)
+    crisp = style.load_crisp(work, vae, tokenizer)
+    first = [one[:count] for one, count in zip(depths, crisp.kinds, strict=False)]
+    return Lessons(base, plain, torch.cat(depths)), Lessons(styled, crisp, torch.cat(first))
+
+
+def each(
+    lessons: Sequence[Lessons],
+    draw_one: Callable[[Lessons, torch.Generator], Batch],
+    loss_one: Callable[[Lessons, Batch], Tensor],
+) -> tuple[Draw, Loss]:
+    """Return how to draw a batch of each of some lessons, and the mean of their losses."""
+
+    def draw(generator: torch.Generator) -> Batch:
+        return tuple(part for one in lessons for part in draw_one(one, generator))
 
     def loss(*batch: Tensor) -> Tensor:
-        noisy, inputs, depth = lessons.unpack(batch)
+        size = len(batch) // len(lessons)
+        batches = zip(*[iter(batch)] * size, strict=True)
+        return torch.stack([loss_one(*pair) for pair in zip(lessons, batches, strict=True)]).mean()
+
+    return draw, loss
+
+
+def train_reader(work: Work, lessons: Sequence[Lessons]) -> nn.Module:
+    """Train on clean latents, and on the base's predictions from noisy ones, however vague."""
+
+    def loss(one: Lessons, batch: Batch) -> Tensor:
+        noisy, inputs, guidance, depth = one.unpack(batch)
         with torch.no_grad():
-            noise_pred = lessons.base.unet(**inputs).sample
-        clean, vague = noisy.x0(noisy.noise), noisy.x0(noise_pred.float())
+            noise_pred = one.base.unet(**inputs).sample.float()
+        clean, vague = noisy.x0(noisy.noise), noisy.x0(guide(noise_pred, guidance))
         half = len(clean) // 2
         seen = reader(torch.cat([clean[:half], vague[half:]]))
         return error(seen.float(), cells(depth[:, 0]))
 
     reader = LatentReader()
-    return fit(reader, lessons.draw, loss, READER_PLAN, work)
+    return fit(reader, *each(lessons, Lessons.draw, loss), READER_PLAN, work)
 
 
 def train(
     work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer, base: TextToSphere
 ) -> ControlNetModel:
-    """Train on the rendered distances.
+    """Train on the rendered distances, with as many images in the style of the LoRA as without.
 
     The error of the noise alone says little about depth: after a thousand steps the ControlNet
-    still followed none. A depth reader says more (ControlNet++, arXiv 2404.07987).
+    still followed none. A depth reader says more (ControlNet++, arXiv 2404.07987). It reads what
+    guidance makes of the predicted noise, as guidance multiplies what captions say, not depth.
     """
     torch.manual_seed(5)
     base.requires_grad_(False).to(device())
     controlnet = build(base)
-    distances = [dataset.load(work.folder, kind, "train").distance for kind in dataset.SETS]
-    depths = torch.cat([depth_images(metres) for metres in distances])
-    spheres = load_sizes(work, vae, tokenizer, dataset.SETS)
-    outdoors, *indoors = spheres.kinds  # rooms are one kind, with or without furniture
-    lessons = Lessons(base, replace(spheres, kinds=(outdoors, sum(indoors))), depths)
+    lessons = load_lessons(work, vae, tokenizer, base)
     reader = train_reader(work, lessons).requires_grad_(False)
 
-    def draw(generator: torch.Generator) -> Batch:
-        scale = torch.empty(()).uniform_(*SCALES, generator=generator).to(device())
-        *rest, depth = lessons.draw(generator)
+    def draw(one: Lessons, generator: torch.Generator) -> Batch:
+        low, high = SCALES
+        scale = low + (high - low) * torch.rand((), generator=generator).square().to(device())
+        *rest, depth = one.draw(generator)
         return *rest, depth, vary(depth, on_device(generator)), scale
 
-    def loss(*batch: Tensor) -> Tensor:
+    def loss(one: Lessons, batch: Batch) -> Tensor:
         *rest, shown, scale = batch
-        noisy, inputs, depth = lessons.unpack(tuple(rest))
+        noisy, inputs, guidance, depth = one.unpack(tuple(rest))
         down, middle = controlnet(
-            controlnet_cond=shown, conditioning_scale=scale, return_dict=False, **inputs
+            controlnet_cond=twice(shown), conditioning_scale=scale, return_dict=False, **inputs
         )
-        noise_pred = base.unet(
+        noise_pred = one.base.unet(
             down_block_additional_residuals=down, mid_block_additional_residual=middle, **inputs
         ).sample.float()
-        seen = reader(noisy.x0(noise_pred))
-        return noisy.error(noise_pred) + error(seen.float(), cells(depth[:, 0]))
+        seen = reader(noisy.x0(guide(noise_pred, guidance)))
+        given, left_out = map(noisy.error, noise_pred.chunk(2))
+        return (given + left_out) / 2 + error(seen.float(), cells(depth[:, 0]))
 
-    return fit(controlnet, draw, loss, PLAN, work)
+    return fit(controlnet, *each(lessons, draw, loss), PLAN, work)

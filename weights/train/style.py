@@ -18,7 +18,7 @@ from transformers import CLIPTokenizer
 
 from weights.train.autoencoder import Version
 from weights.train.fit import Plan, Work, fit
-from weights.train.sdxl import SPHERE, TextToSphere, load_spheres, text_lesson
+from weights.train.sdxl import SPHERE, Spheres, TextToSphere, load_spheres, text_lesson
 from weights.train.views import Pixels, halve
 
 PLAN = Plan("style", steps=400, learning_rate=5e-4, average=0.98, warmup=50)
@@ -75,14 +75,19 @@ def build(base: TextToSphere) -> TextToSphere:
 def train(
     work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer, base: TextToSphere
 ) -> TextToSphere:
-    """Train on crisp training images, whose captions begin with the tokens."""
+    """Train on crisp training images."""
     torch.manual_seed(6)
     model = build(base)
+    lesson = text_lesson(model, load_crisp(work, vae, tokenizer), DROPPED)
+    return fit(model, *lesson, PLAN, work)
+
+
+def load_crisp(work: Work, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> Spheres:
+    """Return crisp training images, whose captions begin with the tokens."""
     extended = copy.deepcopy(tokenizer)
     extended.add_tokens(list(TOKENS))
     spheres = load_spheres(work, vae, extended, CRISP, f"{''.join(TOKENS)} ")
-    lesson = text_lesson(model, replace(spheres, cuts=(SPHERE,)), DROPPED)
-    return fit(model, *lesson, PLAN, work)
+    return replace(spheres, cuts=(SPHERE,))
 
 
 def lora_weights(unet: UNet2DConditionModel) -> Mapping[str, Tensor]:
