@@ -157,15 +157,15 @@ def each(
     draw_one: Callable[[Lessons, torch.Generator], Batch],
     loss_one: Callable[[Lessons, Batch], Tensor],
 ) -> tuple[Draw, Loss]:
-    """Return how to draw a batch of each of some lessons, and the mean of their losses."""
+    """Combine lessons: draw a batch of each, and return the mean of their losses."""
 
     def draw(generator: torch.Generator) -> Batch:
         return tuple(part for one in lessons for part in draw_one(one, generator))
 
     def loss(*batch: Tensor) -> Tensor:
         size = len(batch) // len(lessons)
-        batches = zip(*[iter(batch)] * size, strict=True)
-        return torch.stack([loss_one(*pair) for pair in zip(lessons, batches, strict=True)]).mean()
+        losses = [loss_one(one, batch[k * size : (k + 1) * size]) for k, one in enumerate(lessons)]
+        return torch.stack(losses).mean()
 
     return draw, loss
 
