@@ -1,4 +1,4 @@
-"""Networks of the published sizes with random weights, and what their runs take."""
+"""Networks of the published sizes with random weights, and the cost of their runs."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -34,7 +34,7 @@ from panorama.sampling.perceptual import LPIPS, VGG16
 from panorama.sampling.presets import Preset
 
 Figures = Iterator[tuple[str, Any]]
-"""What a row found: names and values, each as soon as it is known."""
+"""The figures of a row: names and values, each as soon as it is known."""
 
 PUBLISHED = Path(__file__).parents[1] / "tests" / "data"
 """Configurations of the published models."""
@@ -62,16 +62,16 @@ SMALL: Mapping[str, Mapping[str, Any]] = {
     "sdxl/controlnet": SMALL_SDXL | {"conditioning_embedding_out_channels": (4, 8, 8, 8)},
     "sdxl/vae": SMALL_VAE,
 }
-"""What a dry run changes in the published configurations."""
+"""Changes of a dry run to the published configurations."""
 SMALL_VGG = ((4,), (8,), (8,))
 
 PATIENCE = 5.0
-"""Seconds after which a call is not repeated once more."""
+"""Seconds after which a call is not repeated."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a call takes."""
+    """The cost of a call."""
 
     seconds: float  # median of its repeats
     gigabytes: float  # the peak of its networks and of all that it allocates, 0 on CPUs
@@ -92,7 +92,7 @@ class Lab:
 
     @property
     def cuda(self) -> bool:
-        """Whether the device is a CUDA GPU."""
+        """True if the device is a CUDA GPU."""
         return self.device.type == "cuda"
 
     @cached_property

@@ -30,7 +30,7 @@ PREVIEW_EVERY = 5  # steps
 INDENT = 4  # columns, of the text on an input
 WIDEST = 100  # columns of the help
 VALUES = {str: "TEXT", bool: "true", int: "INTEGER", float: "NUMBER", Path: "@FILE"}
-"""What stands for a value of each type in the help."""
+"""The placeholder in the help for a value of each type."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

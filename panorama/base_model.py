@@ -66,7 +66,7 @@ class BaseModel:
 
     @cached_property
     def prices(self) -> Prices:
-        """What its networks cost, counted when it is first asked for."""
+        """The cost of its networks, counted on first use."""
         return count_prices(self.unet, self.vae, self.perceptual)
 
     @property

@@ -69,7 +69,7 @@ class Process:
 
     @property
     def writes(self) -> bool:
-        """Whether it writes the images that it makes, or leaves that to the first."""
+        """True if it writes the images that it makes, False if it leaves that to the first."""
         return not self.together or self.rank == 0
 
 

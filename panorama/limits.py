@@ -1,4 +1,4 @@
-"""What a family has learned, and where a request goes beyond it."""
+"""The limits of a family's training, and requests beyond them."""
 
 import re
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from panorama.request import ResolvedRequest
 
 @dataclass(frozen=True)
 class Limits:
-    """What a family has learned. Beyond it images are still made, but poor."""
+    """The limits of a family's training. Images beyond them are still made, but poor."""
 
-    card: str  # where that is described
+    card: str  # the document that describes them
     words: Sequence[str]  # of prompts, in lower case
     height: int  # of the images it was trained on, pixels
 

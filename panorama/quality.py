@@ -1,4 +1,4 @@
-"""What an image says of itself: measures of its seam, windows and details, and warnings."""
+"""Measures of an image's seam, windows and details, and warnings."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping

@@ -1,4 +1,4 @@
-"""What a server's worker needs around its models: a folder, an orderly end, and discreet errors."""
+"""Tools of a server's worker: a folder for files, an orderly end, and discreet errors."""
 
 import fcntl
 import math

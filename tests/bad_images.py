@@ -4,7 +4,7 @@ import zlib
 
 
 def bomb() -> bytes:
-    """A PNG of a few kilobytes that claims 30000 x 30000 pixels."""
+    """Return a PNG of a few kilobytes that claims 30000 x 30000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         body = kind + data

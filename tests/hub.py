@@ -19,12 +19,12 @@ from huggingface_hub.utils.sha import git_hash
 CHUNK = 1 << 14
 LARGE = (".safetensors", ".pti")
 SMALL_PATH, LARGE_PATH = "/api/resolve-cache", "/large"
-"""Where redirects lead to."""
+"""The paths that redirects lead to."""
 
 
 @dataclass
 class Fault:
-    """What goes wrong with a file.
+    """A fault of a file.
 
     Attributes:
         methods: Requests that it befalls.
@@ -62,7 +62,7 @@ class Request:
 
 @dataclass
 class Hub:
-    """What is served, what goes wrong, and what was asked for."""
+    """A hub that serves files, injects faults and records requests."""
 
     url: str = ""
     other_url: str = ""
@@ -200,12 +200,12 @@ class QuietServer(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
     def handle_error(self, *_: Any) -> None:
-        """A client that goes away is what tests do."""
+        """Ignore errors: clients of these tests go away."""
 
 
 @contextmanager
 def running_hub() -> Iterator[Hub]:
-    """A hub that serves while the block runs."""
+    """Yield a hub that serves while the block runs."""
     hub = Hub()
     handler = type("HubHandler", (Handler,), {"hub": hub})
     with QuietServer(("127.0.0.1", 0), handler) as server:

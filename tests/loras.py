@@ -35,7 +35,7 @@ class Layer:
     magnitude: Tensor | None = None  # of DoRA
 
     def changed(self, scale: float) -> Tensor:
-        """The weight that the LoRA means, computed with plain loops over nothing but matrices."""
+        """Return the weight that the LoRA means, computed with plain loops over matrices."""
         rank = len(self.down)
         change = (self.up.reshape(-1, rank) @ self.down.reshape(rank, -1)).reshape(
             self.weight.shape
@@ -92,7 +92,7 @@ def with_magnitudes(layers: Layers) -> Layers:
 
 
 def text_name(network: str, name: str) -> str:
-    """The name of a text encoder's layer at the time when the trainers were written."""
+    """Return the name of a text encoder's layer at the time when the trainers were written."""
     flat = network == "text_encoder" and not name.startswith("text_model.")
     return f"text_model.{name}" if flat else name
 

@@ -39,7 +39,7 @@ def tokenizer_files(tokenizer: CLIPTokenizer, prefix: str) -> dict[str, bytes]:
 
 
 def model_files(base: BaseModel) -> dict[str, bytes]:
-    """The files of a base model by name, weights in half precision and named so."""
+    """Return the files of a base model by name, weights in half precision and named so."""
     files = {}
     for part, model in small_sdxl.components(base).items():
         if part.startswith("tokenizer"):
@@ -53,14 +53,14 @@ def model_files(base: BaseModel) -> dict[str, bytes]:
 
 
 def saved(model: Any) -> dict[str, bytes]:
-    """The files that a model or a scheduler is saved as, by name."""
+    """Return the files that a model or a scheduler is saved as, by name."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 def below(files: Mapping[str, bytes], part: str) -> dict[str, bytes]:
-    """The files of one part, named as in a repository of its own."""
+    """Return the files of one part, named as in a repository of its own."""
     return {
         name.removeprefix(f"{part}/"): content
         for name, content in files.items()
@@ -69,7 +69,7 @@ def below(files: Mapping[str, bytes], part: str) -> dict[str, bytes]:
 
 
 def vgg16() -> bytes:
-    """A pickle as torchvision's, its classifier cut short."""
+    """Return a pickle as torchvision's, its classifier cut short."""
     state: dict[str, torch.Tensor] = {}
     index, previous = 0, 3
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +127,7 @@ def write_manifest(hub: Hub, folder: Path) -> Path:
 
 
 def entries(hub: Hub, part: Part) -> dict[str, str]:
-    """A part of the manifest with the hashes of what a hub has, in TOML."""
+    """Return a part of the manifest with the hashes of what a hub has, in TOML."""
     sources = [f"{{ {source_entry(hub, source)} }}" for source in part.sources]
     first = part.sources[0]
     if first.url:

@@ -32,7 +32,7 @@ TOKENIZER = Path(__file__).parents[1] / "weights" / "tiny" / "sd2" / "tokenizer"
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A tokenizer to change, without trigger tokens; contexts of 32."""
+    """Return a tokenizer to change, without trigger tokens; contexts of 32."""
     return CLIPTokenizer.from_pretrained(TOKENIZER)
 
 
@@ -59,7 +59,7 @@ def small_perceptual() -> LPIPS:
 
 
 def build() -> BaseModel:
-    """The classes and the wiring of SDXL base 1.0 and its ControlNet, small; no LoRA.
+    """Return the classes and the wiring of SDXL base 1.0 and its ControlNet, small; no LoRA.
 
     Windows of 16 x 16 latents, factor 8, sizes that are multiples of 32 pixels.
     """
@@ -121,7 +121,7 @@ def assemble(
 
 
 def components(base: BaseModel) -> dict[str, Any]:
-    """The parts of a base model by the names that diffusers' pipelines have for them."""
+    """Return the parts of a base model by the names that diffusers' pipelines have for them."""
     parts = {"unet": base.unet, "vae": base.vae, "scheduler": base.scheduler}
     for suffix, encoder in zip(("", "_2"), base.text_encoders, strict=False):
         parts |= {f"text_encoder{suffix}": encoder.model, f"tokenizer{suffix}": encoder.tokenizer}

@@ -11,7 +11,7 @@ from panorama.base_model import BaseModel
 
 @dataclass
 class State:
-    """What the networks are like.
+    """The state of networks.
 
     Attributes:
         attributes: names and modes of every module's own, patches among them, and its hooks.

@@ -61,7 +61,7 @@ ROWS = (
 
 @dataclass
 class Result:
-    """What became of a row."""
+    """The result of a row."""
 
     status: str
     seconds: float = 0.0

@@ -1,4 +1,4 @@
-"""What must be right on a GPU: the tiny family's images, and memory where it runs out."""
+"""Checks of the tiny family's images on a GPU, and of memory that runs out."""
 
 import gc
 import logging

@@ -1,4 +1,4 @@
-"""What may make a panorama faster, each tried alone."""
+"""Changes that may make a panorama faster, each tried alone."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager

@@ -26,12 +26,12 @@ GOALS = {
     ("sdxl-360", "text: time, share of the stock pipeline's"): Goal(most=1.05),
     ("sdxl-360", "depth: time, share of the stock pipeline's"): Goal(most=1.05),
 }
-"""What a figure of a row is to be; in a dry run it means nothing."""
+"""The goal of each figure of a row; in a dry run it means nothing."""
 
 
 @dataclass
 class Result:
-    """What became of a row."""
+    """The result of a row."""
 
     status: str = "cut short"
     seconds: float = 0.0

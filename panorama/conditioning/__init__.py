@@ -1,1 +1,1 @@
-"""What denoising follows: prompts, a LoRA, a depth image."""
+"""Conditions of denoising: prompts, a LoRA, a depth image."""

@@ -19,7 +19,7 @@ MAX_BYTES = 8 * uploads.MAX_PIXELS  # four channels of 16 bits, uncompressed
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 """The formats that are read. Pillow hands some others to external programs."""
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""How a TIFF or BigTIFF begins."""
+"""The first bytes of a TIFF or BigTIFF, by byte order."""
 WHITES = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 """The brightest value of the Pillow modes that have more than 8 bits."""
 LUMINANCE = np.array([299, 587, 114], np.float32) / 1000  # of RGB, ITU-R 601-2, as in Pillow
@@ -47,7 +47,7 @@ class DepthImage:
 
 @dataclass(frozen=True, eq=False)
 class Brightness:
-    """What a file holds: 0 is black, and 1 white."""
+    """The brightness of a file's pixels: 0 is black, and 1 white."""
 
     values: NDArray[np.float32]  # (H, W); floats of a file may lie outside of [0, 1]
     colour: float = 0.0  # mean difference between a pixel's channels
@@ -114,7 +114,7 @@ def colour_of(image: Image.Image) -> float:
 
 
 SAMPLES_OF = {PHOTOMETRIC.MINISWHITE: 1, PHOTOMETRIC.MINISBLACK: 1, PHOTOMETRIC.RGB: 3}
-"""How many samples of a TIFF's pixel are grey or colour. Pillow reads the other kinds."""
+"""The number of grey or colour samples of a TIFF's pixel. Pillow reads the other kinds."""
 ALPHAS: Mapping[tuple[int, ...], bool] = {
     (): False,
     (EXTRASAMPLE.ASSOCALPHA,): False,  # colours are multiplied by it already
@@ -209,7 +209,7 @@ KINDS: Mapping[str, Callable[[NDArray[np.float32]], NDArray[np.float32]]] = {
     "inverted": inverted,
     "distance": from_distance,
 }
-"""What brightness may mean, and how it becomes nearness in [0, 1]."""
+"""Functions from brightness to nearness in [0, 1], by `depth_kind`."""
 
 
 def warn_of_little_depth(values: NDArray[np.float32], colour: float) -> None:

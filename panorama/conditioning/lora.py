@@ -35,7 +35,7 @@ OTHER_FILES: Mapping[bytes, str] = {
     rb"PK|\x80": "a pickle",
     rb"$": "an empty file",
 }
-"""What a file is if it is no safetensors, by a pattern of its first bytes."""
+"""Names of files other than safetensors, by a pattern of their first bytes."""
 
 OTHER_KEYS: Mapping[str, str] = {
     r"hada_": "a LoHa",
@@ -51,7 +51,7 @@ OTHER_KEYS: Mapping[str, str] = {
     "for another base model, such as FLUX",
     r"first_stage_model|conditioner|^model\.": "a whole checkpoint",
 }
-"""What a file is that holds no LoRA for SDXL, by a pattern of any of its keys."""
+"""Names of files without a LoRA for SDXL, by a pattern of any of their keys."""
 
 BASES: Mapping[int, str] = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 """Base models by the channels of the text that their UNets attend to."""

@@ -13,7 +13,7 @@ from panorama.images.files import closed_axis, read_whole
 
 Pixels = NDArray[np.uint8]
 FACES = {"px": "R", "nx": "L", "py": "U", "ny": "D", "pz": "F", "nz": "B"}
-"""What equilib calls each face."""
+"""The name of each face in equilib."""
 AROUND = ("pz", "px", "nz", "nx")  # a quarter turn to the right from one to the next
 SMALLEST_SIDE = 16  # pixels
 

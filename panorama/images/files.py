@@ -46,7 +46,7 @@ class Panorama:
 
     @property
     def quality(self) -> Mapping[str, float]:
-        """What the image measures, by name; see docs/quality.md."""
+        """The measures of the image, by name; see docs/quality.md."""
         quality: Mapping[str, float] = self.metadata.get("quality", {})
         return quality
 
@@ -100,7 +100,7 @@ FORMATS: Mapping[str, Options] = {
     "jpg": partial(exif_options, "JPEG"),
     "webp": partial(exif_options, "WEBP"),
 }
-"""How Pillow writes each format, given the metadata, an XMP packet or "", and the quality."""
+"""Pillow's options for each format, from the metadata, an XMP packet or "", and the quality."""
 SUFFIXES = {".png": "png", ".jpg": "jpg", ".jpeg": "jpg", ".webp": "webp"}
 """The format of a file, by the ending of its name."""
 READERS = (PngImageFile, JpegImageFile, WebPImageFile)

@@ -39,12 +39,12 @@ ENCODE: Mapping[str, Mapping[str, Any]] = {
     "JPEG": {"format": "JPEG", "quality": QUALITY},
     "WEBP": {"format": "WEBP", "quality": QUALITY},
 }
-"""How Pillow encodes an image for the page, by the format of its file."""
+"""Pillow's options for an image in the page, by the format of its file."""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """How an image lies around the viewer: on a sphere or on a cylinder."""
+    """The surface around the viewer that shows an image: a sphere or a cylinder."""
 
     width: float  # degrees; 360 closes, and more overlaps
     height: float  # degrees

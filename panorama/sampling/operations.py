@@ -37,7 +37,7 @@ def count_work(
 
 @dataclass(frozen=True)
 class Prices:
-    """What networks cost, in guided evaluations of the UNet for one window."""
+    """The cost of networks, in guided evaluations of the UNet for one window."""
 
     preview: float  # of decoding a window and embedding its image
     attention: float  # share of an evaluation that grows with the square of a view's area

@@ -41,7 +41,7 @@ class Perceptual(Protocol):
 
 @dataclass(frozen=True)
 class SyncStep:
-    """What synchronises windows in one step."""
+    """The synchronisation of windows in one step."""
 
     weight: float  # w_k, more than 0
     gradient: bool  # move windows by the gradient

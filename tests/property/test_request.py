@@ -64,7 +64,7 @@ def legal(rule: Input) -> st.SearchStrategy:
 
 
 def requests_of(mode: str) -> st.SearchStrategy:
-    """Requests with any legal value for each input that belongs to a mode and needs no file."""
+    """Return requests with legal values for the inputs that belong to a mode and need no file."""
     rules = {name: rule for name, rule in INPUTS.items() if mode in rule.modes}
     own = {name: legal(rule) for name, rule in rules.items() if not rule.needs}
     own |= {"prompt": parts if mode in WINDOW_MODES else prompts, "mode": st.just(mode)}
@@ -101,7 +101,7 @@ def families(draw):
 
 
 def advice(error: ValueError) -> dict[str, Any]:
-    """The inputs that a message names, with the values that it suggests."""
+    """Return the inputs that a message names, with the values that it suggests."""
     message = str(error)
     rule, _, suggested = message.rpartition("; ")
     names = re.match(r"(\w+)=.*?(?: and (\w+)=\d+)?: must ", rule, re.DOTALL)

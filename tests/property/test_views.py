@@ -290,7 +290,7 @@ def test_layouts_move_by_golden_offsets(count: int, window: int, ring: bool, str
 def test_the_first_step_has_no_edge_where_the_canvas_begins(
     count: int, window: int, ring: bool, strided: bool
 ) -> None:
-    """That of a ring is its seam; the other end of a flat axis has one if it happens to fit."""
+    """The edge of a ring is its seam. A flat axis may end at an edge."""
     canvas = Canvas(window, count * window, "x" if ring else "")
     first, *_ = Sliding(window // 2 if strided else None)(canvas, window, 20)
     assert all(v.left % canvas.width for v in first)

@@ -34,7 +34,7 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 60) -> Any:
-    """What the condition returns, once it is true."""
+    """Wait until a condition is true, and return its value."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if result := condition():
@@ -68,12 +68,12 @@ class Server:
                 return error.code, json.loads(error.read() or b"null")
 
     def predict(self, inputs: dict[str, Any]) -> tuple[int, Any]:
-        """A prediction that is waited for."""
+        """Return a prediction that is waited for."""
         self.wait_until_idle()
         return self.call("POST", "/predictions", {"input": inputs})
 
     def start(self, name: str, inputs: dict[str, Any], webhook: str) -> tuple[int, Any]:
-        """A prediction that reports to a webhook."""
+        """Return a prediction that reports to a webhook."""
         self.wait_until_idle()
         body = {"id": name, "input": inputs, "webhook": webhook}
         return self.call("POST", "/predictions", body, Prefer="respond-async")
@@ -92,13 +92,13 @@ class Server:
         wait_until(lambda: self.status() == "READY")
 
     def log(self) -> str:
-        """What it has written so far."""
+        """Return all that the server has logged."""
         return self.log_path.read_text()
 
 
 @contextlib.contextmanager
 def serving(log_path: Path, **environment: str) -> Iterator[Server]:
-    """A server that is ready, and that has ended after the block."""
+    """Yield a server that is ready, and that has ended after the block."""
     port = free_port()
     with log_path.open("wb") as log:
         process = subprocess.Popen(
@@ -137,11 +137,11 @@ class Webhook:
     events: list[dict[str, Any]] = field(default_factory=list)
 
     def event(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-        """The first event of this kind, waited for."""
+        """Return the first event of this kind, waited for."""
         return wait_until(lambda: next(filter(wanted, list(self.events)), None))
 
     def last(self) -> dict[str, Any]:
-        """The event that ends a prediction."""
+        """Return the event that ends a prediction."""
         return self.event(lambda e: e["status"] in ("succeeded", "failed", "canceled"))
 
 
@@ -167,14 +167,14 @@ def webhook() -> Iterator[Webhook]:
 
 
 def png(prediction: dict[str, Any]) -> bytes:
-    """The file that a prediction answered with."""
+    """Return the file that a prediction answered with."""
     head, _, data = prediction["output"].partition(",")
     assert head == "data:image/png;base64"
     return base64.b64decode(data)
 
 
 def decoded(prediction: dict[str, Any]) -> Image.Image:
-    """The image that a prediction answered with."""
+    """Return the image that a prediction answered with."""
     image = Image.open(io.BytesIO(png(prediction)))
     image.load()
     return image

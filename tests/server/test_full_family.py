@@ -39,7 +39,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def folder(hub: Hub, tmp_path: Path) -> Path:
-    """An empty cache, with a manifest of what the hub has."""
+    """Return an empty cache, with a manifest of what the hub has."""
     (tmp_path / "weights").mkdir()
     return small_full.write_manifest(hub, tmp_path / "weights")
 

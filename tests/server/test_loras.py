@@ -98,7 +98,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def address(host: str) -> str:
-    """The rule, except that the names of the server are public."""
+    """Return the rule, except that the names of the server are public."""
     return "127.0.0.1" if host in ("hub.test", "files.test") else public_address(host)
 
 
@@ -383,7 +383,7 @@ def test_several_at_once_get_the_whole_file(fetcher: Fetcher, server: Server) ->
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """A family with a LoRA of its own and trigger tokens."""
+    """Return a family with a LoRA of its own and trigger tokens."""
     folder = tmp_path_factory.mktemp("family")
     small_sdxl.save_family(folder, width=64, height=64, guidance_scale=3.0)
     return load(str(folder))

@@ -1,4 +1,4 @@
-"""What docs/operate.md names: the health check, the supervisor and the proxy, on loopback."""
+"""The tools of docs/operate.md: the health check, the supervisor and the proxy, on loopback."""
 
 import http.server
 import json
@@ -28,7 +28,7 @@ BARE = {"PATH": os.environ["PATH"], "HTTP_PROXY": "http://127.0.0.1:9"}  # no PY
 
 @pytest.fixture
 def health() -> Iterator[Callable[[object], int]]:
-    """A function that serves a health document and returns the exit status of the check."""
+    """Yield a function that serves a health document and returns the exit status of the check."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):

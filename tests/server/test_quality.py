@@ -1,4 +1,4 @@
-"""What an image says of itself, over HTTP."""
+"""Measures of an image, over HTTP."""
 
 import base64
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ RING |= {"num_inference_steps": 2, "seed": 1}
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of a random family, whose windows differ more than it says."""
+    """Yield a server of a random family, whose windows differ more than it says."""
     folder = tmp_path_factory.mktemp("family")
     save_family(folder, modes=["syncdiffusion-xl"], width=256, height=128, guidance_scale=3.0)
     with (folder / "family.toml").open("a") as file:

@@ -16,7 +16,7 @@ QUICK = {"prompt": "bedroom", "mode": "sdxl-360", "num_inference_steps": 1, "see
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose checker flags every image."""
+    """Yield a server whose checker flags every image."""
     folder = tmp_path_factory.mktemp("family")
     save_family(folder, width=128, height=64, guidance_scale=3.0)
     save_checker(folder / "safety_checker", ALL)

@@ -28,13 +28,13 @@ QUICK = {"prompt": "bedroom", "mode": "sdxl-360", "num_inference_steps": 2, "see
 
 @pytest.fixture(scope="module")
 def temporary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The server's own folder for temporary files."""
+    """Return the server's own folder for temporary files."""
     return tmp_path_factory.mktemp("temporary")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, temporary: Path) -> Iterator[Server]:
-    """A server of a random family that has this mode alone."""
+    """Yield a server of a random family that has this mode alone."""
     folder = tmp_path_factory.mktemp("family")
     save_family(folder, width=256, height=128, guidance_scale=3.0)
     with serving(folder / "log", PANORAMA_FAMILY=str(folder), TMPDIR=str(temporary)) as server:
@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, temporary: Path) -> Iterato
 
 
 def depth(height: int = 64, width: int = 192) -> bytes:
-    """A PNG whose left and right edges match."""
+    """Return a PNG whose left and right edges match."""
     turn = np.linspace(0, 2 * np.pi, width, endpoint=False)
     values = np.tile(127 + 127 * np.sin(turn), (height, 1)).astype(np.uint8)
     buffer = io.BytesIO()
@@ -56,7 +56,7 @@ def data_url(content: bytes) -> str:
 
 @pytest.fixture
 def http_url(tmp_path: Path) -> Iterator[str]:
-    """The URL of a depth image on a real HTTP server."""
+    """Yield the URL of a depth image on a real HTTP server."""
     (tmp_path / "depth.png").write_bytes(depth())
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -105,7 +105,7 @@ def test_edges_that_do_not_match_are_logged(server: Server) -> None:
 
 
 def tiff(values: np.ndarray, **options: Any) -> str:
-    """The data URL of a TIFF."""
+    """Return the data URL of a TIFF."""
     buffer = io.BytesIO()
     imwrite(buffer, values, **options)
     return f"data:image/tiff;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -35,7 +35,7 @@ needs_chromium = pytest.mark.skipif(bool(browser.MISSING), reason=browser.MISSIN
 
 @contextlib.contextmanager
 def studio(log: Path, *arguments: str) -> Iterator[str]:
-    """The URL of a studio in a process of its own."""
+    """Yield the URL of a studio in a process of its own."""
     environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False", "OMP_WAIT_POLICY": "passive"}
     with log.open("w") as output:
         command = [str(PYTHON), "-m", "studio", "--port", "0", *arguments]
@@ -58,7 +58,7 @@ def library(tmp_path_factory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """A browser that resolves no name, but reaches this machine by its address."""
+    """Yield a browser that resolves no name, but reaches this machine by its address."""
     flags = [*browser.FLAGS, "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=browser.PATH, args=flags)
@@ -68,7 +68,7 @@ def chromium() -> Iterator[Browser]:
 
 @contextlib.contextmanager
 def opened(chromium: Browser, url: str) -> Iterator[Page]:
-    """The page in a tab, which asks nobody but the studio for anything."""
+    """Yield the page in a tab, which asks nobody but the studio for anything."""
     elsewhere: list[str] = []
 
     def watch(route: Route) -> None:
@@ -113,7 +113,7 @@ def download(tab: Page, path: Path) -> Path:
 
 
 def seam(tab: Page) -> Image.Image:
-    """The image of the seam check, as the browser has it."""
+    """Return the image of the seam check, as the browser has it."""
     tab.get_by_text("Seam check").click()
     shown = tab.locator("img[alt='Rolled by half']")
     assert shown.evaluate("image => image.decode().then(() => image.naturalWidth)") > 0
@@ -122,7 +122,7 @@ def seam(tab: Page) -> Image.Image:
 
 
 def problem(tab: Page, name: str) -> str:
-    """The error at an input, waited for."""
+    """Return the error at an input, waited for."""
     return tab.locator(f"#input-{name} [role=alert]").inner_text()
 
 

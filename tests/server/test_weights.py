@@ -49,7 +49,7 @@ def sha256(content: bytes) -> str:
 
 
 def write_manifest(folder: Path, *sources: str, hashes: bool = True) -> None:
-    """A family `small` of one part, its hashes known or not."""
+    """Return a family `small` of one part, its hashes known or not."""
     known = {name: f', sha256 = "{sha256(data)}"' if hashes else "" for name, data in FILES.items()}
     files = (f'{{ name = "{name}", size = {len(FILES[name])}{known[name]} }}' for name in FILES)
     folder.mkdir(exist_ok=True)
@@ -82,7 +82,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def folder(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache whose manifest knows one source and every hash; the client waits for nothing."""
+    """Return a cache whose manifest knows one source and every hash. The client never waits."""
     folder = tmp_path / "weights"
     write_manifest(folder, FIRST)
     point_at(hub.url, monkeypatch)
@@ -103,7 +103,7 @@ def lose_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stored() -> dict[str, bytes]:
-    """What components of the family hold, by file name."""
+    """Return the content of the family's components, by file name."""
     found = weights.components("small", "sd2")
     return {
         f"{name}/{path.name}": path.read_bytes()
@@ -117,7 +117,7 @@ def blob(folder: Path, content: bytes, repository: str = "first--model") -> Path
 
 
 def transfers(hub: Hub, repository: str = "first/model") -> int:
-    """How often the large file of a repository was asked for."""
+    """Count the requests for the large file of a repository."""
     return len(hub.asked("GET", f"/large/{repository}/resolve/{COMMIT}/{HALF}"))
 
 

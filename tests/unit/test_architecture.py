@@ -61,7 +61,7 @@ SOURCES = sources()
 
 
 def role(module: str) -> str:
-    """The module or folder of the package that a module belongs to."""
+    """Return the module or folder of the package that a module belongs to."""
     return (*module.split("."), "__init__")[1] if module != "predict" else module
 
 
@@ -98,7 +98,7 @@ def test_there_are_no_cycles():
 
 
 def importers(*packages: str) -> set[str]:
-    """The modules that import one of some packages."""
+    """Return the modules that import one of some packages."""
     return {
         module
         for module in SOURCES

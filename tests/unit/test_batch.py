@@ -45,7 +45,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 
 def files(path: Path) -> list[str]:
-    """The image of each line."""
+    """Return the image of each line."""
     return [line.file for line in read_lines(path)]
 
 
@@ -228,7 +228,7 @@ def join(rank: int, ranks: int, folder: Path) -> None:
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[None]:
-    """A group of this process alone."""
+    """Yield a group of this process alone."""
     join(0, 1, tmp_path)
     yield
     distributed.destroy_process_group()
@@ -537,7 +537,7 @@ def test_what_killed_commands_left_in_mid_write_is_removed(tmp_path, fake, capsy
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of a few kilobytes."""
+    """Yield a disk of a few kilobytes."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)]

@@ -21,7 +21,7 @@ FORBIDDEN = {
 
 
 def imported(path: Path) -> set[str]:
-    """The top-level packages that a module imports, anywhere in its text."""
+    """Return the top-level packages that a module imports, anywhere in its text."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -71,7 +71,7 @@ def test_it_names_the_predictor():
 
 
 def managed_weights() -> list[dict[str, Any]]:
-    """The entry of `weights` for each part of the manifest."""
+    """Return the entry of `weights` for each part of the manifest."""
     entries = []
     for name, part in tomllib.loads((ROOT / "weights" / "manifest.toml").read_text())[
         "full"

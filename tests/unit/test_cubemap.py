@@ -32,7 +32,7 @@ AXES = {
 
 
 def compass() -> Image.Image:
-    """An image whose colours are the direction (x, y, z) of every pixel."""
+    """Return an image whose colours are the direction (x, y, z) of every pixel."""
     elevation = pi * (0.5 - (np.arange(WIDTH // 2) + 0.5) / (WIDTH // 2))[:, None]
     azimuth = 2 * pi * ((np.arange(WIDTH) + 0.5) / WIDTH - 0.5)
     x, z = np.cos(elevation) * np.sin(azimuth), np.cos(elevation) * np.cos(azimuth)
@@ -41,7 +41,7 @@ def compass() -> Image.Image:
 
 
 def rays(height: int, width: int, right: Array, up: Array, ahead: Array) -> Array:
-    """The direction (H, W, 3) of every pixel of a view that is 90 degrees wide."""
+    """Return the direction (H, W, 3) of every pixel of a view that is 90 degrees wide."""
     across = 2 * (np.arange(width) + 0.5) / width - 1
     above = height / width * (1 - 2 * (np.arange(height) + 0.5) / height)
     rays = ahead + across[None, :, None] * right + above[:, None, None] * up
@@ -55,7 +55,7 @@ def read(path: Path) -> Array:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Array]:
-    """A function that reads a file that was exported of the compass, as directions."""
+    """Return a function that reads a file that was exported of the compass, as directions."""
     folder = tmp_path_factory.mktemp("exported")
     Panorama(compass(), "x", {}, {}).save(folder / "out.png")
     paths = panorama.export(folder / "out.png", folder / "faces")

@@ -61,7 +61,7 @@ def build(
     prompt: str | tuple[str, ...] = "night over the sea",
     graphs: bool = False,
 ) -> UNetDenoiser:
-    """A denoiser for windows of a canvas of 32 x 48 cells."""
+    """Return a denoiser for windows of a canvas of 32 x 48 cells."""
     control = None if depth is None else DepthControl(base.controlnet, depth, 0.7)
     canvas = Canvas(32, 48, closed)
     run = solver(base, name)
@@ -211,7 +211,7 @@ def test_a_window_between_two_parts_has_their_embeddings_interpolated(
 
 
 def differences(base: BaseModel, views: Sequence[View], **changes: Any) -> Tensor:
-    """What else a denoiser makes of the same windows."""
+    """Return the largest difference between denoisers of the same windows."""
     t, x = solver(base).timesteps[1], crop(LATENTS, [VIEWS[0]])
     return (build(base, **changes)(x, t, [views[0]]) - build(base)(x, t, [VIEWS[0]])).abs().max()
 

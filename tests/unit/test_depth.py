@@ -160,7 +160,7 @@ def test_a_tiff_of_anything_else_is_refused_by_name(tmp_path, pixels, options, n
 
 
 def png_with(image: bytes, checksum: int | None = None, end: bool = True) -> bytes:
-    """A grey PNG of 32 x 16 pixels whose rows are given, perhaps with a wrong checksum."""
+    """Return a grey PNG of 32 x 16 pixels whose rows are given, perhaps with a wrong checksum."""
 
     def chunk(body: bytes, checksum: int | None = None) -> bytes:
         size = (len(body) - 4).to_bytes(4, "big")

@@ -42,7 +42,7 @@ UNWANTED = (
 
 
 def expression(pattern: str) -> re.Pattern[str]:
-    """A pattern of Docker: from the root, `*` within a name, `**` over any number of folders."""
+    """Translate a pattern of Docker: from the root, `*` within a name, `**` over any folders."""
     parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     pieces = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.strip("/"))
     text = "".join(parts.get(piece, re.escape(piece)) for piece in pieces)
@@ -57,7 +57,7 @@ def ignored(path: str) -> bool:
 
 
 def context(root: Path = ROOT) -> Iterator[Path]:
-    """The files and links that Docker is given, relative to the root."""
+    """Yield the files and links that Docker is given, relative to the root."""
     for folder, folders, files in os.walk(root):
         place = Path(folder).relative_to(root)
         folders[:] = [name for name in folders if not ignored((place / name).as_posix())]

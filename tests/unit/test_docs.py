@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("weights/*/README.md"))]
 NEEDS = {"docker", "gpu", "network", "root", "hours"}
-"""What a block of commands may need, so that it is not run here."""
+"""Requirements of a block of commands that keep it from running here."""
 TOOLS = {
     *("apt-get", "cog", "cp", "curl", "docker", "export", "grep", "nginx", "printf", "python3"),
     *("service", "sleep"),
@@ -56,20 +56,20 @@ class Block:
 
 
 def blocks(page: Path, language: str) -> list[Block]:
-    """The blocks of a page in a language."""
+    """Return the blocks of a page in a language."""
     found = re.findall(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```$", page.read_text(), re.M | re.S)
     every = [Block(name, frozenset(info.split()), dedent(text)) for _, name, info, text in found]
     return [block for block in every if block.language == language]
 
 
 def prose(page: Path) -> str:
-    """The text of a page without its blocks and comments."""
+    """Return the text of a page without its blocks and comments."""
     text = re.sub(r"^( *)```.*?^\1```$", "", page.read_text(), flags=re.M | re.S)
     return re.sub(r"<!--.*?-->", "", text, flags=re.S)
 
 
 def anchors(page: Path) -> set[str]:
-    """The anchors that GitHub gives the headings of a page."""
+    """Return the anchors that GitHub gives the headings of a page."""
     found: set[str] = set()
     for heading in re.findall(r"^#+ (.+)$", prose(page), re.M):
         text = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()
@@ -80,13 +80,13 @@ def anchors(page: Path) -> set[str]:
 
 
 def links(page: Path) -> list[str]:
-    """The targets of all links and images of a page."""
+    """Return the targets of all links and images of a page."""
     text = prose(page)
     return [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r"^\[\w+\]: (\S+)$", text, re.M)]
 
 
 def linked(page: Path) -> set[Path]:
-    """The files of the repository that a page links to."""
+    """Return the files of the repository that a page links to."""
     local = [target.partition("#")[0] for target in links(page) if "://" not in target]
     return {(page.parent / name).resolve() for name in local if name}
 
@@ -126,7 +126,7 @@ def test_paragraphs_are_short(page):
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """The simple commands of a block, as words, without keywords and variables before them."""
+    """Yield the simple commands of a block as words, without leading keywords and variables."""
     for line in text.replace("\\\n", " ").splitlines():
         lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
         lexer.whitespace_split = True
@@ -275,7 +275,7 @@ def test_readme_shows_progress_in_python():
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """A folder with what commands need, as links where they only read."""
+    """Return a folder with what commands need, as links where they only read."""
     for name in (
         *("script", "docs", "panorama", "benchmarks", "predict.py", ".cog", ".venv"),
         *("requirements.txt", "requirements-dev.txt"),

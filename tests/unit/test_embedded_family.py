@@ -1,4 +1,4 @@
-"""What ships in `weights/tiny/` is small, complete, and takes any text."""
+"""The family in `weights/tiny/` is small, complete, and takes any text."""
 
 import json
 from pathlib import Path

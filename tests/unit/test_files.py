@@ -73,7 +73,7 @@ def riff(path: Path):
 
 
 def png_xmp(path: Path) -> list[bytes]:
-    """The XMP packets, as a viewer finds them: in an uncompressed iTXt chunk."""
+    """Return the XMP packets, as a viewer finds them: in an uncompressed iTXt chunk."""
     found = []
     for kind, body in chunks(path):
         keyword, _, rest = body.partition(b"\0")
@@ -84,14 +84,14 @@ def png_xmp(path: Path) -> list[bytes]:
 
 
 def jpeg_xmp(path: Path) -> list[bytes]:
-    """The XMP packets, as a viewer finds them: in an APP1 segment with Adobe's header."""
+    """Return the XMP packets, as a viewer finds them: in an APP1 segment with Adobe's header."""
     header = b"http://ns.adobe.com/xap/1.0/\0"
     bodies = [body for marker, body in segments(path) if marker == 0xE1]
     return [body.removeprefix(header) for body in bodies if body.startswith(header)]
 
 
 def webp_xmp(path: Path) -> list[bytes]:
-    """The XMP packets, as a viewer finds them: in a chunk of that name."""
+    """Return the XMP packets, as a viewer finds them: in a chunk of that name."""
     return [body for kind, body in riff(path) if kind == b"XMP "]
 
 
@@ -100,7 +100,7 @@ FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 
 
 def gpano(path: Path) -> dict[str, str]:
-    """The GPano fields of a file, {} without XMP."""
+    """Return the GPano fields of a file, {} without XMP."""
     packets = XMP[path.suffix](path)
     if not packets:
         return {}

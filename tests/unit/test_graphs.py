@@ -1,4 +1,4 @@
-"""Which calls of the networks are recorded as CUDA graphs, and which are replayed.
+"""Calls of the networks that are recorded as CUDA graphs, and those that are replayed.
 
 Without a GPU nothing can be recorded. A recording here calls the function again, as its graph does.
 """

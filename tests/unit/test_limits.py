@@ -1,4 +1,4 @@
-"""What a family says about requests beyond what it has learned."""
+"""A family's warnings about requests beyond its training."""
 
 import logging
 import re

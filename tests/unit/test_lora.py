@@ -28,7 +28,7 @@ PROMPT = "hdri view, bedroom in the color of blue"
 
 
 def run(base: BaseModel, on_step: Any = None, **changes: Any) -> Tensor:
-    """The latents of a small ring."""
+    """Return the latents of a small ring."""
     inputs: dict[str, Any] = {"prompt": PROMPT, "height": 64, "width": 128, "closed": "x"}
     inputs |= {"num_inference_steps": 2, "guidance_scale": 3.0, "layout": Spanning()}
     settings, pipe = Settings(**inputs | changes), Pipeline(base)
@@ -85,7 +85,7 @@ CASES: dict[str, Case] = {
 
 
 def weights_of(base: BaseModel) -> dict[tuple[str, str], Tensor]:
-    """A copy of every weight by network and layer."""
+    """Return a copy of every weight by network and layer."""
     return {
         (network, name.removesuffix(".weight")): parameter.detach().clone()
         for network, module in networks(base).items()
@@ -259,7 +259,7 @@ def renamed(old: str, new: str) -> Spoil:
 
 
 def narrow(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A LoRA for text of 768 channels."""
+    """Return a LoRA for text of 768 channels."""
     changes = {k: torch.ones(2, 768) for k in weights if k.endswith("attn2_to_k.lora_down.weight")}
     return weights | changes
 

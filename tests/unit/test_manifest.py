@@ -36,7 +36,7 @@ TOKENIZER = {"merges.txt", "special_tokens_map.json", "tokenizer_config.json", "
 
 
 def components(parts: Iterable[Part], base: str) -> dict[str, list[PurePosixPath]]:
-    """The names of the files of each component of a base model."""
+    """Return the names of the files of each component of a base model."""
     found: dict[str, list[PurePosixPath]] = {}
     for part in parts:
         for file in part.files if part.base == base else ():

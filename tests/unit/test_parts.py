@@ -43,7 +43,7 @@ CANVASES = {
 
 
 def view_at(canvas: Canvas, middle: int) -> View:
-    """A window of 8 cells, somewhere across the longer side."""
+    """Return a window of 8 cells, somewhere across the longer side."""
     if canvas.width >= canvas.height:
         return View(3, middle - 4, 8, 8)
     return View(middle - 4, 3, 8, 8)

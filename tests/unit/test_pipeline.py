@@ -39,7 +39,7 @@ def base() -> BaseModel:
 
 
 def settings(**changes: Any) -> Settings:
-    """A small panorama, three windows wide."""
+    """Return a small panorama, three windows wide."""
     inputs: dict[str, Any] = {"prompt": "night over the sea", "height": 64, "width": 128}
     inputs |= {"num_inference_steps": 3, "layout": Fixed(8), "sync": SyncSettings()}
     return Settings(**inputs | changes)

@@ -61,7 +61,7 @@ class FakeModels:
 
 
 def untouched_signals(seconds: float) -> Termination:
-    """A Termination that leaves the signals of this process alone."""
+    """Return a Termination that leaves the signals of this process alone."""
     handler, descriptor = signal.getsignal(signal.SIGTERM), signal.set_wakeup_fd(-1)
     termination = Termination(seconds)
     signal.signal(signal.SIGTERM, handler)
@@ -71,7 +71,7 @@ def untouched_signals(seconds: float) -> Termination:
 
 @pytest.fixture
 def predictor(monkeypatch: pytest.MonkeyPatch) -> Iterator[Predictor]:
-    """A Predictor as Cog leaves it after setup, with `metrics` that it recorded."""
+    """Yield a Predictor as Cog leaves it after setup, with `metrics` that it recorded."""
     monkeypatch.setattr(predict, "load_models", FakeModels)
     monkeypatch.setattr(predict, "Termination", untouched_signals)
     predictor = Predictor()

@@ -31,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 
 def settings(prompt: str | tuple[str, ...], **changes: Any) -> Settings:
-    """A panorama of two windows of 64 pixels that do not overlap."""
+    """Return a panorama of two windows of 64 pixels that do not overlap."""
     inputs: dict[str, Any] = {"height": 64, "width": 128, "layout": Fixed(16)}
     return Settings(prompt=prompt, num_inference_steps=2, **inputs | changes)
 

@@ -188,7 +188,7 @@ def test_every_part_is_embedded_as_a_prompt_of_its_own(
 
 
 def words(base: BaseModel, count: int) -> str:
-    """A text of so many tokens."""
+    """Return a text of so many tokens."""
     text = " ".join(["sea"] * count)
     assert len(tokenize(base.text_encoders[0].tokenizer, text)) == count
     return text

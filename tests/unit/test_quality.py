@@ -1,4 +1,4 @@
-"""What an image says of itself: measures by their definitions, which leave the image alone."""
+"""Measures of an image follow their definitions and leave the image alone."""
 
 import re
 from contextlib import nullcontext
@@ -44,7 +44,7 @@ DEFAULTS = {"width": WIDTH, "height": HEIGHT, "guidance_scale": 3.0}
 
 
 def noise(height: int, width: int, seed: int = 0) -> Tensor:
-    """An image (1, 3, height, width) in 8 bits."""
+    """Return an image (1, 3, height, width) in 8 bits."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (1, 3, height, width), generator=generator, dtype=torch.uint8)
 
@@ -146,7 +146,7 @@ def test_a_tall_image_is_not_turned_on_its_side() -> None:
 
 @pytest.fixture(scope="module")
 def perceptual() -> LPIPS:
-    """The network that guides the tiny family."""
+    """Return the network that guides the tiny family."""
     network: LPIPS = LPIPS.from_pretrained(ROOT / "weights" / "tiny" / "perceptual")
     return network.eval()
 
@@ -173,7 +173,7 @@ def test_intra_lpips_of_an_enlarged_image_is_that_before(perceptual: LPIPS) -> N
 
 
 def pixels(path: Path) -> Tensor:
-    """An image file as (1, 3, H, W), in 8 bits."""
+    """Return an image file as (1, 3, H, W), in 8 bits."""
     with Image.open(path) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
 
@@ -196,7 +196,7 @@ def test_windows_of_different_palettes_score_worse_than_those_of_one(perceptual:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
-    """A small random family of every mode."""
+    """Return a small random family of every mode."""
     family = small_sd2.save_family(tmp_path_factory.mktemp("family"), **DEFAULTS)
     return load(family, device="cpu")
 
@@ -286,7 +286,7 @@ def test_a_measure_that_fails_is_left_out_and_the_image_is_the_same(
 
 @pytest.fixture(scope="module")
 def tiny() -> Models:
-    """The tiny family."""
+    """Return the tiny family."""
     return load("tiny", modes=["syncdiffusion"], device="cpu")
 
 

@@ -54,7 +54,7 @@ def sphere(**changes: Any) -> Settings:
 
 
 def picture(height: int, width: int) -> Tensor:
-    """A smooth image that closes left to right."""
+    """Return a smooth image that closes left to right."""
     places = torch.linspace(0, 2 * torch.pi, width + 1)[:-1]
     rows = torch.linspace(0.2, 0.8, height)[:, None]
     channels = [rows + 0.15 * (places * k).sin() for k in (1, 2, 3)]

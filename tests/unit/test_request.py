@@ -55,7 +55,7 @@ def resolve(
 
 
 def refusal(make: Callable[[], object]) -> tuple[str, str, Any]:
-    """The input, the rule and the legal value of the error that a call raises."""
+    """Return the input, the rule and the legal value of the error that a call raises."""
     with pytest.raises(ValueError) as error:
         make()
     name, _, rest = str(error.value).partition("=")

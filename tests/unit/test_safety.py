@@ -24,7 +24,7 @@ WITHHELD = r"StableDiffusionSafetyChecker.*another seed or prompt"
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A family of one mode, which each test gives the checker it wants."""
+    """Return a family of one mode, which each test gives the checker it wants."""
     folder = tmp_path_factory.mktemp("family")
     save_family(folder, width=128, height=64, guidance_scale=3.0)
     return folder

@@ -50,14 +50,14 @@ def convolutional(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 
 def spanning(**changes: Any) -> Settings:
-    """A full turn in one view."""
+    """Return a full turn in one view."""
     inputs: dict[str, Any] = {"prompt": PROMPT, "height": HEIGHT, "width": WIDTH, "closed": "x"}
     inputs |= {"num_inference_steps": 2, "guidance_scale": 3.0, "layout": Spanning()}
     return Settings(**inputs | changes)
 
 
 def windowed(**changes: Any) -> Settings:
-    """A strip of four windows and a half."""
+    """Return a strip of four windows and a half."""
     inputs: dict[str, Any] = {"prompt": PROMPT, "height": 128, "width": 576}
     inputs |= {"num_inference_steps": 3, "guidance_scale": 3.0, "layout": Fixed(8)}
     return Settings(**inputs | changes)
@@ -70,14 +70,14 @@ def noise_for(base: BaseModel, settings: Settings) -> Tensor:
 def denoise(
     base: BaseModel, settings: Settings, noise: Tensor | None = None, on_step: OnStep | None = None
 ) -> Tensor:
-    """The latents that a seed's noise, or a given one, becomes."""
+    """Return the latents that a seed's noise, or a given one, becomes."""
     pipe = Pipeline(base)
     noise = noise_for(base, settings) if noise is None else noise
     return pipe.denoise(settings, pipe.encode(settings), noise, on_step)
 
 
 def image(base: BaseModel, settings: Settings, noise: Tensor | None = None) -> Tensor:
-    """The image (3, H, W) in [0, 1]."""
+    """Return the image (3, H, W) in [0, 1]."""
     return Pipeline(base).decode(settings, denoise(base, settings, noise))[0]
 
 

@@ -13,7 +13,7 @@ both = pytest.mark.parametrize("up", [True, False])
 
 
 def ramp(height: int = 128, width: int = 256) -> Tensor:
-    """The direction (x, y, z) of every pixel, z up: smooth everywhere on the sphere."""
+    """Return the direction (x, y, z) of every pixel, z up: smooth everywhere on the sphere."""
     angles = pi * (torch.arange(height) + 0.5) / height
     azimuths = 2 * pi * ((torch.arange(width) + 0.5) / width - 0.5)
     z = angles.cos()[:, None].expand(height, width)

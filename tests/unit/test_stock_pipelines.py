@@ -43,7 +43,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
 
 
 def spanning(base: BaseModel, **changes: Any) -> Settings:
-    """A ring of two by one windows, or a canvas that does not close."""
+    """Return a ring of two by one windows, or a canvas that does not close."""
     side = base.window * base.factor
     inputs: dict[str, Any] = {
         "prompt": PROMPT,

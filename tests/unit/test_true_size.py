@@ -40,7 +40,7 @@ def base() -> BaseModel:
 
 
 def sphere(height: int, width: int, layout: Layout, **options: Any) -> Settings:
-    """The settings of one step of a 360 image."""
+    """Return the settings of one step of a 360 image."""
     return Settings(
         prompt="hdri view, bedroom in the color of blue",
         height=height,

@@ -42,7 +42,7 @@ def saved(path: Path, width: int, height: int, closed: str = "", **metadata: Any
 
 
 def block(html: bytes, name: str) -> tuple[str, str]:
-    """The media type and the text of a data block of a page."""
+    """Return the media type and the text of a data block of a page."""
     (found,) = re.findall(rf'<script type="([^"]*)" id="{name}">([^<]*)</script>', html.decode())
     return found
 

@@ -84,7 +84,7 @@ def ring(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="module")
 def strip(chromium: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
-    """An open strip that is red at its left end and blue at its right end, and nowhere black."""
+    """Yield an open strip that is red at its left end, blue at its right end and nowhere black."""
     red = np.linspace(255, 0, 1024)[None, :, None].repeat(256, 0)
     values = np.concatenate([red, np.zeros_like(red), 255 - red], -1)
     image = Image.fromarray(values.round().astype(np.uint8))
@@ -121,7 +121,7 @@ def pattern(width: int, height: int) -> Image.Image:
 
 
 def directions(yaw: float, pitch: float, field: float) -> tuple[Pixels, Pixels]:
-    """The azimuth and elevation of every pixel of the window, radians."""
+    """Return the azimuth and elevation of every pixel of the window, radians."""
     width, height = SIZE
     reach = tan(radians(field) / 2)
     right, up = np.meshgrid(

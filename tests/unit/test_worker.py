@@ -36,7 +36,7 @@ time.sleep(60)
 
 @contextmanager
 def python(code: str) -> Iterator[subprocess.Popen[str]]:
-    """A process that runs code, and has ended after the block."""
+    """Yield a process that runs code, and has ended after the block."""
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
@@ -52,7 +52,7 @@ def first_line(process: subprocess.Popen[str]) -> str:
 
 @pytest.fixture
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of temporary files, here and in new processes."""
+    """Return the folder of temporary files, here and in new processes."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", None)
     return tmp_path

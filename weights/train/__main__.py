@@ -77,7 +77,7 @@ STAGES: Mapping[str, Callable[[Work], None]] = {
         export.TINY / export.SDXL, controlnet=controlnet.train(work, *export.load_base())
     ),
 }
-"""What the stages train and write; those of the second model begin from the files of the first."""
+"""The stages, in order. Those of the second model begin from the files of the first."""
 
 
 def main() -> None:

@@ -170,7 +170,7 @@ def train(work: Work) -> AutoencoderKL:
 
 @dataclass(frozen=True)
 class Version:
-    """What is made of training images before they are encoded."""
+    """A version of the training images, made before they are encoded."""
 
     name: str = ""  # part of the names of the files that keep the latents
     change: Change = np.asarray

@@ -45,7 +45,7 @@ KINDS: Mapping[str, Kind] = {
 }
 EMPTY = "empty rooms"
 SETS: Mapping[str, Kind] = {**KINDS, EMPTY: Kind(rooms.EmptyRoom, train=100, test=10)}
-"""What is rendered. Only the ControlNet learns from empty rooms."""
+"""The sets of images. Only the ControlNet learns from empty rooms."""
 SPLITS = {"train": 0, "test": 1}
 
 

@@ -1,4 +1,4 @@
-"""What depends on the device that trains: batches, random numbers and precision."""
+"""The device that trains: its batches, random numbers and precision."""
 
 import torch
 

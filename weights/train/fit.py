@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """Where a run keeps images, latents and checkpoints, and when it has to stop."""
+    """The folder of a run's images, latents and checkpoints, and its deadline."""
 
     folder: Path
     deadline: float = inf  # by time.monotonic()

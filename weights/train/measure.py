@@ -51,7 +51,7 @@ Make = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Measuring:
-    """What a measurement needs."""
+    """The models, images and settings of a measurement."""
 
     models: Models
     work: Path

@@ -128,7 +128,7 @@ Place = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class View:
-    """What a network sees of spheres from a first column on."""
+    """The part of a sphere, from a first column on, that a network sees."""
 
     top: int  # the first row
     size: tuple[int, int]  # height and width before it is made smaller

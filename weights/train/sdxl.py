@@ -34,7 +34,7 @@ SIDE = 32  # cells; the height of all that is cut, and the width of a window
 
 @dataclass(frozen=True)
 class Cut:
-    """What is cut out of the latents of spheres, SIDE cells high, for a batch."""
+    """A cut of the latents of spheres, SIDE cells high, for a batch."""
 
     share: float  # of the batches
     large: bool  # of the spheres of 64 x 128 cells; otherwise of those of 32 x 64
