@@ -125,7 +125,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             choices=["ddim", "euler", "dpm++", "unipc"],
         ),
         depth_image: Optional[Path] = Input(
-            description="Depth image to follow. If the panorama closes, the edges that meet should match. Left out, the prompt alone decides.",
+            description="Depth image to follow. If the panorama closes, the edges that meet should match. Without it, only the prompt decides.",
             default=None,
         ),
         depth_kind: str = Input(

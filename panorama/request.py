@@ -281,8 +281,8 @@ class Request:
         choices=("ddim", "euler", "dpm++", "unipc"),
     )
     depth_image: Path | None = _input(
-        "Depth image to follow. If the panorama closes, the edges that meet should match. Left "
-        "out, the prompt alone decides.",
+        "Depth image to follow. If the panorama closes, the edges that meet should match. "
+        "Without it, only the prompt decides.",
         default=None,
         modes=SDXL_MODES,
     )
