@@ -252,7 +252,7 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
         def on_step(step: int, steps: int, preview: object) -> None:
             print(f"step {step}/{steps}", flush=True)
 
-        if self.running and not self.running.done():
+        if (running := self.running) and not running.done():
             print("waiting for a cancelled prediction to stop", flush=True)
         future = None
         try:
@@ -262,14 +262,13 @@ class Predictor(BasePredictor):  # type: ignore[misc]  # cog is untyped
             future.add_done_callback(self.forget)
             while not wait([future], timeout=0.1).done:  # Cog cannot raise in an endless wait
                 if self.termination.over.is_set():
-                    print(
-                        f"canceled: the server ends, {self.termination.seconds:g} s after SIGTERM"
-                    )
+                    seconds = self.termination.seconds
+                    print(f"canceled: shutting down {seconds:g} s after SIGTERM", flush=True)
                     raise CancelationException
             return future.result()
         finally:
             cancelled.set()  # the next prediction queues for the same thread
-            future = None  # an error holds this frame, and all that the run had on the GPU
+            future = None  # or an error's traceback would keep the run's tensors on the GPU
 
     def forget(self, future: "Future[Panorama]") -> None:
         """Let go of a run that is over, with its panorama or the frames of its error."""

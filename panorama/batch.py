@@ -223,8 +223,8 @@ def takes_path(rule: Input, inputs: Mapping[str, Any]) -> bool:
 
 def own_device() -> torch.device | None:
     """Return this process's own GPU, None without one."""
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", rank) if torch.cuda.is_available() else None
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    return torch.device("cuda", index) if torch.cuda.is_available() else None
 
 
 @contextmanager

@@ -134,12 +134,12 @@ def stages_of(job: Job, pipeline: Pipeline) -> list[Stage]:
     for doubling in range(job.request.upscale.bit_length()):
         settings = job.settings(2**doubling)
         steps = settings.partial_steps
-        if not doubling and job.request.image is None:
+        if doubling == 0 and job.request.image is None:
             steps = settings.num_inference_steps
-        if not doubling and job.request.image is not None and job.request.upscale > 1:
+        elif doubling == 0 and job.request.only_enlarges:
             steps = 0
-        face = pipeline.face(settings)
-        stages.append(Stage(settings, steps, face, len(job.poles()) * face.partial_steps))
+        pole = pipeline.pole_settings(settings)
+        stages.append(Stage(settings, steps, pole, len(job.poles()) * pole.partial_steps))
     return stages
 
 
@@ -194,7 +194,7 @@ class Run:
     def draw(self, settings: Settings, conditioning: Conditioning) -> Tensor:
         """Draw the image from noise, or from the job's image."""
         source, x0 = self.job.image, None
-        if source is not None and self.job.request.upscale > 1:
+        if source is not None and self.job.request.only_enlarges:
             return resize(source.pixels, (settings.height, settings.width), settings.closed)
         with timed(self.seconds, "denoise"):
             if source is not None:

@@ -25,7 +25,7 @@ class Limits:
             found.append(f"this family has not learned the words {shorten(', '.join(unknown))}")
         if request.height > self.height and len(request.parts) == 1:
             found.append(
-                f"height={request.height}: this family has learned images {self.height} high; on a "
-                "higher one, a single prompt makes a repeated scene or a texture"
+                f"height={request.height}: this family was trained on images {self.height} pixels "
+                "high; in a higher one, a single prompt gives a repeated scene or a mere texture"
             )
         return found

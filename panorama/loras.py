@@ -28,7 +28,7 @@ NAME = re.compile(r"(?P<repository>[\w-][\w.-]*/[\w-][\w.-]*)(/(?P<file>[^?#]+\.
 """A repository on the hub, and a file in it."""
 
 TRANSLATED = tuple(map(ip_network, ("64:ff9b::/96", "2002::/16", "2001::/32")))
-"""Networks of IPv6 whose addresses contain one of IPv4, perhaps a private one."""
+"""IPv6 networks whose addresses embed an IPv4 address, perhaps a private one."""
 
 
 class FetchError(ValueError):
@@ -89,7 +89,7 @@ class Fetcher:
         url = self.locate(name)
         path = self.folder / f"{hashlib.sha256(str(url).encode()).hexdigest()}.safetensors"
         with suppress(FileNotFoundError):
-            os.utime(path)  # used last
+            os.utime(path)  # mark it as recently used, for `_make_room`
             return path
         self.folder.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=self.folder, delete=False) as file:
@@ -156,8 +156,8 @@ class Fetcher:
     def _get(self, url: httpx2.URL) -> Iterator[httpx2.Response]:
         """Open the answer to a GET request, after redirects."""
         if constants.is_offline_mode():
-            raise FetchError("have been fetched before, while HF_HUB_OFFLINE is set")
-        # A connection belongs to the name that its certificate was checked for: none is used again.
+            raise FetchError("be in the cache already, since HF_HUB_OFFLINE is set")
+        # Connections are pooled by address, but a certificate is checked for one name: reuse none.
         limits = httpx2.Limits(max_keepalive_connections=0)
         with httpx2.Client(verify=self.context, trust_env=False, limits=limits) as client:
             try:

@@ -133,8 +133,8 @@ class Models:
             job: from `prepare`.
             on_step: called after every step; an exception that it raises ends the run and leaves
                 the networks as they were. Previews have to pass the safety checker too.
-            poll: called many times within a step; an exception that it raises does the same. Not
-                called while the finished image is measured.
+            poll: called many times within a step; an exception that it raises also ends the run and
+                leaves the networks as they were. Not called while the finished image is measured.
 
         Raises:
             ImageWithheldError: the safety checker flagged the image.

@@ -26,11 +26,11 @@ from panorama.sampling.synchronize import PerceptualGradient, Synchronizer, Sync
 from panorama.sampling.views import Layout, Sliding, Spanning
 
 POLE_STRENGTH = 0.5
-"""The share of the schedule by which poles are redrawn."""
+"""The `Settings.strength` with which a pole is redrawn."""
 POLE_SIGMA = 1 / 8
-"""The standard deviation of the Gaussian that leaves a pole's colours, sides of a window."""
+"""`LowBand.sigma` while a pole is redrawn, in sides of a window: only its colours are held."""
 HELD_SIGMA = 1.0
-"""The standard deviation of the Gaussian that leaves the low band, latent cells."""
+"""`LowBand.sigma` while an image is refined, in latent cells: its composition is held."""
 ROOM = 24e9
 """Bytes of a GPU's memory for each `BATCH_SIZE` windows that pass through the networks at once."""
 
@@ -314,7 +314,7 @@ class Pipeline:
             The image (1, 3, height, width) in [0, 1].
         """
         image = image.to(self.base.vae.device)
-        plain, depth = self.face(settings), settings.depth
+        plain, depth = self.pole_settings(settings), settings.depth
         for up, prompt in prompts.items():
             face = Face(up, plain.height)
             shown = face.show(image).clamp(0, 1)
@@ -326,8 +326,8 @@ class Pipeline:
             image = face.blend(image, self.decode(view, latents) - shown)
         return image.clamp(0, 1)
 
-    def face(self, settings: Settings) -> Settings:
-        """Return the settings of a pole's view: one window, flat, without depth."""
+    def pole_settings(self, settings: Settings) -> Settings:
+        """Return the settings for the view of a pole: one window, flat, without depth."""
         side = self.base.window * self.base.factor
         return replace(
             settings,

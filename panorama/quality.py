@@ -67,10 +67,11 @@ def seam_contrast(image: Tensor, closed: Axis = "x") -> float:
 def edge_ratio(image: Tensor, pipeline: Pipeline, settings: Settings, steps: int) -> float:
     """Return the step at window edges over that between any latent cells, in the upper third.
 
-    Both are means over pairs of columns, and edges those of all windows of all denoising steps.
-    Edges lie between latent cells, where a decoder makes larger steps than elsewhere. A ratio above
-    1 means that windows show as panels. In an image that is higher than wide, rows take the place
-    of columns, in all of its width.
+    Both are means over pairs of neighbouring columns. The edges are those of all windows of all
+    denoising steps. They lie between latent cells, where a decoder makes larger steps than
+    elsewhere, so only columns at the borders of cells are compared. A ratio above 1 means that
+    windows show as panels. In an image that is higher than wide, rows take the place of columns,
+    over its whole width.
 
     Args:
         image: (1, C, H, W).
@@ -102,8 +103,8 @@ def sharpness(images: Tensor) -> float:
 def disjoint_windows(image: Tensor, side: int, *, ring: bool = False) -> Iterator[Tensor]:
     """Yield the windows (1, C, side, side) of an image (1, C, H, W) that do not overlap.
 
-    They are as many as fit along the longer side, evenly spread, from end to end of a flat image.
-    Along the other side they are in the middle.
+    As many as fit are spread evenly along the longer side. On a flat image the outermost ones touch
+    the ends. Along the shorter side they are centred.
     """
     across, length = sorted(image.shape[-2:])
     count, last = length // side, length - side
@@ -215,7 +216,7 @@ def seam_shows(quality: Mapping[str, float]) -> bool:
 
 
 def badness(quality: Mapping[str, float]) -> tuple[bool, float, float]:
-    """Return a key by which the best of several images of one request is the least.
+    """Return a sort key that puts the best of several images of one request first.
 
     An image whose seam shows loses against any other. Otherwise the lower intra_lpips wins, and
     where there is none, the lower seam_ratio.

@@ -1,7 +1,7 @@
 """Every input of the model: its default, its range, and the rules between inputs.
 
 `Request` is the one table of inputs. Validation, the command line, the README's table and the test
-that holds predict.py's literals all derive from it, through `INPUTS`.
+of predict.py's literals all derive from it, through `INPUTS`.
 """
 
 import json
@@ -429,7 +429,7 @@ class Request:
             if not self.only_enlarges:
                 open_inputs["sync_threshold"] = speed.sync_threshold
         given = {name: value for name, value in self.inputs().items() if value is not None}
-        resolved = ResolvedRequest(**open_inputs | given | sides | _lora(self, settings))
+        resolved = ResolvedRequest(**open_inputs | given | sides | _resolve_lora(self, settings))
         if resolved.negative_prompt and resolved.guidance_scale == 1:
             rule = "be empty with guidance_scale=1, which ignores it"
             raise INPUTS["negative_prompt"].refuse(resolved.negative_prompt, rule, "")
@@ -661,8 +661,8 @@ def _check_stride(request: ResolvedRequest, window: int, speed: SpeedSettings) -
         raise rule.refuse(stride, reason, rule.default)
 
 
-def _lora(request: Request, settings: ModeSettings) -> dict[str, Any]:
-    """Return the LoRA's scale, 0 without a LoRA, and all texts with the tokens for it."""
+def _resolve_lora(request: Request, settings: ModeSettings) -> dict[str, Any]:
+    """Return lora_scale (0 without a LoRA), and the texts with its trigger tokens inserted."""
     rule, scale = INPUTS["lora_scale"], request.lora_scale
     if request.mode in rule.modes and not settings.has_lora and request.lora is None:
         if scale not in (0, rule.default):

@@ -81,7 +81,7 @@ def drain_seconds() -> float:
 
 
 class Termination:
-    """End the process after a SIGTERM, and leave a running prediction some seconds before that.
+    """End the process after a SIGTERM, but give a running prediction some seconds to finish first.
 
     Python runs signal handlers in the main thread, but Cog's main thread never returns to Python.
     So another thread reads the signal's number from a pipe.
@@ -100,7 +100,7 @@ class Termination:
 
     @contextmanager
     def prediction(self) -> Iterator[None]:
-        """Let the process live for a prediction as long as it may."""
+        """Delay the end of the process while a prediction runs, up to `seconds` after SIGTERM."""
         self._idle.clear()
         try:
             yield

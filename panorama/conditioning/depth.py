@@ -23,9 +23,9 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 WHITES = {"I;16": 65535, "I;16L": 65535, "I;16B": 65535, "I;16N": 65535, "I": 65535, "F": 1}
 """The brightest value of the Pillow modes that have more than 8 bits."""
 LUMINANCE = np.array([299, 587, 114], np.float32) / 1000  # of RGB, ITU-R 601-2, as in Pillow
-ROUNDING = 1e-3  # by which floats may leave the scale from black to white; half precision does
-NARROW = 0.1  # of that scale
-COLOURED = 0.1  # mean difference between the channels, of the same scale
+ROUNDING = 1e-3  # how far rounding, as in half precision, may put floats outside of [0, 1]
+NARROW = 0.1  # a smaller range of nearness is too flat to follow
+COLOURED = 0.1  # above this mean difference between the channels, an image counts as coloured
 
 logger = logging.getLogger(__name__)
 logging.getLogger("tifffile").addHandler(logging.NullHandler())  # or it prints of broken files
@@ -107,7 +107,7 @@ def grey(image: Image.Image) -> Image.Image:
 
 
 def colour_of(image: Image.Image) -> float:
-    """Return the mean difference between the channels of an image, of the scale."""
+    """Return the mean difference between the channels of an image, 1 from black to white."""
     if image.mode in ("1", "L", "LA", *WHITES):
         return 0.0
     return float(np.ptp(np.asarray(image.convert("RGB")), axis=-1).mean() / 255)
@@ -154,19 +154,19 @@ def white_of(page: TiffPage) -> float:
     """Return the brightest value of a TIFF's type of number."""
     kind, bits = page.dtype.kind if page.dtype else "", page.bitspersample
     if kind not in ("b", "i", "u", "f"):
-        raise ValueError(f"its samples have {bits} bits, in a format that is no number")
+        raise ValueError(f"its samples have {bits} bits and are not real numbers")
     return 1.0 if kind == "f" else float(2 ** (bits - (kind == "i")) - 1)
 
 
 def turned(values: NDArray[np.float32], page: TiffPage) -> NDArray[np.float32]:
-    """Turn values (H, W) the way up that a page of a TIFF says."""
+    """Apply the orientation of a TIFF's page to values (H, W)."""
     image = Image.fromarray(np.ascontiguousarray(values))
     image.getexif()[ExifTags.Base.Orientation] = page.tags.valueof("Orientation", 1)
     return np.asarray(ImageOps.exif_transpose(image))
 
 
 def nearness(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Take brightness as nearness, without the rounding of floats; refuse any outside of [0, 1]."""
+    """Clip brightness to nearness in [0, 1]; refuse values outside by more than `ROUNDING`."""
     least, greatest = float(values.min()), float(values.max())
     if not (least >= -ROUNDING and greatest <= 1 + ROUNDING):  # refuses NaN too
         raise ValueError(
@@ -177,7 +177,7 @@ def nearness(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def inverted(values: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the nearness of brightness that grows with the distance."""
+    """Return nearness from brightness that grows with distance."""
     return 1 - nearness(values)
 
 

@@ -74,15 +74,15 @@ class Change:
     down: Tensor  # (r, in) or (r, in, kh, kw)
     up: Tensor  # (out, r) or (out, r, 1, 1)
     strength: float  # alpha / r
-    magnitude: Tensor | None = None  # norms of the rows of the changed weight, out in all: a DoRA
+    magnitude: Tensor | None = None  # of a DoRA: `out` norms, of the changed weight's rows
 
     def fits(self, weight: Tensor) -> bool:
         """Return True if the change has the shape of a weight."""
-        rows, columns = weight.shape[0], weight[0].numel()
-        ranks = self.up[0].numel(), self.down.shape[0]
-        magnitudes = rows if self.magnitude is None else self.magnitude.numel()
-        found = self.up.shape[0], self.down[0].numel(), ranks[0], magnitudes
-        return found == (rows, columns, ranks[1], rows)
+        rows, columns = weight.flatten(1).shape
+        rank = len(self.down)
+        factors = self.up.flatten(1).shape, self.down.flatten(1).shape
+        fits_magnitude = self.magnitude is None or self.magnitude.numel() == rows
+        return factors == ((rows, rank), (rank, columns)) and fits_magnitude
 
     @torch.no_grad()
     def __call__(self, weight: Tensor, scale: float) -> Tensor:
@@ -174,7 +174,7 @@ def metadata_of(metadata: Mapping[str, Any], network: str) -> Mapping[str, Any]:
 def convert(
     weights: dict[str, Tensor], networks: Mapping[str, Any]
 ) -> Mapping[str, dict[str, Tensor]]:
-    """Give every tensor, alphas among them, its name in PEFT's format; by network."""
+    """Return all tensors, alphas included, by network and by their names in PEFT's format."""
     try:
         converted, alphas = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
             dict(weights), unet_config=networks["unet"].config
@@ -192,7 +192,7 @@ def convert(
         groups[network][rest] = tensor
     if unknown := set(groups) - set(networks):
         names = ", ".join(sorted(unknown))
-        raise LoraError(f"a LoRA with weights for {shorten(names)}, which this model has not")
+        raise LoraError(f"a LoRA with weights for {shorten(names)}, which this model does not have")
     return {name: rename(networks[name], group) for name, group in groups.items()}
 
 
@@ -237,8 +237,8 @@ def build_changes(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> d
 def configured_alpha(config: Mapping[str, Any], layer: str) -> float | None:
     """Return the alpha of a layer in a configuration of PEFT, or None.
 
-    A pattern must be the end of a layer's name. PEFT takes regular expressions, but a file of
-    strangers could hold one that never ends.
+    A pattern must be the end of a layer's name. PEFT accepts regular expressions, but one from a
+    stranger's file could take forever to match.
     """
     alpha, patterns = config.get("lora_alpha"), config.get("alpha_pattern", {})
     if not isinstance(patterns, Mapping):

@@ -144,7 +144,7 @@ def check_lengths(encoders: Sequence[TextEncoder], texts: Mapping[str, Sequence[
 
 def find_excess(encoders: Sequence[TextEncoder], text: str) -> str:
     """Return the bound that the length of a text exceeds, and the length; "" for none."""
-    if len(text) > LONGEST_TEXT:  # of which a tokenizer would take hundreds of bytes a character
+    if len(text) > LONGEST_TEXT:  # a tokenizer takes hundreds of bytes of memory per character
         return f"{LONGEST_TEXT} characters, not {len(text)}"
     for encoder in encoders:
         count = len(tokenize(encoder.tokenizer, text))
@@ -163,8 +163,8 @@ def token_ids(tokenizer: Any, text: str, contexts: int) -> Tensor:
 
     Args:
         tokenizer: CLIPTokenizer; its `model_max_length` is L.
-        text: fills at most that many contexts.
-        contexts: how many, n; the last ones may be empty.
+        text: fills at most n contexts.
+        contexts: the number of contexts n; the last ones may be empty.
 
     Returns:
         The token ids (n, L), one context a row, with start and end tokens, padded.

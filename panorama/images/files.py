@@ -147,6 +147,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is not an image with such metadata.
+        OSError: it cannot be read, or is a damaged WebP.
         DecompressionBombError: it is a WebP of more than twice Pillow's `MAX_IMAGE_PIXELS`.
     """
     with suppress(ValueError), open_image(path) as image:
@@ -185,7 +186,7 @@ def is_whole(path: Path) -> bool:
         with open_image(path) as image:
             image.verify() if isinstance(image, PngImageFile) else image.load()
     except Image.DecompressionBombError:
-        return True  # a WebP too large for Pillow, which was never broken so far as it was read
+        return True  # a WebP too large for Pillow to decode: take it as whole, or it is made again
     except Exception:  # Pillow raises all kinds of errors on a broken file
         return False
     return True

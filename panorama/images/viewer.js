@@ -49,8 +49,8 @@ function lookAround(image, settings) {
       const { altKey, ctrlKey, metaKey, key } = event;
       // Pannellum would take the browser's own shortcuts, and zoom at Control and Shift.
       if (altKey || ctrlKey || metaKey || key === "Shift") event.stopPropagation();
-      else if (key === "f") viewer.toggleFullscreen();
-      else if (key === "i") panel.open = !panel.open;
+      else if (key.toLowerCase() === "f") viewer.toggleFullscreen();
+      else if (key.toLowerCase() === "i") panel.open = !panel.open;
     },
     true,
   );

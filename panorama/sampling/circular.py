@@ -101,17 +101,17 @@ def pad(conv: nn.Conv2d, x: Tensor, modes: Mapping[str, str]) -> tuple[Tensor, t
 
 def padded_convolutions(modules: tuple[nn.Module, ...]) -> list[nn.Conv2d]:
     """Return every Conv2d that pads, once each even if modules share it."""
-    return [m for m in every(modules) if isinstance(m, nn.Conv2d) and any(padding_of(m))]
+    return [m for m in all_modules(modules) if isinstance(m, nn.Conv2d) and any(padding_of(m))]
 
 
 def padding_outside(modules: tuple[nn.Module, ...]) -> list[Any]:
     """Return every Downsample2D that pads outside of its convolution."""
-    found = [m for m in every(modules) if isinstance(m, Downsample2D)]
+    found = [m for m in all_modules(modules) if isinstance(m, Downsample2D)]
     return [m for m in found if m.use_conv and m.padding == 0]
 
 
-def every(modules: tuple[nn.Module, ...]) -> dict[nn.Module, None]:
-    """Return all modules within some, once each even if they share it."""
+def all_modules(modules: tuple[nn.Module, ...]) -> dict[nn.Module, None]:
+    """Return `modules` and all modules inside them, each once even if it is shared."""
     return dict.fromkeys(m for root in modules for m in root.modules())
 
 

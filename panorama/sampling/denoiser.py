@@ -107,8 +107,7 @@ class Networks:
 class UNetDenoiser:
     """Denoise windows by a UNet2DConditionModel that predicts noise.
 
-    It waits for a GPU only while it records a graph: what the processor computes is copied without
-    blocking.
+    The CPU waits for the GPU only while a graph is recorded: copies to the GPU never block.
 
     Args:
         unet: of SD 2 or SDXL.

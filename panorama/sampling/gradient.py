@@ -9,15 +9,15 @@ from torch.autograd import Function
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input
 
-from panorama.sampling.circular import patched
+from panorama.sampling.circular import all_modules, patched
 
 
 @contextmanager
 def frozen(*networks: nn.Module, checkpointing: bool = False) -> Iterator[Callable[[], bool]]:
     """Let gradients flow through networks to their inputs alone, while the block runs.
 
-    No gradient of a weight is computed. A convolution then needs none of its input for its
-    gradient, so it keeps none. Outputs and gradients stay what they are, to rounding.
+    No gradient of a weight is computed. A convolution then does not need its input in the backward
+    pass, so it does not keep it. Outputs and gradients stay the same, up to rounding.
 
     Args:
         networks: any modules.
@@ -29,7 +29,7 @@ def frozen(*networks: nn.Module, checkpointing: bool = False) -> Iterator[Callab
         that changes nothing.
     """
     with ExitStack() as stack:
-        for module in dict.fromkeys(m for network in networks for m in network.modules()):
+        for module in all_modules(networks):
             for parameter in module.parameters(recurse=False):
                 if parameter.requires_grad:
                     stack.callback(parameter.requires_grad_, True)

@@ -21,10 +21,10 @@ RECORDING = Lock()
 class Graphs:
     """Call a function of tensors, and replay CUDA graphs of its calls.
 
-    A call of a UNet launches thousands of kernels, and for a few windows the processor takes longer
-    to launch them than a GPU to run them. The first call with tensors of some shapes runs as it is,
-    and chooses kernels. The second is recorded. It and all later ones are replayed. Hooks of
-    modules run in the first two only.
+    A call of a UNet launches thousands of kernels, and for a few windows the CPU takes longer to
+    launch them than a GPU takes to run them. For each set of shapes, the first call runs as it is,
+    so that libraries choose their kernels. The second records a graph, which it and all later calls
+    replay. Hooks of modules run only in the first two calls.
 
     Calls on other devices, and those that keep what a gradient needs, run as they are. So do all
     calls once memory has run out, since graphs keep the memory that their largest call needs.
@@ -51,7 +51,7 @@ class Graphs:
 
     def _replay(self, arguments: Arguments) -> Tensor:
         """Call the function as it is, record it, or replay it."""
-        shapes = tuple(None if part is None else part.shape for part in arguments)
+        shapes = tuple(None if each is None else each.shape for each in arguments)
         if shapes not in self._recordings:
             result = self._function(*arguments)
             self._recordings[shapes] = None
@@ -95,8 +95,8 @@ def record(function: Function, arguments: Arguments, pool: Any = None) -> Record
         pool: memory of an earlier graph to share. Graphs that share memory must not run at the
             same time, and their results must be read before the next one runs.
     """
-    own = tuple(None if part is None else part.clone() for part in arguments)
-    device, graph = next(part.device for part in own if part is not None), torch.cuda.CUDAGraph()
+    own = tuple(None if each is None else each.clone() for each in arguments)
+    device, graph = next(each.device for each in own if each is not None), torch.cuda.CUDAGraph()
     with (
         RECORDING,
         torch.cuda.device(device),

@@ -10,12 +10,12 @@ DEPTH = 3
 
 @contextmanager
 def interruptible(poll: Callable[[], None], *networks: nn.Module) -> Iterator[None]:
-    """Call a function before every block of networks runs, while the `with` block runs.
+    """Call `poll` before every block of the networks runs, while the context is active.
 
-    A block is a module of at most DEPTH levels below its network, such as one of the UNet's down
-    blocks. Hooks on every layer would cost a GPU time to launch its kernels.
+    A block is a network, or a module at most DEPTH levels below it, such as one of the UNet's down
+    blocks. Hooks on every layer would delay the launch of a GPU's kernels.
 
-    An exception that it raises leaves the block. On exit, also by an exception, the modules are as
+    An exception that `poll` raises ends the run. On exit, also by an exception, the modules are as
     they were.
     """
     with ExitStack() as stack:

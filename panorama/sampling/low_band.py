@@ -1,4 +1,4 @@
-"""The low band of latents: what is left of them after a Gaussian."""
+"""The low band of latents: what a Gaussian blur leaves of them."""
 
 from dataclasses import dataclass
 

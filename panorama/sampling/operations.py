@@ -53,7 +53,7 @@ class Prices:
 
 
 def count_prices(unet: Any, vae: Any, perceptual: Any = None) -> Prices:
-    """Count operations on copies of the networks without values."""
+    """Count the operations of the networks, on copies without weights (torch's meta device)."""
     with torch.device("meta"):
         unet, vae, perceptual = (
             network and type(network).from_config(network.config)
@@ -88,7 +88,10 @@ def guided(unet: Any, x: Tensor) -> Tensor:
 def count_operations(
     network: nn.Module, run: Callable[[Tensor], Tensor], x: Tensor, *, gradient: bool = False
 ) -> int:
-    """Count the operations of a call run(x), and of its gradient: two for a multiply and add."""
+    """Count the operations of run(x), with `gradient` those of its backward pass too.
+
+    A multiply-add counts as two operations.
+    """
     with (
         FlopCounterMode(display=False) as counter,
         frozen(network),

@@ -50,7 +50,7 @@ def split_anchors(
     Returns:
         The anchors, one for each part, and all other views.
     """
-    # Exact, so that windows no further apart than a part is long always leave one in each.
+    # Fractions are exact: windows that are at most one part apart always put one in every part.
     belongs = [int(part_position(canvas, parts, view)) for view in views]
     members = [[k for k, part in enumerate(belongs) if part == p] for p in range(parts)]
     middles = [indices[len(indices) // 2] for indices in members]

@@ -158,7 +158,7 @@ def noise_levels(scheduler: Any) -> Mapping[float, NoiseLevel]:
     """Return the noise level of each timestep that was set."""
     timesteps = scheduler.timesteps
     if variance_explodes(scheduler):
-        pairs = zip(timesteps, scheduler.sigmas, strict=False)  # one sigma more, of the end
+        pairs = zip(timesteps, scheduler.sigmas, strict=False)  # the last sigma has no timestep
         return {float(t): NoiseLevel(1.0, float(sigma)) for t, sigma in pairs}
     alpha_bars = scheduler.alphas_cumprod[timesteps.long()].double()
     return {

@@ -99,7 +99,7 @@ class PerceptualGradient:
     decode: Callable[[Tensor], Tensor]  # latents (N, C, h, w) to images (N, 3, H, W) in [-1, 1]
     perceptual: Perceptual
     solver: Solver
-    save_memory: Callable[[], bool] = keep_memory  # after an OOM; True to try the windows again
+    save_memory: Callable[[], bool] = keep_memory  # called when memory runs out; True if it helped
 
     def embed(self, t: Tensor, x: Tensor, noise_pred: Tensor) -> Features:
         """Return the features of the images that windows x (N, C, h, w) are predicted to become."""
@@ -145,7 +145,7 @@ class PerceptualGradient:
 
 @dataclass(frozen=True)
 class Anchors:
-    """One window for each of P parts of the canvas, which other windows are to be like."""
+    """The anchor of each of P parts of the canvas: the window that others are moved towards."""
 
     x: Tensor  # (P, C, h, w)
     noise_pred: Tensor  # (P, C, h, w)

@@ -39,8 +39,8 @@ class Spanning:
 class Fixed:
     """Cover the canvas with overlapping windows that stay where they are, as published.
 
-    The UNet pads a window's edges with zeros, which leaves a faint step in the latents. Here the
-    steps of all iterations add up, and windows that are not synchronised show as panels.
+    The UNet pads a window's edges with zeros, which leaves a faint line in the latents. Here every
+    denoising step leaves it in the same place, so windows that are not synchronised show as panels.
 
     Attributes:
         stride: the widest distance between neighbouring windows, latent cells.
@@ -132,14 +132,14 @@ class Feathered:
 
 
 def refining_starts(length: int, window: int, steps: int, ring: bool) -> list[tuple[int, ...]]:
-    """Return the starts of windows along one axis for each step, as many at each."""
+    """Return the starts of windows along one axis for each step, the same number for each."""
     stride = window * 3 // 4
     check_fit(length, window, stride)
     if ring:
         first = ring_starts(length, window, stride)
         room = ceil(length / len(first))
     else:
-        least = window // 8 if length > window else 0  # of room, so that no edge stays
+        least = window // 8 if length > window else 0  # room to move, so that no edge stays put
         count = ceil((length - window + least) / stride) + 1
         first = tuple(stride * index for index in range(count))
         room = first[-1] + window - length + 1  # by which they may hang over the first end

@@ -1,7 +1,8 @@
 """Model families: their modes, their base models, and the files to fetch.
 
-A family is a folder with a family.toml and a folder for each base model; it goes by its name or its
-path. What the manifest names of a family comes from the hub instead, through a hub cache.
+A family is a folder with a family.toml and a folder for each base model, chosen by its name or its
+path. The files that the manifest lists for a family are fetched from the hub instead, into a hub
+cache.
 """
 
 import logging

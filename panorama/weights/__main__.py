@@ -59,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 continue
             obtain = require if options.offline else ensure_weights
             obtain(family, options.modes, options.dir, thorough=True)
-            print(f"{Cache(options.dir).folder}: all of {family} is there, verified")
+            names = ", ".join(options.modes or [family])
+            print(f"{Cache(options.dir).folder}: every file for {names} is present and verified")
     except (WeightsError, ValueError) as error:
         print(f"fetch-weights: {error}", file=sys.stderr)
         return 1

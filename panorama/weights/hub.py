@@ -73,8 +73,8 @@ class Cache:
     def verify(self, part: Part) -> str:
         """Describe the first wrong file of a part that the cache has entirely, "" for none.
 
-        To read a file takes about as long as to load it, so the stamps of those that were right are
-        kept in `VERIFIED`, where the cache can be written.
+        Reading a file takes about as long as loading it. Verified files are not read again: their
+        stamps are kept in `VERIFIED`, if the cache is writable.
         """
         found = self.locate(part)
         stamps = {stamp(path, file): (path, file) for path, file in found}
@@ -124,7 +124,7 @@ class Cache:
                 return
             logger.warning("%s", problem)
             for place in {path.resolve(), path}:  # the blob, and the link to it
-                place.unlink()
+                place.unlink(missing_ok=True)
         raise WeightsError(problem)
 
     def _download(self, source: Source, file: File) -> tuple[Path, File]:
@@ -137,7 +137,7 @@ class Cache:
             try:
                 return self._from_hub(source, variant.name), variant
             except RemoteEntryNotFoundError:
-                logger.info("there is none; taking single precision")
+                logger.info("%s does not exist; taking single precision", variant.name)
         return self._from_hub(source, last.name), last
 
     def _from_hub(self, source: Source, name: str) -> Path:

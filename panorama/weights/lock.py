@@ -35,7 +35,8 @@ def check_lock(folder: Path) -> None:
         return
     locked, present = read_lock(folder / LOCK), files(folder)
     if own := {top(name) for name in present if name not in locked} & set(OWN):
-        logger.info("%s: %s not verified, since %s has none", folder, ", ".join(sorted(own)), LOCK)
+        names = ", ".join(sorted(own))
+        logger.info("%s: files in %s that %s does not list are not verified", folder, names, LOCK)
     found = hashes(folder, [n for n in present if n in locked or top(n) not in OWN])
     for name in sorted(locked.keys() | found.keys()):
         if problem := compare(locked.get(name), found.get(name)):

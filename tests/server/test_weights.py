@@ -49,7 +49,7 @@ def sha256(content: bytes) -> str:
 
 
 def write_manifest(folder: Path, *sources: str, hashes: bool = True) -> None:
-    """Return a family `small` of one part, its hashes known or not."""
+    """Write the manifest of a family `small` of one part, its hashes known or not."""
     known = {name: f', sha256 = "{sha256(data)}"' if hashes else "" for name, data in FILES.items()}
     files = (f'{{ name = "{name}", size = {len(FILES[name])}{known[name]} }}' for name in FILES)
     folder.mkdir(exist_ok=True)
@@ -431,16 +431,19 @@ def test_a_cache_that_cannot_be_written_serves_what_it_has(hub, folder):
     assert {path: path.lstat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
-def test_snapshots_of_plain_files_are_read_too(hub, folder, tmp_path):
+@pytest.mark.parametrize("name", ["plain", "link"])
+def test_snapshots_of_plain_files_are_read_too(hub, folder, tmp_path, name):
     """As Cog mounts managed weights, or a cache is copied without its links."""
     weights.ensure_weights("small")
     asked, place = len(hub.requests), f"models--first--model/snapshots/{COMMIT}"
     shutil.copytree(folder / place, tmp_path / "plain" / place)
-    assert main(["--dir", str(tmp_path / "plain")]) == 0
+    (tmp_path / "link").symlink_to("plain")
+    cache = tmp_path / name
+    assert main(["--dir", str(cache)]) == 0
     assert len(hub.requests) == asked
-    (tmp_path / "plain" / place / HALF).write_bytes(b"spoilt")
-    assert main(["--dir", str(tmp_path / "plain"), "--offline"]) == 1
-    assert main(["--dir", str(tmp_path / "plain")]) == 0
+    (cache / place / HALF).write_bytes(b"spoilt")
+    assert main(["--dir", str(cache), "--offline"]) == 1
+    assert main(["--dir", str(cache)]) == 0
 
 
 def test_a_folder_is_chosen_by_argument(hub, folder, tmp_path, capsys):

@@ -147,7 +147,7 @@ def test_a_transparent_tiff_is_darker(tmp_path, photometric, channels, alpha, ex
     [
         (np.zeros((32, 64, 2), "u1"), {"photometric": "minisblack"}, "2 samples"),
         (np.zeros((32, 64, 5), "u1"), {"photometric": "rgb"}, "5 samples"),
-        (np.zeros((32, 64), "c8"), {"photometric": "minisblack"}, "no number"),
+        (np.zeros((32, 64), "c8"), {"photometric": "minisblack"}, "not real numbers"),
         (np.zeros((16, 32, 32), "u1"), {"volumetric": True, "tile": (16, 16, 16)}, "samples"),
     ],
     ids=["an unnamed sample", "two", "complex numbers", "a volume"],

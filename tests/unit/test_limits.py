@@ -64,7 +64,9 @@ def test_a_tall_strip_of_one_prompt_is_named(
     models: Models, caplog: pytest.LogCaptureFixture
 ) -> None:
     (found,) = warnings(models, caplog, prompt="the sea", width=256, height=1024)
-    assert re.match(r"height=1024: this family has learned images 256 high.*README\.md$", found)
+    assert re.match(
+        r"height=1024: this family was trained on images 256 pixels high.*README\.md$", found
+    )
 
 
 def test_a_family_may_have_no_limits() -> None:

@@ -100,7 +100,7 @@ def test_a_safety_checker_of_the_deployer_may_be_added_and_locked(
     with caplog.at_level(logging.INFO):
         verify(str(family))
     assert caplog.messages == [
-        f"{family}: licences, safety_checker not verified, since {LOCK} has none"
+        f"{family}: files in licences, safety_checker that {LOCK} does not list are not verified"
     ]
     main(["--lock", str(family)])
     (family / "safety_checker" / "config.json").unlink()

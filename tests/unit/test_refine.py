@@ -316,7 +316,7 @@ def test_what_a_pole_changes_in_perspective_is_added_there(
     monkeypatch.setattr("panorama.pipeline.POLE_STRENGTH", strength)
     pipe, image = Pipeline(base), picture(256, 512)
     fixed = pipe.fix_poles(sphere(), image, {up: "clear sky"}, noise_of())
-    view = replace(pipe.face(sphere()), prompt="clear sky")
+    view = replace(pipe.pole_settings(sphere()), prompt="clear sky")
     face = Face(up, view.height)
     shown = face.show(image)
     x0, noise = pipe.encode_image(view, shown), pipe.noise(view, noise_of())

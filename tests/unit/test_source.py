@@ -87,7 +87,7 @@ def cut(path: Path) -> None:
 
 
 def damaged(path: Path) -> None:
-    """Return a PNG that decodes, with a byte of the checksum of its pixels changed."""
+    """Write a PNG that decodes, with a byte of the checksum of its pixels changed."""
     save(path)
     data = bytearray(path.read_bytes())
     end = data.rindex(b"IEND") - 4  # after the checksum
