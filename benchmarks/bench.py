@@ -1,10 +1,14 @@
-"""The cost of a panorama against the published loop: operations, time, memory, as ratios.
+"""Compare the cost of a panorama with the published loop's: operations, time, memory.
 
-operations: counted at the published configurations. time: of a panorama's denoising on the tiny
-family, the median of a few rounds; of 50 steps, and of their sync steps, a fifth is taken and
-counts five times. diffusers: its pipeline on the same windows; beside exact, two of 50 steps in
-more rounds. scale: canvases of 4, 16 and 64 windows' width. true-size: one sync step of two windows
-on the published configurations, random weights.
+Each section prints a table. Ratios are of the published loop's cost to ours.
+
+- operations: counted on the configurations of Stable Diffusion 2 base.
+- time: seconds to denoise a panorama with the tiny family, the median of a few rounds. Of 50 steps
+  a fifth are run, with a fifth of their sync steps, and the seconds are multiplied by five.
+- diffusers: denoising without synchronising against diffusers' panorama pipeline: `fast`, and our
+  sampler on the same windows. The latter runs two of 50 steps, in more rounds.
+- scale: memory and time of canvases as wide as 4, 16 and 64 windows.
+- true-size: one sync step of two windows on networks of the published sizes, with random weights.
 """
 
 import argparse

@@ -78,7 +78,7 @@ class Cost:
     result: Any
 
     def of(self, part: int, whole: int) -> float:
-        """Return the seconds of a whole number of steps, of which a part was taken."""
+        """Return the seconds of `whole` steps, given that this call took `part` of them."""
         return self.seconds * whole / part
 
 

@@ -35,7 +35,7 @@ from panorama.sampling.presets import EXACT, FAST, Preset
 from panorama.sampling.synchronize import SyncSettings
 from panorama.sampling.views import Fixed
 from weights.train.export import load_judge
-from weights.train.measure import Wish, features, strangeness
+from weights.train.measure import Wish, features, frechet_distance
 from weights.train.recognise import Judge, read
 from weights.train.scenes import LAND_WORDS
 
@@ -183,7 +183,7 @@ def row(
         f"{mean(f['repetition'] for f in found):.3f}",
         f"{varieties(judge, found):.3f}",
         f"{mean(right for f in found for right in f['right']):.3f}",
-        f"{strangeness(torch.cat([f['features'] for f in found]), singles):.2f}",
+        f"{frechet_distance(torch.cat([f['features'] for f in found]), singles):.2f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -259,7 +259,7 @@ def main() -> None:
             points.append((way, name, cost(way, networks), mean(f["distance"] for f in found)))
     if options.plot:
         plot(points, options.plot)
-    floor = strangeness(singles[::2], singles[1::2])
+    floor = frechet_distance(singles[::2], singles[1::2])
     print(f"\nOne half of the single windows from the other, so of fewer: {floor:.2f}")
 
 

@@ -28,7 +28,7 @@ from panorama.pipeline import Pipeline
 from panorama.quality import edge_ratio, seam_ratio, sharpness
 from panorama.request import Request
 from weights.train import dataset, scenes
-from weights.train.depths import DepthReader, around, cells, correlation, depth_image
+from weights.train.depths import DepthReader, cells, correlation, depth_image, subtract_row_means
 from weights.train.sdxl import PREFIX
 
 VERSIONS: Mapping[str, Mapping[str, Any]] = {
@@ -90,7 +90,7 @@ class Maker:
 
 
 def over_renders(measure: Callable[[Tensor], float], found: list[Scene], version: str) -> float:
-    """Return the mean of a measure over that of the renders at the same size; nan if larger."""
+    """Return a measure's mean divided by that of renders at the same size; nan above their size."""
     images = [scene.images[version] for scene in found]
     if images[0].shape[-1] > found[0].render.shape[-1]:
         return float("nan")
@@ -99,20 +99,20 @@ def over_renders(measure: Callable[[Tensor], float], found: list[Scene], version
 
 
 def summed(measure: Callable[[Tensor], float], found: list[Scene], version: str) -> float:
-    """Return a sum over all images, at the base's size, over that of the renders."""
+    """Return a measure's sum over all images, at the base's size, divided by the renders' sum."""
     ours = sum(measure(at_size_of(s.images[version], s.base)) for s in found)
     return ours / sum(measure(at_size_of(s.render, s.base)) for s in found)
 
 
 def bicubic(found: list[Scene], version: str) -> float:
-    """Return the sharpness over renders of the base, enlarged by bicubic interpolation alone."""
+    """Return the sharpness of the base, enlarged by bicubic resampling, relative to renders."""
     size = found[0].images[version].shape[-2:]
     enlarged = [replace(s, images={"": resize(s.base, size, "x")}) for s in found]
     return over_renders(sharpness, enlarged, "")
 
 
 def repeated(found: list[Scene], version: str, window: int) -> float:
-    """Return the repetition over that of the enlarged base."""
+    """Return the mean repetition divided by that of the enlarged base."""
     images = [scene.images[version] for scene in found]
     bases = [resize(scene.base, images[0].shape[-2:], "x") for scene in found]
     measure = partial(repetition, window=window, ring=True)
@@ -168,5 +168,11 @@ def print_depths(make: Maker, found: list[Scene], reader: DepthReader) -> None:
                 image = make(scene, seed, name, upscale=factor, depth_image=path)
             with torch.no_grad():
                 seen = reader(at_size_of(image, scene.base) * 2 - 1)
-            values.append(float(correlation(around(seen), around(cells(scene.depth[None])))))
+            values.append(
+                float(
+                    correlation(
+                        subtract_row_means(seen), subtract_row_means(cells(scene.depth[None]))
+                    )
+                )
+            )
         print(f"upscale {factor}: depth followed, less each row's mean: {mean(values):.3f}")

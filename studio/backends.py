@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from panorama.modes import Models
 
 OnStep = Callable[[int, int, "Callable[[], Image] | None"], None]
-"""Called with the number of a step, the number of steps, and what makes a preview, if anything."""
+"""Called with the number of a step, the number of steps, and a function for a preview, or None."""
 FAILED = re.compile(r"^(Prediction failed: )*(ValueError: )?")  # what Cog puts before an error
 STEP = re.compile(r"^step (\d+)/(\d+)$", re.MULTILINE)  # in a prediction's log
 LOOPBACK = ("localhost", "127.0.0.1", "::1")

@@ -78,7 +78,7 @@ def build_component(rule: Input, default: Any, choices: Sequence[Any]) -> gr.com
 
 
 def describe(rule: Input) -> str:
-    """Return HTML of an input's range and description, with what can be opened."""
+    """Return HTML of an input's range and description, folded after its first sentence."""
     first, stop, rest = rule.description.partition(". ")
     if rule.minimum > -inf:
         upper = f"{rule.minimum} to {rule.maximum}"
@@ -99,7 +99,7 @@ def read_inputs(fields: Iterable[Field], values: Mapping[Any, Any], mode: str) -
 
 
 def parse(rule: Input, value: Any) -> Any:
-    """Return the value of an input that a component stands for, or else a text to refuse."""
+    """Return a component's value as the input's type, or as it is, for `Request` to refuse."""
     if rule.kind is Path:
         return Path(value)
     if rule.kind in (int, float) and isinstance(value, str):

@@ -62,7 +62,7 @@ class Step:
 
     number: int
     total: int
-    preview: Image.Image | None  # None for the one before
+    preview: Image.Image | None  # None to keep showing the last one
 
 
 def run(backend: Backend, request: Request, stopped: Event) -> Iterator[Step | bytes]:

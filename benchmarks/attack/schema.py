@@ -31,7 +31,7 @@ CHEAP: dict[str, dict[str, Any]] = {
     "num_inference_steps": {"default": 1, "maximum": 1},
     "upscale": {"default": 1, "maximum": 2},
 }
-"""Limits that keep a legal image short; without them most time would go into a few."""
+"""Limits that keep a legal image quick to make; otherwise a few would take most of the time."""
 LARGEST = 16384
 """Sizes above it are not legal, and cost nothing."""
 

@@ -81,7 +81,9 @@ def main() -> int:
     """Run the rows that were asked for; return 1 if one of them failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     names = [row.name for row in ROWS]
-    parser.add_argument("--minutes", type=float, default=10, help="a row that takes longer waits")
+    parser.add_argument(
+        "--minutes", type=float, default=10, help="skip rows that would take longer"
+    )
     parser.add_argument("--rows", default=",".join(names), help="by name; default: all")
     parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder")
     options = parser.parse_args()

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from panorama.base_model import BaseModel, load_base_model
 from panorama.conditioning.lora import load_tokens, lora_applied, read_lora
+from panorama.images.sphere import Face
 from panorama.images.vae import decode
 from panorama.modes import load
 from panorama.request import Request
@@ -35,7 +36,14 @@ from weights.train import (
     tiny_vae,
     views,
 )
-from weights.train.depths import CELL, DepthReader, around, cells, correlation, depth_image
+from weights.train.depths import (
+    CELL,
+    DepthReader,
+    cells,
+    correlation,
+    depth_image,
+    subtract_row_means,
+)
 from weights.train.fit import Work
 from weights.train.sdxl import Captions, Spheres, TextToSphere, time_ids, warm_start
 from weights.train.views import halve, look
@@ -175,7 +183,7 @@ def test_correlation_is_that_of_each_image() -> None:
 
 def test_around_leaves_nothing_that_follows_from_the_elevation() -> None:
     rows = torch.linspace(0, 1, 5)[None, :, None].expand(1, 5, 7)
-    assert around(rows).abs().max() < 1e-6
+    assert subtract_row_means(rows).abs().max() < 1e-6
 
 
 def test_the_reader_sees_cells() -> None:
@@ -485,19 +493,6 @@ def test_the_first_model_and_its_features_load_from_where_they_are_exported(
     assert {weight.dtype for weight in stored.values()} == {torch.float16}
 
 
-def test_a_blur_is_a_gaussian_and_leaves_flat_latents_as_they_are() -> None:
-    flat = torch.tensor([1.0, -2.0])[None, :, None, None].expand(1, 2, 20, 24)
-    torch.testing.assert_close(tiny_vae.blur(flat, 3.0), flat)
-    impulse = torch.zeros(1, 2, 41, 41)
-    impulse[:, :, 20, 20] = 1
-    places = torch.arange(41.0) - 20
-    for sigma in (0.0, 1.5, 4.0):
-        spread = tiny_vae.blur(impulse, sigma)[0, 1]
-        assert torch.allclose(spread, spread.mT)
-        variance = (spread.sum(0) * places**2).sum()
-        assert variance == pytest.approx(sigma**2, rel=0.05)
-
-
 def test_early_latents_lie_beyond_the_blurred_ones_away_from_another_image(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -510,17 +505,6 @@ def test_early_latents_lie_beyond_the_blurred_ones_away_from_another_image(
         strengths.append(float(((early - latents) / away).median()))
         torch.testing.assert_close(early, latents + strengths[-1] * away)
     assert 0 <= min(strengths) < 0.6 and 2.4 < max(strengths) <= tiny_vae.GUIDANCE
-
-
-def test_windows_of_latents_come_from_all_sets_and_wrap() -> None:
-    columns = torch.arange(64.0).expand(1, 4, 32, 64)
-    sets = [columns + 100 * kind for kind in range(2)]
-    drawn = tiny_vae.draw_windows(sets, 60, torch.Generator().manual_seed(0))
-    assert drawn.shape == (60, 4, 32, 32)
-    assert {int(window[0, 0, 0]) // 100 for window in drawn} == {0, 1}
-    for window in drawn:
-        kind, left = divmod(int(window[0, 0, 0]), 100)
-        assert torch.equal(window[1, 5], (left + torch.arange(32.0)) % 64 + 100 * kind)
 
 
 @pytest.mark.parametrize("scale", [1, 2])
@@ -591,8 +575,8 @@ def test_views_show_spheres_from_a_column_on_and_are_labelled() -> None:
     places = recognise.draw_places(sets, torch.Generator().manual_seed(0))
     spheres = [views.channels_first(images.rgb) for images in sets]
     shown = {
-        recognise.WINDOWS: lambda image: image[scenes.STRIP, :256],
-        recognise.SPHERES: halve,
+        recognise.WINDOW_VIEW: lambda image: image[scenes.STRIP, :256],
+        recognise.SPHERE_VIEW: halve,
     }
     for view, show in shown.items():
         images = iter(view.show(spheres, places))
@@ -614,20 +598,15 @@ def test_half_the_size_is_the_mean_of_four_pixels() -> None:
 
 
 @pytest.mark.parametrize("up", [True, False])
-def test_a_look_shows_what_lies_in_each_direction(up: bool) -> None:
-    """On a sphere whose colours are its own coordinates."""
+def test_a_look_shows_the_view_that_fix_poles_redraws(up: bool) -> None:
+    """On a sphere that is brighter the higher it is."""
     height = 256
-    rows, columns = np.mgrid[:height, : 2 * height]
-    elevation = np.pi * (0.5 - (rows + 0.5) / height)
-    azimuth = np.pi * (columns + 0.5) / height
-    vectors = np.stack([np.cos(elevation) * np.sin(azimuth), np.cos(elevation) * np.cos(azimuth),
-                        np.sin(elevation)], -1)  # fmt: skip
-    seen = look(((vectors + 1) * 127.5).round().astype(np.uint8), up=up) / 127.5 - 1
-    places = 2 * (np.arange(256) + 0.5) / 256 - 1
-    x, y = np.broadcast_to(places[None], (256, 256)), np.broadcast_to(places[:, None], (256, 256))
-    rays = np.stack([x, y if up else -y, np.full_like(x, 1 if up else -1)], -1)
-    rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
-    assert np.abs(seen - rays).max() < 0.03
+    heights = np.sin(np.pi * (0.5 - (np.arange(height) + 0.5) / height))[:, None, None]
+    sphere = ((heights + 1) * 127.5).round().astype(np.uint8).repeat(2 * height, 1).repeat(3, 2)
+    places = np.tan(np.radians(Face(up, 256).field / 2)) * (2 * (np.arange(256) + 0.5) / 256 - 1)
+    expected = (1 if up else -1) / np.sqrt(1 + places[:, None] ** 2 + places**2)
+    seen = look(sphere, up=up) / 127.5 - 1
+    assert np.abs(seen - expected[..., None]).max() < 0.03
 
 
 def read_pixels(image: torch.Tensor) -> np.ndarray:
@@ -652,15 +631,15 @@ def test_spheres_are_measured_as_requests_make_them(
     assert not np.array_equal(*made)
 
 
-@pytest.mark.parametrize("mode", measure.SPHERES)
+@pytest.mark.parametrize("mode", measure.SPHERE_INPUTS)
 def test_spheres_follow_a_depth_image(
     mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save_family(tmp_path, modes=[mode], width=256, height=128, guidance_scale=3.0)
     monkeypatch.setattr(measure, "STEPS", 1)
-    if measure.SPHERES[mode]:
-        small = {**measure.SPHERES[mode], "width": 256, "height": 128}
-        monkeypatch.setitem(measure.SPHERES, mode, small)
+    if measure.SPHERE_INPUTS[mode]:
+        small = {**measure.SPHERE_INPUTS[mode], "width": 256, "height": 128}
+        monkeypatch.setitem(measure.SPHERE_INPUTS, mode, small)
     make = measure.make_spheres(load(str(tmp_path), device="cpu"), mode, 0.8)
     depth = torch.rand(128, 256, generator=torch.Generator().manual_seed(0))
     without, followed, again = (make("sea", 5, depth=d) for d in (None, depth, depth))

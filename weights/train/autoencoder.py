@@ -38,7 +38,7 @@ class Stage:
     crops: tuple[tuple[int, int, int], ...]  # height, width, count; one is drawn for each batch
     squared: float  # weight of the squared error
     smooth: float  # weight of the gradients' relative error
-    even: float = 0.0  # weight of the difference between the gradients' profiles over a cell
+    even: float = 0.0  # weight of the error of `cell_profile`
 
 
 SMALL = Stage(
@@ -119,7 +119,7 @@ def reconstruction_loss(image: Tensor, target: Tensor, stage: Stage) -> Tensor:
 
 
 def cell_profile(gradient: Tensor, axis: int) -> Tensor:
-    """Return the logarithms (N, FACTOR) of a gradient's (N, 3, H, W) strength across a cell."""
+    """Return the log of the mean step at each place within a cell, (N, FACTOR), along an axis."""
     steps = gradient.abs().movedim(axis, -1).mean((1, 2))  # (N, steps)
     steps = steps[:, : steps.shape[1] // FACTOR * FACTOR].unflatten(1, (-1, FACTOR))
     return (steps.mean(1) + LEVEL / 10).log()
@@ -164,7 +164,7 @@ def train(work: Work) -> AutoencoderKL:
         tensors = (to_tensor(image[None]).to(device()) for image in some)
         latents = [model.encode(tensor).latent_dist.mean for tensor in tensors]
     model.register_to_config(scaling_factor=1 / float(torch.stack(latents).std()))
-    # Rounded as the files are: all that is trained after it reads the same latents again.
+    # Rounded as in the files, so that all later stages see the same latents.
     return model.half().float().eval()
 
 
@@ -185,7 +185,7 @@ HALVED = Version("small", halve)
 def encode(work: Work, vae: AutoencoderKL, kind: str, version: Version = Version()) -> Tensor:
     """Encode the training images of a kind; a file in the work folder keeps the latents.
 
-    Other weights of the encoder, or another number of images, give another file.
+    Its name has a hash of the encoder's weights and the number of images: a change encodes again.
 
     Returns:
         The scaled latents, (N, 4, H / 8, W / 8), on the CPU.
@@ -244,10 +244,10 @@ def draw_encoded(
 def train_decoder(work: Work, model: AutoencoderKL) -> AutoencoderKL:
     """Train the decoder on latents like those that a UNet makes; the encoder does not change.
 
-    A UNet makes latents as they are cut out of a sphere, with some noise left in them. A decoder
-    that was trained only on crops encoded on their own draws a border around such latents, and
-    turns the noise into stains. Half of the batches have latents cut out of those of whole spheres,
-    with noise. The crops of the other half are encoded on their own, without noise.
+    A UNet's latents look like crops of a whole sphere's latents, with a little noise left in them.
+    A decoder trained only on crops that were encoded on their own draws a border around such
+    latents, and turns the noise into stains. So half of the batches are crops of whole spheres'
+    latents with noise added. The other half are crops encoded on their own, without noise.
     """
     model.requires_grad_(False).to(device())
     for part in (model.decoder, model.post_quant_conv):

@@ -11,7 +11,14 @@ from torch.nn import functional as F
 from weights.train import dataset
 from weights.train.device import device, on_device
 from weights.train.fit import Batch, Plan, Work, fit
-from weights.train.recognise import JUDGE_CHANNELS, SPHERES, WINDOWS, Blocks, disturb, draw_places
+from weights.train.recognise import (
+    JUDGE_CHANNELS,
+    SPHERE_VIEW,
+    WINDOW_VIEW,
+    Blocks,
+    disturb,
+    draw_places,
+)
 from weights.train.views import channels_first
 from weights.train.windows import draw_number
 
@@ -19,16 +26,16 @@ PLAN = Plan("depth-360", steps=2000, learning_rate=2e-3, average=0.99, warmup=10
 FINEST = 3  # blocks, after which features are fine enough to read depth from
 CELL = 2**FINEST  # pixels
 SHAPES = 0.2
-"""The weight of shapes in the error of depth. Without it networks learn what is the same in every
-row, ground below and sky above, and little else.
+"""The weight of shapes in the error of depth. Without it, networks learn little more than the mean
+of each row: near ground below, far sky above.
 """
 
 
 def depth_image(distance: NDArray[np.floating]) -> NDArray[np.float32]:
-    """Return the depth image (H, W) of distances (H, W): the root of the nearest over each.
+    """Return the depth image (H, W) of distances (H, W): sqrt(nearest / distance).
 
-    It is 1 where it is nearest and 0 for the sky, which is at inf. The root keeps apart what is far
-    off: 0.17 and 0.12 for ridges at 200 m and 400 m above ground at 6 m.
+    The nearest point is 1, and the sky, at inf, is 0. The square root keeps distant things apart:
+    above ground at 6 m, ridges at 200 m and 400 m are 0.17 and 0.12.
     """
     metres = np.asarray(distance, np.float32)
     return np.sqrt(metres.min() / metres)
@@ -67,7 +74,7 @@ def train(work: Work) -> DepthReader:
     depths = [depth_images(images.distance) for images in sets]
 
     def draw(generator: torch.Generator) -> Batch:
-        view = (WINDOWS, SPHERES)[draw_number(2, generator)]
+        view = (WINDOW_VIEW, SPHERE_VIEW)[draw_number(2, generator)]
         places = draw_places(sets, on_device(generator))
         images = disturb(view.show(spheres, places), generator)
         cuts = view.cut(depths, places, dataset.COARSER).float()
@@ -102,10 +109,10 @@ def correlation(first: Tensor, second: Tensor) -> Tensor:
 
 def error(seen: Tensor, depth: Tensor) -> Tensor:
     """Return the error of depth (N, h, w), and of its shapes, less each row's mean."""
-    alike = correlation(around(seen), around(depth))
+    alike = correlation(subtract_row_means(seen), subtract_row_means(depth))
     return F.l1_loss(seen, depth) + SHAPES * (1 - alike.mean())
 
 
-def around(depth: Tensor) -> Tensor:
+def subtract_row_means(depth: Tensor) -> Tensor:
     """Subtract the mean of each row, which follows from the elevation, from depth (N, h, w)."""
     return depth - depth.mean(-1, keepdim=True)

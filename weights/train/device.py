@@ -28,5 +28,5 @@ def mixed_precision() -> torch.autocast:
     """Compute in bfloat16 where it is faster than single precision."""
     kind = device().type
     cuda = kind == "cuda"
-    # A CUDA graph keeps no casts of weights from one replay to the next.
+    # No cache of cast weights: a replayed CUDA graph has to cast the updated weights anew.
     return torch.autocast(kind, torch.bfloat16, cuda or has_bfloat16(), cache_enabled=not cuda)

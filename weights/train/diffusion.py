@@ -43,8 +43,8 @@ def build_tokenizer() -> CLIPTokenizer:
     trainer = trainers.BpeTrainer(
         vocab_size=1000,
         initial_alphabet=letters,
-        # Known from the start, or they are numbered as a hash table has it: that decides between
-        # pairs as frequent as each other, and the vocabulary would not be the same every time.
+        # Declared from the start. Otherwise they are numbered in hash order, which decides between
+        # equally frequent pairs, and the vocabulary would differ from run to run.
         special_tokens=endings,
         end_of_word_suffix="</w>",
         show_progress=False,
@@ -126,9 +126,9 @@ class TextToImage(nn.Module):
 def uneven_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Draw noise (N, C, h, w) with somewhat more low frequencies than white noise.
 
-    The schedule ends with a little signal left, enough to read an image's large areas off white
-    noise. Images begin with no signal at all, so their colours have to come from the caption:
-    this noise hides them in training too ("offset noise").
+    At its last timestep the schedule leaves a little signal, enough to read the colours of large
+    areas through white noise. Generation starts from pure noise, where these colours have to come
+    from the caption. This noise ("offset noise") hides them in training too.
     """
     place = generator.device
     noise = torch.randn(shape, generator=generator, device=place)
@@ -147,12 +147,11 @@ class Noisy(NamedTuple):
     alpha_bar: Tensor  # (N, 1, 1, 1)
 
     def error(self, noise_pred: Tensor) -> Tensor:
-        """Return the error of the predicted noise.
+        """Return the error of the predicted noise: that of x0, weighted by SNR clamped to [0.2, 5].
 
-        It is that of x0, weighted by the SNR clamped to [0.2, 5]. The upper bound is that of
-        Min-SNR (arXiv 2303.09556). The lower one makes up for how little the error of the noise
-        says about x0 where there is next to nothing but noise, which is where the colours of large
-        areas are decided.
+        The upper bound is that of Min-SNR (arXiv 2303.09556). The lower bound gives weight to the
+        noisiest timesteps: the colours of large areas are decided there, but even a wrong x0 hardly
+        shows in the error of the noise.
         """
         error = F.mse_loss(noise_pred, self.noise, reduction="none").mean((1, 2, 3))
         snr = (self.alpha_bar / (1 - self.alpha_bar)).flatten()
@@ -164,9 +163,9 @@ class Noisy(NamedTuple):
 
 
 def add_noise(x0: Tensor, generator: torch.Generator, draws: int = 1) -> Noisy:
-    """Draw noise for latents x0 (N, C, h, w), and the latest of some timesteps for each.
+    """Add noise to latents x0 (N, C, h, w), at the largest of `draws` random timesteps for each.
 
-    The generator is of their device.
+    The generator must be on their device.
     """
     steps = SCHEDULER.config.num_train_timesteps
     t = torch.randint(steps, (draws, len(x0)), generator=generator, device=x0.device).amax(0)

@@ -22,8 +22,8 @@ TINY = Path(__file__).parent.parent / "tiny"
 SD2, SDXL = "sd2", "sdxl"  # folders of the family
 JUDGES = Path(__file__).parent / "judges"
 DISTANCE_SCALE = 0.5
-"""The strength of a sync_weight of 20. Of 0.3, 0.5 and 1.7, tried on the first seeds of
-`script/coherence`, this value left windows most alike.
+"""The factor of the perceptual distance, which decides how strong the default sync_weight of 20 is.
+Of 0.3, 0.5 and 1.7, it made windows most alike on the first seeds of `script/coherence`.
 """
 
 

@@ -39,7 +39,7 @@ class Work:
 
 
 class OutOfTime(Exception):
-    """The deadline came before the end of a training; a checkpoint has what was done."""
+    """The deadline passed before a training was finished; its checkpoint holds the progress."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Gradients:
 
 
 def fit(model: Network, draw: Draw, loss: Loss, plan: Plan, work: Work) -> Network:
-    """Train a model in place, from the last of its `checkpoints/` in the work folder.
+    """Train a model in place, resuming from its checkpoint in the work folder if there is one.
 
-    Weights that need no gradient stay. Buffers are not averaged, so they must not change.
+    Frozen weights keep their values. Buffers are not averaged, so they must not change.
 
     Returns:
         The trained model, its weights averaged if the plan says so.
@@ -128,10 +128,7 @@ def fit(model: Network, draw: Draw, loss: Loss, plan: Plan, work: Work) -> Netwo
     model.to(device())
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        learned,
-        plan.learning_rate,
-        (0.9, 0.99),
-        fused=device().type == "cuda",
+        learned, plan.learning_rate, (0.9, 0.99), fused=device().type == "cuda"
     )
     average = copy.deepcopy(model).requires_grad_(False) if plan.average else model
     means, values = list(average.parameters()), list(model.parameters())

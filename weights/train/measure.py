@@ -27,7 +27,14 @@ from panorama.quality import sharpness
 from panorama.request import INPUTS, ModeSettings, Request
 from weights.train import autoencoder, dataset, rooms, scenes
 from weights.train.__main__ import WORK
-from weights.train.depths import CELL, DepthReader, around, cells, correlation, depth_image
+from weights.train.depths import (
+    CELL,
+    DepthReader,
+    cells,
+    correlation,
+    depth_image,
+    subtract_row_means,
+)
 from weights.train.export import load_judge
 from weights.train.recognise import ATTRIBUTES, SPHERE_ATTRIBUTES, WINDOW, Judge, read
 from weights.train.scenes import LAND_WORDS, TIME_WORDS
@@ -209,7 +216,7 @@ def measure_likeness(make: Make, judge: Judge, given: Measuring) -> None:
         print(
             f"{len(ours)} windows of captions {name}: "
             f"sharpness over that of renders {sharpness(ours) / sharpness(renders):.3f}, "
-            f"Frechet distance over the variance {strangeness(*seen):.3f}",
+            f"Frechet distance over the variance {frechet_distance(*seen):.3f}",
             flush=True,
         )
 
@@ -220,7 +227,7 @@ def features(judge: Judge, windows: Tensor) -> Tensor:
     return judge.blocks(windows)[-1].mean((2, 3))
 
 
-def strangeness(found: Tensor, singles: Tensor) -> float:
+def frechet_distance(found: Tensor, singles: Tensor) -> float:
     """Return how far features (N, C) are from those of single windows (M, C), over their variance.
 
     It is the Frechet distance of the normal distributions, as in FID.
@@ -234,7 +241,7 @@ def strangeness(found: Tensor, singles: Tensor) -> float:
 
 def lora_scales(settings: ModeSettings) -> tuple[float, ...]:
     """Return the strengths of the LoRA to measure: the default of requests, and none."""
-    return (float(INPUTS["lora_scale"].default), 0.0) if settings.tokens else (0.0,)
+    return (float(INPUTS["lora_scale"].default), 0.0) if settings.has_lora else (0.0,)
 
 
 def measure_sdxl_360(given: Measuring) -> None:
@@ -253,7 +260,7 @@ def measure_sdxl_360(given: Measuring) -> None:
             print(f"with lora_scale {scale:g}, {len(wishes) * seeds} {kind}, {name}: {share:.1%}")
 
 
-SPHERES: dict[str, Mapping[str, Any]] = {
+SPHERE_INPUTS: dict[str, Mapping[str, Any]] = {
     "sdxl-360": {},
     "syncdiffusion-xl": {"width": 2 * WINDOW, "height": WINDOW, "loop_closure": True},
 }
@@ -262,7 +269,7 @@ SPHERES: dict[str, Mapping[str, Any]] = {
 
 def make_spheres(models: Models, mode: str, lora_scale: float) -> Make:
     """Return a maker of spheres with a strength of the LoRA, as requests make them."""
-    return partial(make_prompted, models, mode=mode, lora_scale=lora_scale, **SPHERES[mode])
+    return partial(make_prompted, models, mode=mode, lora_scale=lora_scale, **SPHERE_INPUTS[mode])
 
 
 def measure_depths(given: Measuring, mode: str) -> None:
@@ -300,7 +307,10 @@ def correlations(make: Make, held_out: dataset.Images, kind: str) -> dict[str, l
             seen = {name: reader(image) for name, image in images.items()}
             expected = cells(torch.from_numpy(depth_image(held_out.distance[index]))[None])
         for name, one in seen.items():
-            pair = [correlation(one, expected), correlation(around(one), around(expected))]
+            pair = [
+                correlation(one, expected),
+                correlation(subtract_row_means(one), subtract_row_means(expected)),
+            ]
             found.setdefault(name, []).append(torch.cat(pair))
     return {name: torch.stack(values).mean(0).tolist() for name, values in found.items()}
 
@@ -350,7 +360,7 @@ def main() -> None:
         print(f"{mode}:")
         if mode in MEASURES and not arguments.depths_only:
             MEASURES[mode](given)
-        if mode in SPHERES:
+        if mode in SPHERE_INPUTS:
             measure_depths(given, mode)
 
 

@@ -123,12 +123,12 @@ class Judge(nn.Module):
 WINDOW = 256  # pixels
 WIDE = 2 * scenes.HEIGHT // 8  # columns of a sphere that views may begin at
 Place = tuple[Tensor, Tensor]
-"""The numbers (N,) of images of a kind, and the columns (N,) that views of them begin at."""
+"""The indices (N,) of images of a kind, and the first columns (N,) of views of them."""
 
 
 @dataclass(frozen=True)
 class View:
-    """The part of a sphere, from a first column on, that a network sees."""
+    """The rows and the size of a view of a sphere. Its first column is drawn."""
 
     top: int  # the first row
     size: tuple[int, int]  # height and width before it is made smaller
@@ -149,8 +149,8 @@ class View:
         return F.avg_pool2d(to_range(self.cut(spheres, places)), self.factor)
 
 
-WINDOWS = View(scenes.STRIP.start, (WINDOW, WINDOW), factor=1)
-SPHERES = View(0, (scenes.HEIGHT, 2 * scenes.HEIGHT), factor=2)
+WINDOW_VIEW = View(scenes.STRIP.start, (WINDOW, WINDOW), factor=1)
+SPHERE_VIEW = View(0, (scenes.HEIGHT, 2 * scenes.HEIGHT), factor=2)
 
 
 def draw_places(sets: Sequence[dataset.Images], generator: torch.Generator) -> list[Place]:
@@ -165,7 +165,7 @@ def draw_places(sets: Sequence[dataset.Images], generator: torch.Generator) -> l
 def disturb(images: Tensor, generator: torch.Generator) -> Tensor:
     """Blur and shade images (N, 3, H, W) in [-1, 1] at random.
 
-    Networks trained on them read the images of an autoencoder too.
+    Networks trained on them can also read images that an autoencoder decoded.
     """
     factor = (1, 2, 4)[draw_number(3, generator)]
     images = F.interpolate(F.avg_pool2d(images, factor), scale_factor=factor, mode="bilinear")
@@ -187,7 +187,7 @@ def train(
     model: Network,
     plan: Plan,
     kinds: Sequence[str] = ("outdoors",),
-    view: View = WINDOWS,
+    view: View = WINDOW_VIEW,
 ) -> Network:
     """Train a network to read attributes of views of images, mirrored half of the time.
 
@@ -231,7 +231,7 @@ def train_sphere_judge(work: Work) -> Judge:
     """Train the judge of the second model."""
     torch.manual_seed(7)
     kinds = ("outdoors", "rooms")
-    return train(work, Judge(SPHERE_ATTRIBUTES), SPHERE_JUDGE_PLAN, kinds, SPHERES)
+    return train(work, Judge(SPHERE_ATTRIBUTES), SPHERE_JUDGE_PLAN, kinds, SPHERE_VIEW)
 
 
 @torch.no_grad()

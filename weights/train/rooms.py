@@ -150,7 +150,7 @@ PIECES: Mapping[str, tuple[Part, ...]] = {
 """Furniture in the frame of a wall, centred on u = 0."""
 
 Place = tuple[str, int, float]
-"""A piece, its wall counted from that of the first, and its centre in halves of the wall."""
+"""A piece of furniture, the number of its wall, and its centre along it, from -1 to 1."""
 
 KINDS: Mapping[str, tuple[Place, ...]] = {
     "bedroom": (("bed", 0, -0.1), ("wardrobe", 1, 0.1), ("window", 2, 0.3), ("door", 3, -0.3)),
@@ -221,7 +221,7 @@ class Room:
 
 
 class EmptyRoom(Room):
-    """A room without furniture, as only a depth image asks for it."""
+    """A room without furniture, which a depth image can ask for and a caption cannot."""
 
     furnished = False
 

@@ -308,8 +308,8 @@ def paint_cumulus(canvas: Canvas, sky: Sky, rng: np.random.Generator) -> None:
 
 
 Mount = tuple[float, Callable[[Array], Array]]
-"""Half the width of a mount over its height, and the share of its height by the place across it,
-from -1 to 1."""
+"""Half a mount's width in units of its height, and its outline: the share of the height reached at
+each place across it, from -1 to 1."""
 
 MOUNTS: Mapping[str, Mount] = {
     "peak": (1.15, lambda x: 1 - np.abs(x) ** 0.9),
@@ -542,7 +542,7 @@ def waves(
 
 
 def jitter(thing: T, rng: np.random.Generator) -> T:
-    """Copy a thing with its single colours moved a little, all in the same direction."""
+    """Return a copy of a sky or land, all its single colours scaled by the same random gains."""
     gain = rng.normal(1, 0.03) * rng.normal(1, 0.012, 3)
     colors = {name: value for name, value in vars(thing).items() if np.shape(value) == (3,)}
     return replace(thing, **{name: tuple(value * gain) for name, value in colors.items()})

@@ -157,7 +157,7 @@ class Spheres:
         """Draw cuts at any place, also across the wrap: a rolled sphere is a sphere again."""
         shares = torch.tensor([cut.share for cut in self.cuts])
         cut = self.cuts[int(torch.multinomial(shares, 1, generator=generator))]
-        latents = self.large if cut.large and self.large is not None else self.small
+        latents = self.large if cut.large else self.small
         generator, count = on_device(generator), batch_size(cut.count)
         index = self.draw_index(count, generator)
         top = cut.tops[0] + draw_numbers(cut.tops[1] - cut.tops[0] + 1, count, generator)
@@ -192,11 +192,11 @@ class Spheres:
 
 
 def time_ids(batch: Cuts, generator: torch.Generator) -> Tensor:
-    """Return SDXL's sizes (N, 6) of cuts: of the whole, the cut's place, and of the cut.
+    """Return SDXL's micro-conditioning (N, 6): original size, crop's top and left, target size.
 
-    Whole spheres are declared to be of another size half of the time, so that other sizes change
-    nothing. The place across a strip or sphere means nothing. Half of the time it is said to be 0,
-    as it is where an image closes.
+    Half of the whole spheres are declared to be of a random size, so that the model learns to
+    ignore the size. The column at which a cut begins is arbitrary. Half of the time it is declared
+    as 0, as it is where a panorama closes.
     """
     cut, count, place = batch.cut, len(batch.index), batch.top.device
     whole = torch.tensor(cut.size, device=place).expand(count, -1)

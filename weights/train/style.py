@@ -23,8 +23,8 @@ from weights.train.views import Pixels, halve
 
 PLAN = Plan("style", steps=400, learning_rate=5e-4, average=0.98, warmup=50)
 DROPPED = 0.5
-"""Share of captions left out: guidance multiplies what images without a caption have not learned,
-and colours with it.
+"""The share of captions left out. It is high because the style must be learned without a caption
+too: guidance would multiply whatever only captions bring out, and distort the colours.
 """
 LORA = "style"  # its name inside the UNet
 TOKENS = ("<s0>", "<s1>")

@@ -4,19 +4,17 @@ It learns what that decoder makes of windows of the images' latents, and of late
 first steps of a run predict, because those are what the gradient sees.
 """
 
-from collections.abc import Sequence
-
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from panorama.images.vae import decode
-from weights.train.autoencoder import SHARES, Stage, draw_kinds, encode, reconstruction_loss
+from panorama.sampling.low_band import smooth
+from weights.train.autoencoder import SHARES, Stage, draw_places, encode, reconstruction_loss
 from weights.train.device import batch_size, device, mixed_precision, on_device
 from weights.train.diffusion import WINDOW
 from weights.train.fit import Batch, Plan, Work, fit
-from weights.train.windows import crop, draw_numbers
+from weights.train.windows import crop
 
 STAGE = Stage(
     Plan("tiny-vae", steps=2000, learning_rate=2e-3, average=0.99, warmup=50),
@@ -44,37 +42,14 @@ def build() -> AutoencoderTiny:
     return model
 
 
-def blur(latents: Tensor, sigma: float) -> Tensor:
-    """Blur latents (N, C, h, w) with a Gaussian of a standard deviation in cells."""
-    radius = int(3 * sigma) + 1
-    places = torch.arange(-radius, radius + 1, device=latents.device)
-    kernel = torch.exp(-0.5 * (places / max(sigma, 1e-3)) ** 2)
-    kernel = (kernel / kernel.sum()).expand(latents.shape[1], 1, 1, -1)  # (C, 1, 1, 2 r + 1)
-    padded = F.pad(latents, (radius,) * 4, mode="replicate")
-    rows = F.conv2d(padded, kernel, groups=latents.shape[1])
-    return F.conv2d(rows, kernel.mT, groups=latents.shape[1])
-
-
 def imitate_early(latents: Tensor, generator: torch.Generator) -> Tensor:
     """Turn latents (N, C, h, w) into such as early steps predict.
 
     These are blurred, since little is decided yet, and guidance takes them away from other images.
     """
     sigma, guidance = (torch.rand(2, generator=generator) * torch.tensor([BLUR, GUIDANCE])).tolist()
-    blurred = blur(latents, sigma)
+    blurred = smooth(latents, max(sigma, 1e-3))
     return blurred + guidance * (blurred - blurred.roll(1, 0))
-
-
-def draw_windows(sets: Sequence[Tensor], count: int, generator: torch.Generator) -> Tensor:
-    """Draw windows (N, C, WINDOW, WINDOW) of latents, across the wrap too, by `SHARES`."""
-    windows = []
-    for kind, number in draw_kinds(count, generator).items():
-        drawn, (height, width) = on_device(generator), sets[kind].shape[-2:]
-        index = draw_numbers(len(sets[kind]), number, drawn)
-        top = draw_numbers(height - WINDOW + 1, number, drawn)
-        left = draw_numbers(width, number, drawn)
-        windows.append(crop(sets[kind], index, top, left, (WINDOW, WINDOW)))
-    return torch.cat(windows)
 
 
 def train(work: Work, vae: AutoencoderKL) -> AutoencoderTiny:
@@ -82,11 +57,11 @@ def train(work: Work, vae: AutoencoderKL) -> AutoencoderTiny:
     torch.manual_seed(7)
     model = build()
     vae.to(device())
-    sets = [encode(work, vae, kind).to(device()) for kind in SHARES]
+    all_latents = torch.cat([encode(work, vae, kind) for kind in SHARES]).to(device())
 
     def draw(generator: torch.Generator) -> Batch:
-        windows = draw_windows(sets, batch_size(BATCH), generator)
-        plain, early = windows[torch.randperm(len(windows), generator=generator)].chunk(2)
+        places = draw_places(all_latents, WINDOW, batch_size(BATCH), on_device(generator))
+        plain, early = crop(all_latents, *places, (WINDOW, WINDOW)).chunk(2)
         latents = torch.cat([plain, imitate_early(early, generator)])
         with torch.no_grad(), mixed_precision():
             return latents, decode(vae, latents)

@@ -1,24 +1,29 @@
 """Images in [0, 255]: as tensors, and views of spheres (2:1, closed left to right)."""
 
 from collections.abc import Callable
-from math import pi
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
+from panorama.images.sphere import Face
+from panorama.images.vae import from_pil, to_pil
 from weights.train.device import device
 
 Pixels = NDArray[np.uint8]
 Change = Callable[[Pixels], Pixels]
-"""From an image (H, W, 3) to what is made of it."""
+"""A function that changes an image (H, W, 3)."""
 
-SIDE = 256  # pixels of a view straight up or down, 90 degrees across
+SIDE = 256  # pixels of a view straight up or down
 
 
 def channels_first(images: Pixels) -> Tensor:
-    """Return images (N, H, W, 3) as (N, 3, H, W): on a GPU, or where they are, on disk too."""
+    """Return images (N, H, W, 3) as (N, 3, H, W), copied to the GPU if there is one.
+
+    Otherwise they are a view, and those of a memory-mapped file stay on disk.
+    """
     return torch.from_numpy(images).permute(0, 3, 1, 2).to(device())
 
 
@@ -40,17 +45,6 @@ def halve(images: Pixels) -> Pixels:
 
 
 def look(image: Pixels, *, up: bool) -> Pixels:
-    """Return the view (SIDE, SIDE, 3) straight up or down from a sphere (H, W, 3), bilinear."""
-    height, width = image.shape[:2]
-    places = (2 * (np.arange(SIDE) + 0.5) / SIDE - 1).astype(np.float64)
-    x, y = places[None], places[:, None]
-    elevation = np.arctan2(1.0, np.hypot(x, y)) * (1 if up else -1)
-    azimuth = np.arctan2(x, y if up else -y)
-    row = (0.5 - elevation / pi) * height - 0.5
-    column = azimuth / (2 * pi) * width - 0.5
-    top, left = np.floor(row).astype(int), np.floor(column).astype(int)
-    down, right = (row - top)[..., None], (column - left)[..., None]
-    rows = [np.clip(top + k, 0, height - 1) for k in range(2)]
-    columns = [(left + k) % width for k in range(2)]
-    lines = [image[r, columns[0]] * (1 - right) + image[r, columns[1]] * right for r in rows]
-    return (lines[0] * (1 - down) + lines[1] * down + 0.5).astype(np.uint8)
+    """Return the view (SIDE, SIDE, 3) straight up or down that `fix_poles` redraws of a sphere."""
+    shown = Face(up, SIDE).show(from_pil(Image.fromarray(image)))
+    return np.asarray(to_pil(shown.clamp(0, 1)))
