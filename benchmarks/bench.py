@@ -14,35 +14,31 @@ Each section prints a table. Ratios are of the published loop's cost to ours.
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from math import inf
 from pathlib import Path
-from statistics import median
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.activations import Activations, weights_of
-from benchmarks.lab import Lab, time_inside
-from benchmarks.operations import PUBLISHED_LOOP, STRIDE, Networks, Setting, calls_of
-from benchmarks.plain_loop import StableDiffusion, plain_loop
-from benchmarks.stock import panorama_call
+from benchmarks.lab import Lab, Run, time_inside
+from benchmarks.operations import PUBLISHED_LOOP, STRIDE, Networks, calls_of
+from benchmarks.stock import panorama_call, published_loop
 from benchmarks.true_size import CPU, activations, kept_by_unet, ways
 from panorama.images.vae import decode, decode_canvas
 from panorama.modes import Models, load
 from panorama.pipeline import Pipeline, Settings
+from panorama.sampling.denoiser import Conditioning
 from panorama.sampling.presets import FAST, WINDOWED, Preset
 from panorama.sampling.sampler import BATCH_SIZE
-from panorama.sampling.solver import build_scheduler
 from panorama.sampling.synchronize import SyncSettings
 from panorama.sampling.views import Fixed
 from weights.train.device import has_bfloat16
 
-T = TypeVar("T")
 Table = dict[str, Any]
 
 WIDTH = 1024  # pixels, on the tiny family
@@ -57,6 +53,7 @@ SAMPLERS: Mapping[str, Preset | None] = {
 }
 """The published loop; our sampler on its windows, without shared means; and the presets."""
 SLICE = 4  # windows' widths that are decoded at once
+LAB = Lab(CPU, dry=False)
 
 
 def measure_operations(_: argparse.Namespace) -> Table:
@@ -64,9 +61,8 @@ def measure_operations(_: argparse.Namespace) -> Table:
     networks = Networks()
     rows: Table = {}
     for threshold in (5, 50):
-        setting = Setting(sync_threshold=threshold)
         for name, preset in SAMPLERS.items():
-            calls = calls_of(setting, preset)
+            calls = calls_of(preset, threshold)
             row = f"{name}, sync_threshold {threshold}"
             rows[row] = ours = networks.operations(calls)
             if preset:
@@ -79,54 +75,38 @@ def measure_operations(_: argparse.Namespace) -> Table:
     return rows
 
 
-class Run:
-    """A way to make the latents of a canvas on the tiny family.
+@dataclass(frozen=True)
+class PromptRun(Run):
+    """A run that encodes its prompt."""
 
-    Attributes:
-        base: the networks.
-        settings: of the canvas.
-        part: the run takes one of so many parts of the steps.
-        views: of each step.
-        noise: to start from.
-        conditioning: embeddings of the prompt.
+    @cached_property
+    def conditioning(self) -> Conditioning:
+        """Embeddings of the prompt."""
+        return self.pipeline.encode(self.settings)
+
+
+def part_of(preset: Preset, part: int = PART) -> int:
+    """Return the part of a preset's steps that is run; fast is run whole.
+
+    The last step of fast costs more than the others.
     """
+    return part if preset.takes_stride else 1
 
-    def __init__(self, models: Models, preset: Preset | None, sync: bool, part: int = PART) -> None:
-        """Prepare a run of our sampler with a preset, or of the published loop without one."""
-        self.base = models.bases["syncdiffusion"]
-        self._published, chosen = preset is None, preset or PUBLISHED_LOOP
-        # Fast is taken whole: its last step costs more than the others.
-        self.part = part if chosen.takes_stride else 1
-        steps = chosen.num_inference_steps // self.part
-        self.settings = Settings(
-            prompt=PROMPT,
-            height=self.base.window * self.base.factor,
-            width=WIDTH,
-            guidance_scale=models.settings("syncdiffusion").guidance_scale,
-            num_inference_steps=steps,
-            scheduler=chosen.scheduler,
-            layout=chosen.layout(STRIDE),
-            sync=chosen.sync(chosen.sync_threshold // self.part, weight=20.0 if sync else 0.0),
-        )
-        self._pipeline = Pipeline(self.base)
-        canvas = self._pipeline.canvas(self.settings)
-        self.views = self.settings.layout(canvas, self.base.window, steps)
-        self.conditioning = self._pipeline.encode(self.settings)
-        self.noise = self._pipeline.noise(self.settings, torch.Generator().manual_seed(0))
 
-    def __call__(self) -> Tensor:
-        """Return the denoised latents."""
-        if not self._published:
-            return self._pipeline.denoise(self.settings, self.conditioning, self.noise)
-        networks, scheduler = StableDiffusion(self.base, self.conditioning), self.scheduler()
-        assert self.settings.sync
-        return plain_loop(self.noise, self.views, networks, scheduler, self.settings.sync)
-
-    def scheduler(self) -> Any:
-        """Return the model's scheduler with its timesteps set."""
-        scheduler = build_scheduler("ddim", self.base.scheduler)
-        scheduler.set_timesteps(self.settings.num_inference_steps)
-        return scheduler
+def canvas_run(models: Models, preset: Preset, *, sync: bool, part: int = PART) -> PromptRun:
+    """Return a run of a part of a preset's steps on the tiny family."""
+    base, part = models.bases["syncdiffusion"], part_of(preset, part)
+    settings = Settings(
+        prompt=PROMPT,
+        height=base.window * base.factor,
+        width=WIDTH,
+        guidance_scale=models.settings("syncdiffusion").guidance_scale,
+        num_inference_steps=preset.num_inference_steps // part,
+        scheduler=preset.scheduler,
+        layout=preset.layout(STRIDE),
+        sync=preset.sync(preset.sync_threshold // part, weight=20.0 if sync else 0.0),
+    )
+    return PromptRun(Pipeline(base), settings)
 
 
 def load_tiny() -> Models:
@@ -137,60 +117,28 @@ def load_tiny() -> Models:
     return models
 
 
-def timed(call: Callable[[], T]) -> tuple[float, T]:
-    """Return the seconds that a call takes, and its result."""
-    started = time.perf_counter()
-    result = call()
-    return time.perf_counter() - started, result
-
-
-class Rounds:
-    """Calls that take turns, in another order each round, and their seconds.
-
-    A machine's speed changes from minute to minute, so calls are set beside one another round by
-    round, and the median of the rounds counts.
-
-    Attributes:
-        seconds: of each call, by round.
-        results: of each call, the last.
-    """
-
-    def __init__(self, calls: Mapping[str, Callable[[], Any]], repeats: int) -> None:
-        self.seconds: dict[str, list[float]] = {name: [] for name in calls}
-        self.results: dict[str, Any] = {}
-        names = list(calls)
-        for turn in range(repeats):
-            for name in names if turn % 2 else reversed(names):
-                seconds, self.results[name] = timed(calls[name])
-                self.seconds[name].append(seconds)
-
-    def median(self, name: str) -> float:
-        """Return the seconds that a call takes."""
-        return median(self.seconds[name])
-
-    def ratio(self, one: str, other: str) -> float:
-        """Return how many times as long one takes as the other."""
-        pairs = zip(self.seconds[one], self.seconds[other], strict=True)
-        return median(mine / theirs for mine, theirs in pairs)
-
-
 def compare(
-    calls: Mapping[str, Callable[[], Any]], parts: Mapping[str, int], repeats: int
+    models: Models,
+    calls: Mapping[str, Callable[[], Tensor]],
+    parts: Mapping[str, int],
+    repeats: int,
 ) -> Table:
     """Compare calls that make latents with the first of them, in speed and, if exact, in result.
 
     Args:
+        models: whose networks the calls run.
         calls: by name.
         parts: how many times as long the whole takes as each call.
         repeats: the rounds.
     """
-    rounds, (theirs, *names) = Rounds(calls, repeats), calls
-    rows: Table = {f"{name}: seconds": parts[name] * rounds.median(name) for name in calls}
+    (base,), (theirs, *names) = models.bases.values(), calls
+    rounds = LAB.compare(base, calls, repeats)
+    rows: Table = {f"{name}: seconds": parts[name] * rounds.cost(name).seconds for name in calls}
     for name in names:
         times = rounds.ratio(theirs, name) * parts[theirs] / parts[name]
         rows[f"{name}: times as fast"] = times
     if "same windows" in names:
-        expected, latents = rounds.results[theirs], rounds.results["same windows"]
+        expected, latents = (rounds.cost(name).result for name in (theirs, "same windows"))
         difference = (latents - expected).abs().max() / expected.std()
         rows["same windows: largest difference, standard deviations"] = float(difference)
     return rows
@@ -199,10 +147,15 @@ def compare(
 def measure_time(options: argparse.Namespace) -> Table:
     """Measure the tiny family: seconds, difference, and the share outside its networks."""
     models = load_tiny()
-    runs = {name: Run(models, preset, sync=True) for name, preset in SAMPLERS.items()}
-    rows = compare(runs, {name: run.part for name, run in runs.items()}, options.repeats)
-    exact = runs["exact"]
-    seconds, inside = time_inside(Lab(CPU, dry=False), exact.base, exact)
+    presets = {name: preset or PUBLISHED_LOOP for name, preset in SAMPLERS.items()}
+    runs = {name: canvas_run(models, preset, sync=True) for name, preset in presets.items()}
+    calls = {
+        name: run.denoise if SAMPLERS[name] else partial(published_loop, run)
+        for name, run in runs.items()
+    }
+    parts = {name: part_of(preset) for name, preset in presets.items()}
+    rows = compare(models, calls, parts, options.repeats)
+    seconds, inside = time_inside(LAB, models.bases["syncdiffusion"], calls["exact"])
     rows["exact: share outside its networks"] = 1 - sum(inside.values()) / seconds
     return rows
 
@@ -219,25 +172,15 @@ def measure_diffusers(options: argparse.Namespace) -> Table:
         ("fast", FAST, PART, 1),
         ("same windows", PUBLISHED_LOOP, BRIEF, 8),
     ):
-        exact = Run(models, PUBLISHED_LOOP, sync=False, part=part)
-        run = Run(models, preset, sync=False, part=part)
+        published = canvas_run(models, PUBLISHED_LOOP, sync=False, part=part)
         theirs = f"diffusers, beside {name}"
-        calls = {theirs: diffusers_call(exact), name: run}
-        rows |= compare(calls, {theirs: exact.part, name: run.part}, repeats * options.repeats)
+        calls = {
+            theirs: panorama_call(published, BATCH_SIZE),
+            name: canvas_run(models, preset, sync=False, part=part).denoise,
+        }
+        parts = {theirs: part, name: part_of(preset, part)}
+        rows |= compare(models, calls, parts, repeats * options.repeats)
     return rows
-
-
-def diffusers_call(run: Run) -> Callable[[], Tensor]:
-    """Return a call that makes the latents of a run by diffusers' pipeline."""
-    return panorama_call(
-        run.base,
-        run.scheduler(),
-        run.settings,
-        run.conditioning,
-        run.noise,
-        run.views[0],
-        BATCH_SIZE,
-    )
 
 
 def measure_scale(options: argparse.Namespace) -> Table:
@@ -262,9 +205,9 @@ def measure_scale(options: argparse.Namespace) -> Table:
     pipeline = Pipeline(base, batch_size=min(SCALES))
     alike = {"guidance_scale": 1.0, "layout": Fixed(base.window)}
     calls = {str(n): partial(strip, pipeline, n, max(SCALES) // n, **alike) for n in SCALES}
-    rounds = Rounds(calls, 2 * options.repeats)
+    rounds = LAB.compare(base, calls, 2 * options.repeats)
     for name in calls:
-        rows[f"{name} windows wide: seconds a window"] = rounds.median(name) / max(SCALES)
+        rows[f"{name} windows wide: seconds a window"] = rounds.cost(name).seconds / max(SCALES)
     ratios = [rounds.ratio(name, str(min(SCALES))) for name in calls]
     rows["seconds a window: largest over smallest"] = max(ratios) / min(ratios)
     latents = strip(Pipeline(base), SCALES[1], 10)
@@ -309,7 +252,7 @@ def measure_true_size(_: argparse.Namespace) -> Table:
     steps = ways(lab)
     decode(lab.sd2.vae, torch.randn(1, 4, 8, 8))  # sets up the libraries
     for name in ("published loop", "exact", "fast"):
-        rows[f"{name}: seconds"], _ = timed(steps[name])
+        rows[f"{name}: seconds"] = lab.measure(lab.sd2, steps[name], repeats=1).seconds
     for row, value in list(rows.items()):
         name, _, what = row.partition(": ")
         if what and name != "published loop":

@@ -1,7 +1,7 @@
 """Networks of the published sizes with random weights, and the cost of their runs."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -171,23 +171,36 @@ class Lab:
         used = peak - before + sum(weight.nbytes for weight in weights_of(base))
         return Cost(median(times), used / 1e9 if self.cuda else 0.0, result)
 
-    def compare(self, base: BaseModel, calls: Mapping[str, Callable[[], Any]]) -> dict[str, Cost]:
-        """Measure calls in turns, after one of each, since the speed of a machine varies.
+    def compare(
+        self, base: BaseModel, calls: Mapping[str, Callable[[], Any]], repeats: int = 3
+    ) -> "Rounds":
+        """Measure calls in turns, in another order each round; on a GPU, after one of each."""
+        if self.cuda:
+            for call in calls.values():
+                call()
+        names = list(calls)
+        costs: dict[str, list[Cost]] = {name: [] for name in names}
+        for turn in range(1 if self.dry else repeats):
+            for name in names if turn % 2 else reversed(names):
+                costs[name].append(self.measure(base, calls[name], repeats=1))
+        return Rounds(costs)
 
-        Returns:
-            The median cost of each call.
-        """
-        for call in calls.values():
-            call()
-        rounds = [
-            {name: self.measure(base, call, repeats=1) for name, call in calls.items()}
-            for _ in range(1 if self.dry else 3)
-        ]
-        ordered = {
-            name: sorted((costs[name] for costs in rounds), key=lambda cost: cost.seconds)
-            for name in calls
-        }
-        return {name: costs[len(rounds) // 2] for name, costs in ordered.items()}
+
+@dataclass(frozen=True)
+class Rounds:
+    """The costs of calls by round. The speed of a machine varies, so rounds are compared."""
+
+    costs: Mapping[str, Sequence[Cost]]
+
+    def cost(self, name: str) -> Cost:
+        """Return the median cost of a call."""
+        ordered = sorted(self.costs[name], key=lambda cost: cost.seconds)
+        return ordered[len(ordered) // 2]
+
+    def ratio(self, one: str, other: str) -> float:
+        """Return how many times as long one call takes as another, the median of all rounds."""
+        pairs = zip(self.costs[one], self.costs[other], strict=True)
+        return median(mine.seconds / theirs.seconds for mine, theirs in pairs)
 
 
 @dataclass(frozen=True)
@@ -269,9 +282,10 @@ def strip(
     steps: int | None = None,
     threshold: int | None = None,
     weight: float = 20.0,
+    windows: int = 4,
     **options: Any,
 ) -> Run:
-    """Return a run of a strip, 2048 x 512 for Stable Diffusion 2.
+    """Return a run of a strip, by default 2048 x 512 for Stable Diffusion 2.
 
     Args:
         lab: where.
@@ -280,13 +294,14 @@ def strip(
         steps: None for the preset's.
         threshold: see `Preset.sync`; None for the preset's.
         weight: of synchronising, 0 for none.
+        windows: width of the strip, in windows; two at most in a dry run.
         options: of the pipeline.
     """
     side = base.window * base.factor
     settings = Settings(
         prompt="",
         height=side,
-        width=(2 if lab.dry else 4) * side,
+        width=(min(windows, 2) if lab.dry else windows) * side,
         num_inference_steps=lab.steps(steps or preset.num_inference_steps),
         scheduler=preset.scheduler,
         layout=preset.layout(base.window // 4),

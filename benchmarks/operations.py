@@ -6,7 +6,7 @@ configurations, whose weights have a shape and no values.
 """
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -108,28 +108,21 @@ class Networks:
             return count_operations(network, run, x, gradient=with_gradient)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A flat canvas one window high, otherwise as published.
+def calls_of(
+    preset: Preset | None, sync_threshold: int = 5, *, tiny_decoder: bool = False
+) -> Counter[Call]:
+    """Count the calls for an image of 2048 x 512.
 
-    Attributes:
-        width: pixels.
+    Args:
+        preset: of our sampler; None for the published loop.
         sync_threshold: see `Preset.sync`.
         tiny_decoder: see `SyncSettings.tiny_decoder`.
     """
-
-    width: int = 2048
-    sync_threshold: int = 5
-    tiny_decoder: bool = False
-
-
-def calls_of(setting: Setting, preset: Preset | None) -> Counter[Call]:
-    """Count the calls of our sampler with a preset; of the published loop without one."""
     chosen = preset or PUBLISHED_LOOP
-    canvas = Canvas(WINDOW, setting.width // FACTOR)
+    canvas = Canvas(WINDOW, 4 * WINDOW)
     views = chosen.layout(STRIDE)(canvas, WINDOW, chosen.num_inference_steps)
-    settings = chosen.sync(setting.sync_threshold)
-    decoder = "tiny decoder" if setting.tiny_decoder else "decoder"
+    settings = chosen.sync(sync_threshold)
+    decoder = "tiny decoder" if tiny_decoder else "decoder"
     if preset:
         work, image = count_work(views, settings), WINDOW * FACTOR
         return +Counter(
@@ -148,8 +141,3 @@ def calls_of(setting: Setting, preset: Preset | None) -> Counter[Call]:
     noise = torch.ones(1, 4, canvas.height, canvas.width)
     plain_loop(noise, views, tally, scheduler, settings)
     return tally.calls
-
-
-def operations(setting: Setting, preset: Preset | None, networks: Networks) -> float:
-    """Return the operations of all calls of a loop, in units of 10^12."""
-    return networks.operations(calls_of(setting, preset))

@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.coherence import SHAPES, Shape, keep
 from benchmarks.figures import save
 from benchmarks.metrics import coherence, repetition, variety
-from benchmarks.operations import PUBLISHED_LOOP, Networks, Setting, operations
+from benchmarks.operations import PUBLISHED_LOOP, STRIDE, Networks, calls_of
 from panorama.images.vae import decode
 from panorama.modes import Models, load
 from panorama.pipeline import Pipeline, Settings
@@ -56,7 +56,6 @@ WAYS: Mapping[str, tuple[Preset, SyncSettings | None]] = {
 }
 """The ways that are compared."""
 MODES = ("syncdiffusion", "syncdiffusion-xl")
-STRIDE = 16  # latent cells, where windows overlap
 CUTS = 32  # windows cut out of each panorama, for the distance of distributions
 SINGLES = 12  # for each panorama
 WISHES: Sequence[Wish] = tuple((words[0], {"land": land}) for land, words in LAND_WORDS.items())
@@ -163,9 +162,9 @@ def cost(way: str, networks: Networks) -> float:
     """Return the operations of a way at 2048 x 512, in units of 10^12."""
     preset, sync = WAYS[way]
     if sync is None:
-        return operations(Setting(sync_threshold=0), preset, networks)
-    setting = Setting(sync_threshold=sync.threshold, tiny_decoder=sync.tiny_decoder)
-    return operations(setting, replace(preset, gradient=sync.threshold > 0), networks)
+        return networks.operations(calls_of(preset, 0))
+    preset = replace(preset, gradient=sync.threshold > 0)
+    return networks.operations(calls_of(preset, sync.threshold, tiny_decoder=sync.tiny_decoder))
 
 
 def row(

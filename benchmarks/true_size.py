@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -10,7 +9,8 @@ from torch import Tensor
 
 from benchmarks.activations import Activations, weights_of
 from benchmarks.lab import FakeLab, Lab, Run
-from benchmarks.plain_loop import StableDiffusion, plain_loop
+from benchmarks.plain_loop import StableDiffusion
+from benchmarks.stock import published_loop
 from panorama.pipeline import Settings
 from panorama.sampling.gradient import frozen
 from panorama.sampling.presets import EXACT, FAST, Preset
@@ -41,17 +41,6 @@ def step(lab: Lab, preset: Preset, **options: bool) -> Run:
         sync=preset.sync(1),
     )
     return lab.run(lab.sd2, settings, **options)
-
-
-def published_loop(run: Run) -> Tensor:
-    """Take the step by the published loop."""
-    base, settings = run.pipeline.base, run.settings
-    views = settings.layout(run.pipeline.canvas(settings), base.window, 1)
-    base.scheduler.set_timesteps(1)
-    assert settings.sync
-    published = replace(settings.sync, threshold=1, means=0)
-    networks = StableDiffusion(base, run.conditioning)
-    return plain_loop(run.noise, views, networks, base.scheduler, published)
 
 
 def activations(dtype: torch.dtype = torch.float32) -> dict[str, int]:

@@ -18,20 +18,17 @@ from diffusers import (
 )
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.lab import Figures, Lab, Run, strip, time_inside
 from benchmarks.operations import PUBLISHED_LOOP
-from benchmarks.plain_loop import StableDiffusion, plain_loop
-from benchmarks.stock import panorama_call
+from benchmarks.stock import panorama_call, published_loop
 from panorama.base_model import BaseModel
 from panorama.conditioning.lora import Change, Lora
 from panorama.images.vae import decode
 from panorama.pipeline import Pipeline, Settings
-from panorama.sampling.operations import TOKENS
+from panorama.sampling.operations import count_operations, guided
 from panorama.sampling.presets import EXACT, FAST, WHOLE
 from panorama.sampling.sampler import BATCH_SIZE
-from panorama.sampling.synchronize import SyncSettings
 from panorama.sampling.views import Feathered
 
 STEPS = 50  # of the published loop
@@ -68,17 +65,11 @@ def published_steps(
     lab: Lab, base: BaseModel
 ) -> Generator[tuple[str, float], None, tuple[float, float, float]]:
     """Measure the published loop: yield figures, return seconds of both steps and of decoding."""
-    run = strip(lab, base, PUBLISHED_LOOP)
 
     def loop(steps: int, threshold: int) -> Tensor:
-        canvas = run.pipeline.canvas(run.settings)
-        views = run.settings.layout(canvas, base.window, steps)
-        networks = StableDiffusion(base, run.conditioning)
-        base.scheduler.set_timesteps(steps)
+        run = strip(lab, base, PUBLISHED_LOOP, steps=steps, threshold=threshold)
         with torch.autocast(lab.device.type, dtype=lab.dtype):
-            return plain_loop(
-                run.noise, views, networks, base.scheduler, SyncSettings(threshold=threshold)
-            )
+            return published_loop(run)
 
     @torch.no_grad()
     def decoded(latents: Tensor) -> Tensor:
@@ -102,25 +93,17 @@ def against_diffusers(lab: Lab) -> Figures:
     part = run.settings.num_inference_steps
     calls = {
         "no sync": run.denoise,
-        "diffusers": diffusers_call(run, run.pipeline.windows_at_once),
-        "diffusers, one window at a time": diffusers_call(run, 1),  # its default
+        "diffusers": panorama_call(run, run.pipeline.windows_at_once),
+        "diffusers, one window at a time": panorama_call(run, 1),  # its default
     }
     calls["no sync, moving windows"] = strip(lab, lab.sd2, EXACT, steps=BRIEF, weight=0).denoise
-    seconds = {}
-    for name, cost in lab.compare(lab.sd2, calls).items():
+    seconds, rounds = {}, lab.compare(lab.sd2, calls)
+    for name in calls:
+        cost = rounds.cost(name)
         seconds[name] = cost.of(part, STEPS)
         yield f"{name}: seconds, extrapolated", seconds[name]
         yield f"{name}: GB", cost.gigabytes
     yield "no sync: times as fast as diffusers", seconds["diffusers"] / seconds["no sync"]
-
-
-def diffusers_call(run: Run, batch_size: int) -> Callable[[], Tensor]:
-    """Return a call that makes the latents of a run by diffusers' panorama pipeline."""
-    base, settings = run.pipeline.base, run.settings
-    views = settings.layout(run.pipeline.canvas(settings), base.window, 1)[0]
-    return panorama_call(
-        base, base.scheduler, settings, run.conditioning, run.noise, views, batch_size
-    )
 
 
 def memory(lab: Lab) -> Figures:
@@ -183,14 +166,10 @@ def matrix_product(lab: Lab) -> float:
 
 def guided_operations(base: BaseModel) -> int:
     """Count the operations of the UNet for one window with guidance, on tensors without values."""
-    config = base.unet.config
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(config)
-        x = torch.empty(2, config.in_channels, base.window, base.window)
-        states = torch.empty(2, TOKENS, config.cross_attention_dim)
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            unet(x, torch.tensor(0), states)
-    return int(counter.get_total_flops())
+        unet = UNet2DConditionModel.from_config(base.unet.config)
+        x = torch.empty(1, unet.config.in_channels, base.window, base.window)
+        return count_operations(unet, partial(guided, unet), x)
 
 
 def outside(lab: Lab) -> Figures:
@@ -262,8 +241,9 @@ def whole_canvas(lab: Lab) -> Figures:
             "ours, CUDA graphs": graphs.denoise,
             "stock": stock_call(kind, run),
         }
-        seconds = {}
-        for side, cost in lab.compare(base, calls).items():
+        seconds, rounds = {}, lab.compare(base, calls)
+        for side in calls:
+            cost = rounds.cost(side)
             seconds[side] = cost.seconds
             yield f"{name}, {side}: seconds of {chosen.num_inference_steps} steps", cost.seconds
             if side != "ours, CUDA graphs":  # whose memory PyTorch does not count as allocated
@@ -370,19 +350,7 @@ def stock_call(kind: Any, run: Run) -> Callable[[], Tensor]:
 
 def windowed_xl(lab: Lab) -> Figures:
     """Measure syncdiffusion-xl, 2048 x 1024 with windows of 1024."""
-    base = lab.sdxl
-    side = base.window * base.factor
-    settings = Settings(
-        prompt="",
-        height=side,
-        width=2 * side,
-        num_inference_steps=lab.steps(FAST.num_inference_steps),
-        scheduler=FAST.scheduler,
-        layout=FAST.layout(0),
-        sync=FAST.sync(FAST.sync_threshold),
-    )
-    run = Run(Pipeline(base), settings)
-    replace(run, settings=replace(settings, num_inference_steps=1)).image()
-    cost = lab.measure(base, run.image, repeats=2)
+    strip(lab, lab.sdxl, FAST, steps=1, windows=2).image()
+    cost = lab.measure(lab.sdxl, strip(lab, lab.sdxl, FAST, windows=2).image, repeats=2)
     yield "fast: seconds", cost.seconds
     yield "fast: GB", cost.gigabytes

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.operations import Call, Networks, Setting, calls_of
+from benchmarks.operations import Call, Networks, calls_of
 from panorama.sampling.presets import EXACT, FAST, Preset
 
 ROOT = Path(__file__).parents[2]
@@ -70,11 +70,11 @@ def test_folders_do_not_import_one_another(folder: str) -> None:
 def test_calls_for_2048_x_512_are_those_of_docs_speed(
     preset: Preset | None, expected: dict[Call, int]
 ) -> None:
-    assert calls_of(Setting(), preset) == Counter(expected)
+    assert calls_of(preset) == Counter(expected)
 
 
 def test_taesd_takes_the_place_of_the_decoder_at_a_fraction_of_its_operations() -> None:
-    calls, tiny = calls_of(Setting(), EXACT), calls_of(Setting(tiny_decoder=True), EXACT)
+    calls, tiny = calls_of(EXACT), calls_of(EXACT, tiny_decoder=True)
     renamed = {name.replace("tiny ", ""): name for name, *_ in tiny if "tiny" in name}
     assert renamed == {"decoder": "tiny decoder"}
     assert tiny == Counter({(renamed.get(c[0], c[0]), *c[1:]): n for c, n in calls.items()})
