@@ -17,7 +17,6 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
-from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.activations import Activations, weights_of
+from benchmarks.goals import Goal
 from benchmarks.lab import Lab, Run, time_inside
 from benchmarks.operations import PUBLISHED_LOOP, STRIDE, Networks, calls_of
 from benchmarks.stock import panorama_call, published_loop
@@ -270,21 +270,6 @@ SECTIONS: Mapping[str, Callable[[argparse.Namespace], Table]] = {
     "scale": measure_scale,
     "true-size": measure_true_size,
 }
-
-
-@dataclass(frozen=True)
-class Goal:
-    """The range that a value must lie in."""
-
-    least: float = -inf
-    most: float = inf
-
-    def __str__(self) -> str:
-        return f"at least {self.least:g}" if self.least > -inf else f"at most {self.most:g}"
-
-    def met(self, value: float) -> bool:
-        """Return True if a value lies in the range."""
-        return self.least <= value <= self.most
 
 
 GOALS: Mapping[tuple[str, str], Goal] = {

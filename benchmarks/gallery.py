@@ -24,6 +24,7 @@ ROOM = "hdri view, bedroom in the color of green"
 HILLS = "hdri view, noon over green hills with trees"
 DESERT = "hdri view, sunset over the desert"
 OPEN = "autumn hills with trees"  # leaves the palette open
+SPHERE = {"mode": "sdxl-360", "prompt": HILLS, "seed": 1}
 
 Show = Callable[[Image.Image], Image.Image]
 Inputs = Mapping[str, Any]
@@ -122,22 +123,13 @@ SHEETS: Mapping[str, Sheet] = {
         columns=2,
     ),
     "upscale": Sheet(
-        {
-            f"upscale={factor}": {
-                **{"mode": "sdxl-360", "prompt": HILLS, "seed": 1},
-                "upscale": factor,
-            }
-            for factor in (1, 2, 4)
-        },
+        {f"upscale={factor}": SPHERE | {"upscale": factor} for factor in (1, 2, 4)},
         show=partial(detail, side=WIDTH),
     ),
     "poles": Sheet(
         {
-            f"fix_poles={fixed}: up, down": {
-                **{"mode": "sdxl-360", "prompt": HILLS, "seed": 1},
-                "fix_poles": fixed == "true",
-            }
-            for fixed in ("false", "true")
+            f"fix_poles={str(fixed).lower()}: up, down": SPHERE | {"fix_poles": fixed}
+            for fixed in (False, True)
         },
         columns=2,
         show=partial(poles, side=WIDTH // 2),

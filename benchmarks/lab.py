@@ -136,7 +136,7 @@ class Lab:
         """Return a run of a base model, with options of the pipeline."""
         return Run(Pipeline(base, **options), settings)
 
-    def embedded(self, dtype: torch.dtype, device: str = "") -> BaseModel:
+    def load_tiny(self, dtype: torch.dtype, device: str = "") -> BaseModel:
         """Load the networks of the tiny family."""
         base = load_bases("tiny", ["syncdiffusion"], dtype)["syncdiffusion"]
         base.to(device or self.device)

@@ -18,7 +18,7 @@ from benchmarks.attack import (
     schema,
     weight_files,
 )
-from benchmarks.bench import Goal
+from benchmarks.goals import Goal
 from benchmarks.gpu.report import cell, show
 
 

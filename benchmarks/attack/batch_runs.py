@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from benchmarks.bench import Goal
+from benchmarks.goals import Goal
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"width": 256, "height": 256, "num_inference_steps": 1, "sync_threshold": 0}

@@ -14,7 +14,7 @@ import numpy as np
 import tifffile
 from PIL import Image
 
-from benchmarks.bench import Goal
+from benchmarks.goals import Goal
 from panorama.conditioning.depth import read
 
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.attack.lab import SMALL, Figures
-from benchmarks.bench import Goal
+from benchmarks.goals import Goal
 from panorama import Models, Request, load
 from panorama.environment import hide_progress_bars
 

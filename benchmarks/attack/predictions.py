@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 
 from benchmarks.attack.lab import LONG, SMALL, Figures, Server, client, serving, wait_until
-from benchmarks.bench import Goal
+from benchmarks.goals import Goal
 
 WORST = {
     "accepted without an estimate in the log": Goal(most=0),

@@ -16,7 +16,7 @@ from typing import Any
 import httpx2
 
 from benchmarks.attack.lab import LIMIT, SMALL, Figures, client, proxied, serving
-from benchmarks.bench import Goal
+from benchmarks.goals import Goal
 
 GOALS = {
     "answered with another status than expected": Goal(most=0),
@@ -72,15 +72,10 @@ class Attack:
 
 def attacks(url: str) -> list[Attack]:
     """Return all attacks; `url` is an address that nothing may fetch."""
-    files = (
-        url,
-        url.upper(),
-        f" {url}",
-        f"//{url}",
-        "http://169.254.169.254/",
-        "file:///etc/passwd",
+    files: tuple[object, ...] = (
+        *(url, url.upper(), f" {url}", f"//{url}", "http://169.254.169.254/", "file:///etc/passwd"),
+        *("/etc/passwd", "ftp://127.0.0.1/", "", [url], {"url": url}, 1, None),
     )
-    files += ("/etc/passwd", "ftp://127.0.0.1/", "", [url], {"url": url}, 1, None)  # type: ignore[assignment]
     small = {"input": SMALL}
     twice = json.dumps({"input": SMALL | {"depth_image": "data:,"}})[:-2].encode()
     return [

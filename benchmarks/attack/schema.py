@@ -15,7 +15,7 @@ from schemathesis import GenerationMode
 from schemathesis.core import NotSet
 
 from benchmarks.attack.lab import LIMIT, ROOT, Figures, Server, serving
-from benchmarks.bench import Goal
+from benchmarks.goals import Goal
 
 GOALS = {
     "requests": Goal(least=5000),

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from random import Random
 
-from benchmarks.bench import Goal
+from benchmarks.goals import Goal
 from panorama.modes import load
 from panorama.weights.lock import LOCK, files
 

@@ -60,14 +60,14 @@ def levels(one: Tensor, other: Tensor) -> str:
 
 def embedded_family(lab: Lab) -> Figures:
     """Compare images of the tiny family: devices, precisions, batches."""
-    single = lab.embedded(torch.float32)
+    single = lab.load_tiny(torch.float32)
     rings = {"fast": ring(lab, FAST), "exact, 10 steps": ring(lab, EXACT, 10, 2)}
     expected: dict[str, Tensor] = {}
     for name, settings in rings.items():
         with full_precision():
             expected[name] = make(single, settings)
             yield f"{name}, twice: grey levels", levels(make(single, settings), expected[name])
-        on_cpu = make(lab.embedded(torch.float32, "cpu"), settings)
+        on_cpu = make(lab.load_tiny(torch.float32, "cpu"), settings)
         yield f"{name}, CPU: grey levels", levels(on_cpu, expected[name])
         yield f"{name}, TF32: grey levels", levels(make(single, settings), expected[name])
         with full_precision():
@@ -75,7 +75,7 @@ def embedded_family(lab: Lab) -> Figures:
         yield f"{name}, CUDA graphs: grey levels", levels(replayed, expected[name])
     # A CPU convolves slowly in float16.
     for dtype in (torch.bfloat16,) if lab.dry else (torch.float16, torch.bfloat16):
-        base = lab.embedded(dtype)
+        base = lab.load_tiny(dtype)
         for name, settings in rings.items():
             apart = levels(make(base, settings), expected[name])
             yield f"{name}, {str(dtype).removeprefix('torch.')}: grey levels", apart
@@ -103,7 +103,7 @@ def equivariance(base: BaseModel, settings: Settings) -> str:
 
 def out_of_memory(lab: Lab) -> Figures:
     """Let an image run out of memory again and again: what is tried, and what it comes to."""
-    base = lab.embedded(torch.float32)
+    base = lab.load_tiny(torch.float32)
     settings = ring(lab, EXACT, 4, 2)
     expected = make(base, settings)
     gc.collect()
@@ -156,7 +156,7 @@ def messages() -> Iterator[list[str]]:
 
 def failed_step(lab: Lab) -> Figures:
     """Raise an exception in the midst of a gradient: it leaves no memory and no patch."""
-    base, settings = lab.embedded(torch.float32), ring(lab, EXACT, 4, 2)
+    base, settings = lab.load_tiny(torch.float32), ring(lab, EXACT, 4, 2)
     make(base, settings)
     gc.collect()
     before, state = lab.allocated(), attributes(base)
@@ -186,7 +186,7 @@ def attributes(base: BaseModel) -> list[Any]:
 
 def many_images(lab: Lab) -> Figures:
     """Make many images in a row: allocated memory stays flat."""
-    base, settings = lab.embedded(torch.float32 if lab.dry else lab.dtype), ring(lab, EXACT, 2, 1)
+    base, settings = lab.load_tiny(torch.float32 if lab.dry else lab.dtype), ring(lab, EXACT, 2, 1)
     count = 2 if lab.dry else 50
     found = []
     started = perf_counter()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench import Goal
+from benchmarks.goals import Goal
 from benchmarks.lab import Lab
 
 GOALS = {

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.attack.__main__ import ROWS, Row, attack, missed, table
-from benchmarks.bench import Goal
+from benchmarks.goals import Goal
 
 ROOT = Path(__file__).parents[2]
 GOALS = {"bad": Goal(most=0)}
