@@ -1,6 +1,6 @@
 """Compare the cost of a panorama with the published loop's: operations, time, memory.
 
-Each section prints a table. Ratios are of the published loop's cost to ours.
+Each section prints a table.
 
 - operations: counted on the configurations of Stable Diffusion 2 base.
 - time: seconds to denoise a panorama with the tiny family, the median of a few rounds. Of 50 steps

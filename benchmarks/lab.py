@@ -224,10 +224,8 @@ class FakeLab(Lab):
 
     def run(self, base: BaseModel, settings: Settings, **options: Any) -> "Run":
         """Return a run whose inputs are fake too."""
-        run = super().run(base, settings, **options)
         with self.mode:
-            _ = run.noise, run.conditioning  # the run keeps them
-        return run
+            return super().run(base, settings, **options)
 
     def most(self, base: BaseModel, call: Callable[[], object]) -> int:
         """Return the most bytes alive at once in a call beside the weights; it checks no values."""
@@ -245,6 +243,9 @@ class Run:
 
     pipeline: Pipeline
     settings: Settings
+
+    def __post_init__(self) -> None:
+        _ = self.noise, self.conditioning  # the run keeps them, so that no measurement has them
 
     @cached_property
     def conditioning(self) -> Conditioning:

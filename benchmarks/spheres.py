@@ -28,7 +28,7 @@ from panorama.pipeline import Pipeline
 from panorama.quality import edge_ratio, seam_ratio, sharpness
 from panorama.request import Request
 from weights.train import dataset, scenes
-from weights.train.depths import DepthReader, cells, correlation, depth_image, subtract_row_means
+from weights.train.depths import DepthReader, cells, depth_image, shape_correlation
 from weights.train.sdxl import PREFIX
 
 VERSIONS: Mapping[str, Mapping[str, Any]] = {
@@ -168,11 +168,5 @@ def print_depths(make: Maker, found: list[Scene], reader: DepthReader) -> None:
                 image = make(scene, seed, name, upscale=factor, depth_image=path)
             with torch.no_grad():
                 seen = reader(at_size_of(image, scene.base) * 2 - 1)
-            values.append(
-                float(
-                    correlation(
-                        subtract_row_means(seen), subtract_row_means(cells(scene.depth[None]))
-                    )
-                )
-            )
+            values.append(float(shape_correlation(seen, cells(scene.depth[None]))))
         print(f"upscale {factor}: depth followed, less each row's mean: {mean(values):.3f}")

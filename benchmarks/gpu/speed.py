@@ -19,7 +19,7 @@ from diffusers import (
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.lab import Figures, Lab, Run, strip, time_inside
+from benchmarks.lab import Cost, Figures, Lab, Run, strip, time_inside
 from benchmarks.operations import PUBLISHED_LOOP
 from benchmarks.stock import panorama_call, published_loop
 from panorama.base_model import BaseModel
@@ -66,21 +66,24 @@ def published_steps(
 ) -> Generator[tuple[str, float], None, tuple[float, float, float]]:
     """Measure the published loop: yield figures, return seconds of both steps and of decoding."""
 
-    def loop(steps: int, threshold: int) -> Tensor:
-        run = strip(lab, base, PUBLISHED_LOOP, steps=steps, threshold=threshold)
+    def loop(run: Run) -> Tensor:
         with torch.autocast(lab.device.type, dtype=lab.dtype):
             return published_loop(run)
+
+    def measured(steps: int, threshold: int) -> Cost:
+        run = strip(lab, base, PUBLISHED_LOOP, steps=steps, threshold=threshold)
+        return lab.measure(base, partial(loop, run))
 
     @torch.no_grad()
     def decoded(latents: Tensor) -> Tensor:
         with torch.autocast(lab.device.type, dtype=lab.dtype):
             return decode(base.vae, latents)
 
-    decoded(loop(1, 1))
-    synced = lab.measure(base, partial(loop, 2, 2))
+    decoded(loop(strip(lab, base, PUBLISHED_LOOP, steps=1, threshold=1)))
+    synced = measured(2, 2)
     yield "published loop: seconds of a sync step", synced.of(2, 1)
     yield "published loop: GB", synced.gigabytes
-    plain = lab.measure(base, partial(loop, 4, 0))
+    plain = measured(4, 0)
     yield "published loop: seconds of another step", plain.of(4, 1)
     decoding = lab.measure(base, partial(decoded, plain.result))
     yield "published loop: seconds of decoding", decoding.seconds

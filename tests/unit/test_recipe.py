@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from panorama.base_model import BaseModel, load_base_model
 from panorama.conditioning.lora import load_tokens, lora_applied, read_lora
-from panorama.images.sphere import Face
 from panorama.images.vae import decode
 from panorama.modes import load
 from panorama.request import Request
@@ -181,7 +180,7 @@ def test_correlation_is_that_of_each_image() -> None:
     assert np.allclose(correlation(depth, depth.flip(1)), expected, atol=1e-5)
 
 
-def test_around_leaves_nothing_that_follows_from_the_elevation() -> None:
+def test_row_means_leave_nothing_that_follows_from_the_elevation() -> None:
     rows = torch.linspace(0, 1, 5)[None, :, None].expand(1, 5, 7)
     assert subtract_row_means(rows).abs().max() < 1e-6
 
@@ -598,15 +597,20 @@ def test_half_the_size_is_the_mean_of_four_pixels() -> None:
 
 
 @pytest.mark.parametrize("up", [True, False])
-def test_a_look_shows_the_view_that_fix_poles_redraws(up: bool) -> None:
-    """On a sphere that is brighter the higher it is."""
+def test_a_look_shows_what_lies_in_each_direction(up: bool) -> None:
+    """On a sphere whose colours are its own coordinates."""
     height = 256
-    heights = np.sin(np.pi * (0.5 - (np.arange(height) + 0.5) / height))[:, None, None]
-    sphere = ((heights + 1) * 127.5).round().astype(np.uint8).repeat(2 * height, 1).repeat(3, 2)
-    places = np.tan(np.radians(Face(up, 256).field / 2)) * (2 * (np.arange(256) + 0.5) / 256 - 1)
-    expected = (1 if up else -1) / np.sqrt(1 + places[:, None] ** 2 + places**2)
-    seen = look(sphere, up=up) / 127.5 - 1
-    assert np.abs(seen - expected[..., None]).max() < 0.03
+    rows, columns = np.mgrid[:height, : 2 * height]
+    elevation = np.pi * (0.5 - (rows + 0.5) / height)
+    azimuth = np.pi * (columns + 0.5) / height - np.pi
+    vectors = np.stack([np.cos(elevation) * np.sin(azimuth), np.cos(elevation) * np.cos(azimuth),
+                        np.sin(elevation)], -1)  # fmt: skip
+    seen = look(((vectors + 1) * 127.5).round().astype(np.uint8), up=up) / 127.5 - 1
+    places = np.tan(np.radians(50)) * (2 * (np.arange(256) + 0.5) / 256 - 1)  # 100 degrees wide
+    x, y = np.broadcast_to(places[None], (256, 256)), np.broadcast_to(places[:, None], (256, 256))
+    rays = np.stack([x, y if up else -y, np.full_like(x, 1 if up else -1)], -1)
+    rays = rays / np.linalg.norm(rays, axis=-1, keepdims=True)
+    assert np.abs(seen - rays).max() < 0.03
 
 
 def read_pixels(image: torch.Tensor) -> np.ndarray:

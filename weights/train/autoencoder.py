@@ -185,7 +185,8 @@ HALVED = Version("small", halve)
 def encode(work: Work, vae: AutoencoderKL, kind: str, version: Version = Version()) -> Tensor:
     """Encode the training images of a kind; a file in the work folder keeps the latents.
 
-    Its name has a hash of the encoder's weights and the number of images: a change encodes again.
+    The file's name has a hash of the encoder's weights and the number of images. If either changes,
+    the images are encoded again.
 
     Returns:
         The scaled latents, (N, 4, H / 8, W / 8), on the CPU.

@@ -194,8 +194,8 @@ def train(
     The error of the predicted noise alone says little about depth: after a thousand steps the
     ControlNet still ignored the depth image. So a network also reads depth off the predicted x0
     (ControlNet++, arXiv 2404.07987). It reads the guided prediction, because guidance amplifies
-    what the caption says and not the depth image. The guided noise counts as much as both of its
-    parts: if it does not, trees turn dark, since that makes their shapes easy to read.
+    what the caption says and not the depth image. The error of the guided noise counts as much as
+    that of each of its parts. Without it, trees that followed a depth image were darker.
     """
     torch.manual_seed(5)
     base.requires_grad_(False).to(device())

@@ -109,8 +109,12 @@ def correlation(first: Tensor, second: Tensor) -> Tensor:
 
 def error(seen: Tensor, depth: Tensor) -> Tensor:
     """Return the error of depth (N, h, w), and of its shapes, less each row's mean."""
-    alike = correlation(subtract_row_means(seen), subtract_row_means(depth))
-    return F.l1_loss(seen, depth) + SHAPES * (1 - alike.mean())
+    return F.l1_loss(seen, depth) + SHAPES * (1 - shape_correlation(seen, depth).mean())
+
+
+def shape_correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Return Pearson's correlation (N,) of depths (N, h, w), less each row's mean."""
+    return correlation(subtract_row_means(first), subtract_row_means(second))
 
 
 def subtract_row_means(depth: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from weights.train.depths import (
     cells,
     correlation,
     depth_image,
-    subtract_row_means,
+    shape_correlation,
 )
 from weights.train.export import load_judge
 from weights.train.recognise import ATTRIBUTES, SPHERE_ATTRIBUTES, WINDOW, Judge, read
@@ -309,7 +309,7 @@ def correlations(make: Make, held_out: dataset.Images, kind: str) -> dict[str, l
         for name, one in seen.items():
             pair = [
                 correlation(one, expected),
-                correlation(subtract_row_means(one), subtract_row_means(expected)),
+                shape_correlation(one, expected),
             ]
             found.setdefault(name, []).append(torch.cat(pair))
     return {name: torch.stack(values).mean(0).tolist() for name, values in found.items()}

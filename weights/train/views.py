@@ -45,6 +45,6 @@ def halve(images: Pixels) -> Pixels:
 
 
 def look(image: Pixels, *, up: bool) -> Pixels:
-    """Return the view (SIDE, SIDE, 3) straight up or down that `fix_poles` redraws of a sphere."""
+    """Return the view (SIDE, SIDE, 3) of a sphere straight up or down, as `fix_poles` has it."""
     shown = Face(up, SIDE).show(from_pil(Image.fromarray(image)))
     return np.asarray(to_pil(shown.clamp(0, 1)))
